@@ -1,0 +1,68 @@
+# DeepTrust: everything that is run, by name. `make demo` on a fresh machine does all that it needs.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+VENV   ?= .venv
+PYTHON ?= python3.11
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip --disable-pip-version-check
+TORCH  := 2.13.0
+export PORT ?= 8000
+
+.PHONY: help setup dev starter-models demo serve stop test lint format lock clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
+
+# Lists are installed with --no-deps: they are complete, and what they leave out (CUDA builds that vLLM names) must stay out.
+# torch's CPU build comes first, from whatever pip is set up with; PyTorch's own index is the fallback.
+$(VENV)/.serving: requirements/cpu.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -c "import torch, sys; sys.exit(torch.__version__ != '$(TORCH)+cpu')" 2>/dev/null \
+	  || $(PIP) install --quiet --no-deps "torch==$(TORCH)+cpu" 2>/dev/null \
+	  || $(PIP) install --quiet --no-deps --index-url https://download.pytorch.org/whl/cpu "torch==$(TORCH)+cpu"
+	@echo "installing $$(grep -c == requirements/cpu.txt) pinned packages (a few minutes the first time)"
+	$(PIP) install --quiet --no-deps -r requirements/cpu.txt
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.serving requirements/dev.txt
+	$(PIP) install --quiet --no-deps -r requirements/dev.txt
+	@# tests drive a real browser and look words up in WordNet; both are Debian packages
+	@if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+	  { command -v chromium && [ -e /usr/share/wordnet/index.noun ]; } >/dev/null || \
+	    { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core wordnet-base; } >/dev/null; fi
+	touch $@
+
+setup: $(VENV)/.serving  ## the serving environment (.venv)
+
+dev: $(VENV)/.dev  ## what tests and checks need, on top
+
+starter-models: setup  ## build the starter models (demo and serve do it by themselves)
+	$(PY) -m deployments.starter
+
+demo: setup  ## start, analyse the sample photos, print answers and addresses, go on serving
+	$(PY) -m app.demo
+
+serve: setup  ## start and serve in the foreground until Ctrl-C (PORT=8000)
+	$(PY) -m app.serve
+
+stop:  ## end it: no process and no port is left
+	@test -x $(PY) && $(PY) -m app.stop || true
+
+test: dev  ## all tests, the end-to-end ones against the real application
+	$(PY) -m pytest
+
+lint: dev  ## ruff and mypy
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: dev  ## let ruff put the code in order
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+lock:  ## resolve the pinned lists in requirements/ again
+	$(PYTHON) requirements/lock.py
+
+clean: stop  ## remove the environment
+	rm -rf $(VENV)
