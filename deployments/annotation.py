@@ -1,0 +1,85 @@
+"""The annotation: one record of what DeepTrust says about one picture.
+
+What ``POST /v1/analyze`` answers, what bulk annotation writes to parquet, what the store keeps and what reviewers
+correct are this model and no other. Knows no HTTP, no model and no storage.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+Stage = Literal["decode", "detector", "captioner", "tagger"]
+Task = Literal["detect", "caption", "tag"]
+
+#: A tag as it may appear in a record: lower case, no control characters, at most 32 characters.
+Tag = Annotated[str, StringConstraints(min_length=1, max_length=32, pattern=r"^[^\x00-\x1f\x7fA-Z]+$")]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Signal(_Record):
+    """One trace of a picture's origin found in its file, as it stands there."""
+
+    kind: Literal["c2pa", "iptc", "xmp", "png_text", "exif"] = Field(description="where the trace was found")
+    name: str = Field(max_length=128, description="the field, e.g. `DigitalSourceType` or `Software`")
+    value: str = Field(max_length=512, description="its value, shortened to 512 characters")
+    declares_ai: bool | None = Field(None, description="true: says AI-made; false: says captured; null: says neither")
+
+
+class Provenance(_Record):
+    """What the file itself declares. Absence proves nothing: most services strip metadata."""
+
+    c2pa: Literal["valid", "invalid", "absent"] = Field(description="state of a C2PA manifest, checked without network")
+    declared_ai: bool | None = Field(description="the file says that AI made it (true) or that a camera did (false)")
+    signals: list[Signal] = Field(default_factory=list, max_length=32)
+
+
+class HeatMap(_Record):
+    """What moved the detector towards `ai`, over the whole picture, 0 (nothing) to 1 (most)."""
+
+    method: str = Field(description="how it was computed, e.g. `grad-cam`")
+    grid: list[list[float]] | None = Field(None, description="rows from top to bottom, values from left to right")
+    png: str | None = Field(None, description="the same as a transparent PNG overlay, base64")
+
+
+class Detection(_Record):
+    """The detector's verdict. A probability, never proof: not to be the sole basis for taking a picture down."""
+
+    label: Literal["ai", "human", "uncertain"]
+    ai_probability: float = Field(ge=0, le=1, description="calibrated on validation data")
+    provenance: Provenance
+    heat_map: HeatMap | None = Field(None, description="only when asked for with `explain`")
+
+
+class Caption(_Record):
+    """One sentence that describes the picture."""
+
+    text: str = Field(max_length=512)
+
+
+class StageError(_Record):
+    """A stage that gave no answer for this picture while others did."""
+
+    stage: Stage
+    code: str = Field(description="machine-readable: `timeout`, `overloaded`, `unavailable`, `failed`, `skipped`")
+    detail: str = Field(description="for people")
+
+
+class Annotation(_Record):
+    """Everything DeepTrust says about one picture."""
+
+    id: str = Field(description="the caller's own id, or a new one")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="of the bytes as they were uploaded")
+    detection: Detection | None = None
+    caption: Caption | None = None
+    tags: list[Tag] | None = Field(None, max_length=10)
+    models: dict[str, str] = Field(
+        default_factory=dict,
+        description="stage -> `URI#revision` of the checkpoint that answered, and `prompt` -> version of the tag prompt",
+    )
+    timings_ms: dict[str, float] = Field(default_factory=dict, description="wall time by stage, and `total`")
+    errors: list[StageError] = Field(default_factory=list)

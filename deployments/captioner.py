@@ -1,0 +1,133 @@
+"""The captioner: a checkpoint that ``AutoModelForImageTextToText`` loads (BLIP and its like), in batches, as a replica.
+
+In: one uint8 view a picture. Out: one sentence a picture. The starter captioner is a BLIP too: its image tower is CLIP's
+(``deployments.towers``), its text decoder is committed. Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ray import serve
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+from deployments.checkpoints import Checkpoint
+from deployments.pixels import Normalisation, check_views
+from deployments.replica import DeadlineExceeded, Replica, ReplicaConfig, alive
+from deployments.towers import CLIP_MEAN, CLIP_STD, blip_vision_config, blip_vision_state, clip_state
+from deployments.views import ViewSpec
+
+#: How captions are written unless the card says otherwise: the original system's settings.
+GENERATION = {"num_beams": 3, "max_new_tokens": 20, "min_new_tokens": 4}
+
+
+class CaptionerModel:
+    """A captioner loaded for inference."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.views = ViewSpec.from_processor(checkpoint.folder)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._normalise = Normalisation.from_processor(checkpoint.folder)
+        self._tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+        dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
+        self._model = AutoModelForImageTextToText.from_pretrained(
+            checkpoint.folder, use_safetensors=True, trust_remote_code=False, dtype=dtype
+        )
+        self._model.to(self.device).eval()
+        generation = dict(checkpoint.card.generation)
+        self._prompt = str(generation.pop("prompt", ""))
+        self._generation = GENERATION | generation
+
+    @torch.inference_mode()
+    def caption(self, views: np.ndarray) -> list[str]:
+        """Captions of uint8 views ``(n, 1, size, size, 3)``.
+
+        Raises:
+            ViewMismatch: another size than the checkpoint's.
+        """
+        check_views(views, (len(views), *self.views.shape))
+        pixels = self._normalise(views[:, 0]).to(self.device, self._model.dtype)
+        prompt: dict[str, Any] = {}
+        if self._prompt:
+            prompt = dict(self._tokenizer([self._prompt] * len(views), return_tensors="pt").to(self.device))
+            prompt.pop("token_type_ids", None)
+        ids = self._model.generate(pixel_values=pixels, **prompt, **self._generation)
+        texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [text.strip().removeprefix(self._prompt).strip()[:512] for text in texts]
+
+
+@serve.deployment
+class Captioner(Replica[CaptionerModel]):
+    """A replica of the captioner."""
+
+    def load(self, checkpoint: Checkpoint) -> CaptionerModel:
+        return CaptionerModel(checkpoint)
+
+    def configure_batching(self, config: ReplicaConfig) -> None:
+        self._batch.set_max_batch_size(config.max_batch_size)  # type: ignore[attr-defined]
+        self._batch.set_batch_wait_timeout_s(config.batch_wait_timeout_s)  # type: ignore[attr-defined]
+
+    async def caption(self, views: np.ndarray, deadline: float) -> dict[str, Any]:
+        """Caption one picture: views ``(1, size, size, 3)`` -> ``{"text", "model"}``.
+
+        Raises:
+            ViewMismatch: ask ``info`` for the view specification again.
+            DeadlineExceeded: ``deadline`` (``time.time()``) passed while the picture waited.
+        """
+        check_views(views, self.model.views.shape)
+        answer = await self._batch(views, deadline)  # type: ignore[call-arg]
+        if answer is None:
+            raise DeadlineExceeded("the captioner had no time left for this picture")
+        return answer
+
+    @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.005)
+    async def _batch(self, views: list[np.ndarray], deadline: list[float]) -> list[dict[str, Any] | None]:
+        model, answers = self.model, [None] * len(views)
+        chosen = [index for index in alive(deadline) if views[index].shape == model.views.shape]
+        if chosen:
+            texts = await self.compute(model.caption, np.stack([views[index] for index in chosen]))
+            for index, text in zip(chosen, texts, strict=True):
+                answers[index] = {"text": text, "model": model.checkpoint.name}
+        return answers
+
+
+def assemble_captioner(source: Path, target: Path) -> None:
+    """Write a complete BLIP checkpoint from CLIP's tower and a trained decoder (``decoder.safetensors``, ``vocab.txt``, ``card.json``)."""
+    from safetensors.torch import load_file
+    from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration
+
+    text = json.loads((source / "text_config.json").read_text())
+    config = BlipConfig(text_config=text, vision_config=blip_vision_config().to_dict())
+    model = BlipForConditionalGeneration(config)
+    model.vision_model.load_state_dict(blip_vision_state(clip_state()))
+    decoder = {name: value.float() for name, value in load_file(source / "decoder.safetensors").items()}
+    missing, unexpected = model.text_decoder.load_state_dict(decoder, strict=False)
+    # the output layer is tied to the word embeddings and its bias to the head's: neither is stored twice
+    if unexpected or set(missing) - {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"}:
+        raise RuntimeError(f"{source} does not fit the decoder: missing {missing}, unexpected {unexpected}")
+    model.tie_weights()
+    model.save_pretrained(target)
+    BertTokenizer(
+        vocab=str(source / "vocab.txt"), do_lower_case=True, bos_token="[DEC]", additional_special_tokens=["[ENC]"]
+    ).save_pretrained(target)
+    size = config.vision_config.image_size
+    processor = {
+        "image_processor_type": "BlipImageProcessor",
+        "processor_class": "BlipProcessor",
+        "do_resize": True,
+        "size": {"height": size, "width": size},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(CLIP_MEAN),
+        "image_std": list(CLIP_STD),
+    }
+    (target / "preprocessor_config.json").write_text(json.dumps(processor, indent=1))
+    shutil.copy(source / "card.json", target / "card.json")
