@@ -1,0 +1,165 @@
+"""A Ray of the application's own on this machine: start it, find it again, and stop every process that came of it.
+
+Each process of an instance inherits ``DEEPTRUST_INSTANCE`` (its HTTP port) through its environment: Ray's daemons, workers, HAProxy, vLLM's
+engine. ``stop`` ends exactly these, so that another Ray on the machine is left alone. Knows no model and no graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+_MARK = "DEEPTRUST_INSTANCE"
+_ROOT = Path(__file__).parent.parent
+
+
+class ClusterError(RuntimeError):
+    """Ray could not be started or stopped; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One running application: where its parts listen. Kept in ``<folder>/instance.json`` while it runs."""
+
+    port: int
+    gcs_port: int
+    dashboard_port: int
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def dashboard_url(self) -> str:
+        return f"http://127.0.0.1:{self.dashboard_port}"
+
+
+def instance_folder(port: int) -> Path:
+    """Where an instance keeps Ray's files, its token and its log. Short, because Ray puts Unix sockets (107 bytes) below it."""
+    return Path(tempfile.gettempdir()) / f"deeptrust-{os.getuid()}-{port}"
+
+
+def free_port(wanted: int = 0) -> int:
+    """A free loopback port: ``wanted`` if it is free, any other otherwise."""
+    for port in (wanted, 0):
+        with contextlib.suppress(OSError), socket.socket() as server:
+            server.bind(("127.0.0.1", port))
+            return server.getsockname()[1]
+    raise ClusterError("no free port on 127.0.0.1")
+
+
+def environment(port: int) -> dict[str, str]:
+    """Environment of everything in an instance: its mark, its token, the code's path, and no call home."""
+    folder = instance_folder(port)
+    paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {
+        _MARK: str(port),
+        "PYTHONPATH": os.pathsep.join(paths),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(folder / "auth_token"),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DISABLE_IMPORT_WARNING": "1",
+        "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
+        "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
+        # waiting OpenMP threads must sleep: three models share the cores
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def start(port: int, num_cpus: int, object_store_bytes: int) -> Instance:
+    """Start a head node for an instance, listening on loopback only, with Ray's token authentication on.
+
+    Raises:
+        ClusterError: the port is taken, or Ray did not start.
+    """
+    if processes(port):
+        raise ClusterError(f"an application with port {port} is running or was left behind; stop it with `make stop`")
+    if free_port(port) != port:
+        raise ClusterError(f"port {port} is in use by another program; choose one with PORT=8001 make serve")
+    folder = instance_folder(port)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(mode=0o700)
+    secret = folder / "auth_token"
+    secret.touch(mode=0o600)
+    secret.write_text(secrets.token_hex(32))
+    instance = Instance(port, free_port(6379), free_port(8265))
+    command = [
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--node-ip-address=127.0.0.1"),
+        *(f"--port={instance.gcs_port}", f"--temp-dir={folder / 'ray'}", f"--num-cpus={num_cpus}"),
+        *("--dashboard-host=127.0.0.1", f"--dashboard-port={instance.dashboard_port}"),
+        *(f"--dashboard-agent-listen-port={free_port()}", f"--dashboard-agent-grpc-port={free_port()}"),
+        *(f"--runtime-env-agent-port={free_port()}", f"--metrics-export-port={free_port()}"),
+        *(f"--object-store-memory={object_store_bytes}", "--disable-usage-stats"),
+    ]
+    with (folder / "ray-start.log").open("w") as log:
+        code = subprocess.run(command, env=environment(port), cwd=_ROOT, stdout=log, stderr=log, check=False).returncode
+    if code != 0:
+        stop(port)
+        raise ClusterError(f"Ray did not start (exit {code}); see {folder / 'ray-start.log'}")
+    (folder / "instance.json").write_text(json.dumps(asdict(instance)))
+    return instance
+
+
+def token(port: int) -> str:
+    """The token that Ray's dashboard and jobs of an instance ask for."""
+    return (instance_folder(port) / "auth_token").read_text()
+
+
+def running(port: int) -> Instance | None:
+    """The instance with this HTTP port, if there is one."""
+    try:
+        return (
+            Instance(**json.loads((instance_folder(port) / "instance.json").read_text())) if processes(port) else None
+        )
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def processes(port: int) -> list[psutil.Process]:
+    """Every process of an instance but this one and its parents."""
+    own = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if (
+                process.pid not in own
+                and process.environ().get(_MARK) == str(port)
+                and process.status() != psutil.STATUS_ZOMBIE
+            ):
+                found.append(process)
+    return found
+
+
+def stop(port: int, patience_s: float = 10.0) -> int:
+    """End every process of an instance, politely first, and remove its folder; returns how many there were."""
+    ended: set[int] = set()
+    for signal_after in (patience_s, 3.0):
+        # new workers may be forked while old ones end: look again until there are none
+        limit = time.monotonic() + signal_after
+        while (left := processes(port)) and time.monotonic() < limit:
+            for process in left:
+                with contextlib.suppress(psutil.Error):
+                    process.terminate() if signal_after == patience_s else process.kill()
+                ended.add(process.pid)
+            psutil.wait_procs(left, timeout=1.0)
+    for process in processes(port):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+            process.wait(2)
+            ended.add(process.pid)
+    if not processes(port):
+        shutil.rmtree(instance_folder(port), ignore_errors=True)
+    return len(ended)

@@ -1,0 +1,263 @@
+"""The HTTP interface, version 1, and the page: the first deployment that a request meets.
+
+Admission, limits and problems are decided here; the work is ``app.analysis``. Uploads are held in memory only, never written, and their
+names are never used. Knows no model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import FastAPI, Query, Request
+from fastapi.responses import FileResponse, JSONResponse, Response
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from app.admission import Admission
+from app.analysis import TASKS, Explain, Graph
+from app.config import IngressConfig, Limits
+from app.openapi import ANALYZE_BODY, ANALYZE_RESPONSES, use_local_docs
+from app.problems import Problem, install
+from app.uploads import Upload, UploadLimits, read_uploads
+from deployments.annotation import Task
+from deployments.images import ImageError
+
+_PAGE = Path(__file__).parent / "page"
+_SAMPLES = Path(__file__).parent.parent / "samples"
+
+#: No inline script, nothing from elsewhere; pictures come from the page's own blobs and from data URLs of heat maps.
+_HEADERS = {
+    "content-security-policy": "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; "
+    "frame-ancestors 'none'; form-action 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cross-origin-opener-policy": "same-origin",
+}
+
+
+class SecurityHeaders:
+    """ASGI middleware: the same protective headers on every answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                for name, value in _HEADERS.items():
+                    headers.setdefault(name, value)
+            await send(message)
+
+        await self.app(scope, receive, with_headers if scope["type"] == "http" else send)
+
+
+api = FastAPI(
+    title="DeepTrust",
+    version="1",
+    summary="Is a picture AI-generated, what does it show, and which tags find it again.",
+    description="A verdict is a calibrated probability, not proof: never take a picture down on it alone.",
+    docs_url=None,
+    redoc_url=None,
+)
+api.add_middleware(SecurityHeaders)
+install(api)
+use_local_docs(api)
+
+Tasks = Annotated[str, Query(description="comma-separated: detect, caption, tag", examples=["detect,caption"])]
+ExplainQuery = Annotated[
+    Literal["false", "true", "png", "grid"], Query(description="add a heat map; `true` means `png`")
+]
+PictureId = Annotated[
+    str | None, Query(min_length=1, max_length=128, description="the caller's own id of a single picture")
+]  # read by app.uploads; declared here for the documentation
+
+
+# Helpers stand above the class: Serve pickles the application with what its routes name at the moment of decoration.
+
+
+def _static(folder: Path, name: str) -> Response:
+    """A file that lies directly in a folder; nothing else, whatever the name says."""
+    if name not in {path.name for path in folder.iterdir() if path.is_file()}:
+        raise Problem("not_found", f"there is no {name[:100]!r} here")
+    return FileResponse(folder / name, headers={"cache-control": "no-cache"})
+
+
+def _parse_tasks(text: str) -> frozenset[Task]:
+    chosen = {name.strip() for name in text.split(",") if name.strip()}
+    unknown = chosen - set(TASKS)
+    if unknown or not chosen:
+        raise Problem("unknown_task", f"tasks={text[:100]!r}: choose from {', '.join(TASKS)}")
+    return frozenset(task for task in TASKS if task in chosen)
+
+
+def _item(result: dict[str, Any] | BaseException) -> dict[str, Any]:
+    """One picture's place in the answer for several: its record, or its problem."""
+    if isinstance(result, Problem):
+        return result.to_dict()
+    if isinstance(result, BaseException):
+        if not isinstance(result, Exception):
+            raise result
+        return Problem("internal_error", "the picture could not be analysed").to_dict()
+    return result
+
+
+@serve.deployment
+@serve.ingress(api)
+class Ingress:
+    """The application's HTTP side; holds the graph and what is in flight."""
+
+    def __init__(
+        self, limits: Limits, production: Mapping[str, DeploymentHandle], canary: Mapping[str, DeploymentHandle]
+    ) -> None:
+        self.limits = limits
+        self.uploads = UploadLimits(
+            max_pictures=limits.max_pictures,
+            max_bytes=limits.picture.max_bytes,
+            max_request_bytes=limits.max_request_bytes,
+        )
+        self.graph = Graph(limits, production, canary)
+        self.admission = Admission(limits.max_in_flight, limits.max_waiting, limits.max_wait_s)
+        self._watcher: asyncio.Task[None] | None = None
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve's call at start and on a change of ``user_config``: shares of the canaries."""
+        self.graph.shares = IngressConfig.model_validate(user_config).canary
+        if self._watcher is None:
+            self._watcher = asyncio.get_running_loop().create_task(self.graph.watch())
+
+    async def check_health(self) -> None:
+        """Serve's health check: the watcher of the graph is alive."""
+        if self._watcher is not None and self._watcher.done():
+            raise RuntimeError(f"the watcher of the graph ended: {self._watcher.exception()!r}")
+
+    # ---- analysis -----------------------------------------------------------------------------------------------
+
+    @api.post("/v1/analyze", tags=["annotate"], openapi_extra=ANALYZE_BODY, responses=ANALYZE_RESPONSES)
+    async def analyze(
+        self,
+        request: Request,
+        tasks: Tasks = "detect,caption,tag",
+        explain: ExplainQuery = "false",
+        id: PictureId = None,
+    ) -> Response:
+        """Verdict, caption and tags of one picture, or of several in their order."""
+        return await self._answer(request, _parse_tasks(tasks), explain)
+
+    @api.post("/v1/detect", tags=["annotate"], openapi_extra=ANALYZE_BODY, responses=ANALYZE_RESPONSES)
+    async def detect(self, request: Request, explain: ExplainQuery = "false", id: PictureId = None) -> Response:
+        """The verdict alone."""
+        return await self._answer(request, frozenset({"detect"}), explain)
+
+    @api.post("/v1/caption", tags=["annotate"], openapi_extra=ANALYZE_BODY, responses=ANALYZE_RESPONSES)
+    async def caption(self, request: Request, id: PictureId = None) -> Response:
+        """The caption alone."""
+        return await self._answer(request, frozenset({"caption"}), "false")
+
+    @api.post("/v1/tag", tags=["annotate"], openapi_extra=ANALYZE_BODY, responses=ANALYZE_RESPONSES)
+    async def tag(self, request: Request, id: PictureId = None) -> Response:
+        """Tags, and the caption that they were made from."""
+        return await self._answer(request, frozenset({"tag"}), "false")
+
+    async def _answer(self, request: Request, tasks: frozenset[Task], explain: str) -> Response:
+        deadline = time.time() + self.limits.request_timeout_s
+        # before the body is read: an overloaded server buffers nothing
+        await self.admission.enter()
+        places = 1
+        try:
+            try:
+                async with asyncio.timeout(max(0.0, deadline - time.time())):
+                    uploads = await read_uploads(request, self.uploads)
+            except TimeoutError:
+                raise Problem("timeout", "The request's body did not arrive in time.") from None
+            self.admission.widen(len(uploads) - 1)
+            places = len(uploads)
+            wanted: Explain | None = None if explain == "false" else ("grid" if explain == "grid" else "png")
+            if len(uploads) == 1:
+                return JSONResponse(await self._one(uploads[0], tasks, wanted, deadline))
+            items = await asyncio.gather(
+                *(self._one(upload, tasks, wanted, deadline) for upload in uploads), return_exceptions=True
+            )
+            return JSONResponse({"items": [_item(item) for item in items]})
+        finally:
+            self.admission.leave(places)
+
+    async def _one(
+        self, upload: Upload, tasks: frozenset[Task], explain: Explain | None, deadline: float
+    ) -> dict[str, Any]:
+        if upload.problem is not None or upload.data is None:
+            raise upload.problem or Problem("empty_body", "The request holds no picture.")
+        started = time.perf_counter()
+        try:
+            record = await self.graph.analyze(upload.data, upload.id, tasks, explain, deadline)
+        except ImageError as error:
+            raise Problem.of_image(error) from None
+        self.admission.observe(time.perf_counter() - started)
+        return record.model_dump(mode="json")
+
+    # ---- what runs ----------------------------------------------------------------------------------------------
+
+    @api.get("/v1/models", tags=["operate"])
+    async def models(self) -> dict[str, Any]:
+        """What runs: URI, revision, card and thresholds of each model, and of its canary with its share."""
+        answer: dict[str, Any] = {}
+        for stage, route in self.graph.routes.items():
+            entry: dict[str, Any] = {"status": "ready" if route.info else "starting", "message": route.message}
+            if route.info is not None:
+                card = route.info.card
+                entry |= {"uri": route.info.uri, "revision": route.info.revision, "card": card}
+                if stage == "detector":
+                    entry["thresholds"] = card.get("thresholds")
+            share = getattr(self.graph.shares, stage)
+            if share > 0:
+                canary = route.canary_info
+                entry["canary"] = {
+                    "share": share,
+                    "uri": canary.uri if canary else None,
+                    "revision": canary.revision if canary else None,
+                }
+            answer[stage] = entry
+        return answer
+
+    @api.get("/healthz", tags=["operate"])
+    async def healthz(self) -> dict[str, str]:
+        """The HTTP side is alive."""
+        return {"status": "ok"}
+
+    @api.get("/readyz", tags=["operate"], responses={503: {"description": "a stage is not ready yet"}})
+    async def readyz(self) -> JSONResponse:
+        """Whether every stage can answer, stage by stage."""
+        stages = {
+            stage: {
+                "status": "ready" if route.info else ("failed" if "fail" in route.message else "starting"),
+                "message": route.message,
+            }
+            for stage, route in self.graph.routes.items()
+        }
+        return JSONResponse({"ready": self.graph.ready, "stages": stages}, 200 if self.graph.ready else 503)
+
+    # ---- the page -----------------------------------------------------------------------------------------------
+
+    @api.get("/", include_in_schema=False)
+    async def page(self) -> Response:
+        return FileResponse(_PAGE / "index.html", headers={"cache-control": "no-cache"})
+
+    @api.get("/page/{name}", include_in_schema=False)
+    async def page_file(self, name: str) -> Response:
+        return _static(_PAGE, name)
+
+    @api.get("/samples", include_in_schema=False)
+    async def samples(self) -> Response:
+        listing = _SAMPLES / "samples.json"
+        return JSONResponse(json.loads(listing.read_text()) if listing.is_file() else [])
+
+    @api.get("/samples/{name}", include_in_schema=False)
+    async def sample(self, name: str) -> Response:
+        return _static(_SAMPLES, name)

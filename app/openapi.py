@@ -1,0 +1,156 @@
+"""The parts of the OpenAPI document that FastAPI cannot derive: bodies read from the raw request, problems, and local documentation pages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import HTMLResponse
+from starlette.staticfiles import StaticFiles
+
+from app.problems import ProblemModel, responses
+from deployments.annotation import Annotation
+
+_EXAMPLE = {
+    "id": "holiday-17",
+    "sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+    "detection": {
+        "label": "human",
+        "ai_probability": 0.04,
+        "provenance": {"c2pa": "absent", "declared_ai": None, "signals": []},
+        "heat_map": None,
+    },
+    "caption": {"text": "a brown dog runs across a grassy field"},
+    "tags": ["dog", "grass", "running", "field", "animal"],
+    "models": {"detector": "starter:detector#1a2b3c4d5e6f", "prompt": "tags-1"},
+    "timings_ms": {"decode": 4, "detector": 80, "captioner": 310, "tagger": 95, "total": 420},
+    "errors": [],
+}
+_BINARY = {"schema": {"type": "string", "format": "binary"}}
+_IMAGE_TYPES = ("jpeg", "png", "webp", "gif", "tiff", "avif", "heic")
+_ENCODED = {"type": "string", "minLength": 4, "description": "base64, or a data URL"}
+_ID = {"type": "string", "minLength": 1, "maxLength": 128}
+_ONE = {
+    "type": "object",
+    "required": ["image"],
+    "properties": {"image": _ENCODED, "id": _ID},
+    "additionalProperties": False,
+}
+
+#: Request body of the annotating routes: three ways to send pictures.
+ANALYZE_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file"],
+                    "properties": {
+                        "file": {"type": "array", "minItems": 1, "maxItems": 32, "items": _BINARY["schema"]},
+                        "id": {"type": "array", "items": _ID, "description": "ids of the files, in their order"},
+                    },
+                }
+            },
+            **{f"image/{name}": _BINARY for name in _IMAGE_TYPES},
+            "application/octet-stream": _BINARY,
+            "application/json": {
+                "schema": {
+                    "oneOf": [
+                        _ONE,
+                        {
+                            "type": "object",
+                            "required": ["images"],
+                            "properties": {"images": {"type": "array", "minItems": 1, "maxItems": 32, "items": _ONE}},
+                            "additionalProperties": False,
+                        },
+                    ]
+                },
+                "example": {"image": "data:image/jpeg;base64,/9j/4AAQSkZJRg...", "id": "holiday-17"},
+            },
+        },
+    }
+}
+
+
+ANALYZE_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "one picture: its annotation; several: `items` in their order, each an annotation or a problem",
+        "content": {
+            "application/json": {
+                "schema": {
+                    "oneOf": [
+                        {"$ref": "#/components/schemas/Annotation"},
+                        {
+                            "type": "object",
+                            "required": ["items"],
+                            "properties": {
+                                "items": {
+                                    "type": "array",
+                                    "items": {
+                                        "oneOf": [
+                                            {"$ref": "#/components/schemas/Annotation"},
+                                            {"$ref": "#/components/schemas/ProblemModel"},
+                                        ]
+                                    },
+                                }
+                            },
+                        },
+                    ]
+                },
+                "example": _EXAMPLE,
+            }
+        },
+    },
+    **responses(
+        *(
+            "empty_body",
+            "bad_request",
+            "bad_base64",
+            "too_large",
+            "too_many_pixels",
+            "too_many_pictures",
+            "not_an_image",
+        ),
+        *("unsupported_media_type", "truncated", "too_small", "unknown_task", "bad_parameter"),
+        *("overloaded", "internal_error", "unavailable", "timeout"),
+    ),
+}
+
+
+def use_local_docs(api: FastAPI) -> None:
+    """Serve the API documentation at ``/docs`` from this machine, and complete the OpenAPI document."""
+    from swagger_ui_bundle import swagger_ui_path
+
+    api.mount("/docs-files", StaticFiles(directory=swagger_ui_path), name="docs-files")
+
+    @api.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        page = get_swagger_ui_html(
+            openapi_url="/openapi.json",
+            title="DeepTrust API",
+            swagger_js_url="/docs-files/swagger-ui-bundle.js",
+            swagger_css_url="/docs-files/swagger-ui.css",
+            swagger_favicon_url="/page/favicon.svg",
+        )
+        # the page starts itself with an inline script: allowed here and nowhere else
+        page.headers["content-security-policy"] = (
+            "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data:"
+        )
+        return page
+
+    derived = api.openapi
+
+    def openapi() -> dict[str, Any]:
+        if api.openapi_schema is None:
+            document = derived()
+            schemas = document.setdefault("components", {}).setdefault("schemas", {})
+            model = Annotation.model_json_schema(ref_template="#/components/schemas/{model}", mode="serialization")
+            schemas |= model.pop("$defs", {})
+            schemas["Annotation"] = model
+            schemas["ProblemModel"] = ProblemModel.model_json_schema()
+            api.openapi_schema = document
+        return api.openapi_schema
+
+    api.openapi = openapi  # type: ignore[method-assign]

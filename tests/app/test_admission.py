@@ -1,0 +1,91 @@
+"""Admission: bounded work, a bounded waiting room, nothing leaked."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from app.admission import Admission
+from app.problems import Problem
+
+
+def test_a_place_that_comes_free_goes_to_the_one_who_has_waited_longest() -> None:
+    async def run() -> list[int]:
+        admission, order = Admission(1, max_waiting=4, max_wait_s=5), []
+        await admission.enter()
+
+        async def wait(number: int) -> None:
+            await admission.enter()
+            order.append(number)
+            admission.leave(1)
+
+        waiters = [asyncio.ensure_future(wait(number)) for number in range(3)]
+        await asyncio.sleep(0.01)
+        assert order == []
+        admission.leave(1)
+        await asyncio.gather(*waiters)
+        assert admission.in_work == 0
+        return order
+
+    assert asyncio.run(run()) == [0, 1, 2]
+
+
+def test_beyond_the_waiting_room_it_is_429_at_once_with_retry_after() -> None:
+    async def run() -> None:
+        admission = Admission(1, max_waiting=0, max_wait_s=5)
+        await admission.enter()
+        with pytest.raises(Problem) as refused:
+            await admission.enter()
+        assert refused.value.status == 429
+        assert int(refused.value.headers["Retry-After"]) >= 1
+
+    asyncio.run(run())
+
+
+def test_who_has_waited_too_long_is_refused_and_holds_no_place() -> None:
+    async def run() -> None:
+        admission = Admission(1, max_waiting=4, max_wait_s=0.02)
+        await admission.enter()
+        with pytest.raises(Problem, match="try again"):
+            await admission.enter()
+        admission.leave(1)
+        assert admission.in_work == 0
+        await admission.enter()
+        assert admission.in_work == 1
+
+    asyncio.run(run())
+
+
+def test_a_client_that_goes_away_while_waiting_leaves_no_trace() -> None:
+    async def run() -> None:
+        admission = Admission(1, max_waiting=4, max_wait_s=5)
+        await admission.enter()
+        for handed_over in (False, True):
+            waiter = asyncio.ensure_future(admission.enter())
+            await asyncio.sleep(0)
+            if handed_over:  # the place is given and taken back in the same turn of the loop
+                admission.leave(1)
+            waiter.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiter
+        assert admission.in_work == 0
+
+    asyncio.run(run())
+
+
+def test_a_batch_larger_than_the_capacity_is_let_in_alone_and_only_then() -> None:
+    async def run() -> None:
+        admission = Admission(4, max_waiting=4, max_wait_s=5)
+        await admission.enter()
+        admission.widen(31)
+        assert admission.in_work == 32
+        admission.leave(32)
+        await admission.enter()
+        await admission.enter()
+        with pytest.raises(Problem):
+            admission.widen(31)
+        admission.widen(2)
+        assert admission.in_work == 4
+
+    asyncio.run(run())

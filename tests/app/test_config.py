@@ -1,0 +1,68 @@
+"""Configuration files are read strictly: what Ray would let pass, or find out late, stops here with the key's name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from app.config import ConfigError, read_serve_config
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("name", ["serve_config.yaml", "serve_config.cpu.yaml"])
+def test_the_shipped_configurations_are_valid_and_name_every_deployment(name: str) -> None:
+    config = read_serve_config(ROOT / name)
+    names = {deployment["name"] for deployment in config["applications"][0]["deployments"]}
+    assert {"Ingress", "Detector", "DetectorCanary", "Captioner", "CaptionerCanary", "Tagger", "TaggerCanary"} == names
+    assert config["http_options"]["host"] == "127.0.0.1"
+
+
+def _with(tmp_path: Path, change) -> Path:
+    config = yaml.safe_load((ROOT / "serve_config.cpu.yaml").read_text())
+    change(config)
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def _deployment(config: dict, name: str) -> dict:
+    return next(item for item in config["applications"][0]["deployments"] if item["name"] == name)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda c: c.update(proxy="x"), "unknown key 'proxy'"),
+        (lambda c: _deployment(c, "Detector").update(num_replica=2), "unknown key 'num_replica'"),
+        (lambda c: _deployment(c, "Detector")["autoscaling_config"].update(maximum=2), "unknown key 'maximum'"),
+        (lambda c: _deployment(c, "Detector")["ray_actor_options"].update(num_gpu=1), "unknown key 'num_gpu'"),
+        (lambda c: _deployment(c, "Detector")["user_config"].update(url="x"), "user_config: url"),
+        (lambda c: _deployment(c, "Ingress").update(user_config={"canary": {"detector": 2}}), "canary.detector"),
+        (lambda c: _deployment(c, "Detector").update(name="Detektor"), "no deployment 'Detektor'"),
+        (lambda c: c["applications"][0]["args"]["limits"].update(max_in_flight=0), "limits.max_in_flight"),
+        (lambda c: c["applications"][0]["args"].update(detector={}), "args: detector"),
+        (lambda c: c.pop("applications"), "applications"),
+    ],
+)
+def test_a_mistake_is_named(tmp_path: Path, change, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        read_serve_config(_with(tmp_path, change))
+
+
+def test_port_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PORT", "8456")
+    assert read_serve_config(ROOT / "serve_config.cpu.yaml")["http_options"]["port"] == 8456
+    monkeypatch.setenv("PORT", "http")
+    with pytest.raises(ConfigError, match="PORT='http'"):
+        read_serve_config(ROOT / "serve_config.cpu.yaml")
+
+
+def test_beyond_loopback_it_refuses_to_start(tmp_path: Path) -> None:
+    from app.serve import ServeSettings, StartError, prepare
+
+    path = _with(tmp_path, lambda c: c["http_options"].update(host="0.0.0.0"))
+    with pytest.raises(StartError, match="loopback"):
+        prepare(ServeSettings(config=path))

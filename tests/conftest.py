@@ -1,0 +1,71 @@
+"""What tests share: the shared data folder, and the one real application that all end-to-end tests talk to."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of research data that is not part of the project."""
+    folder = os.environ.get("DEEPTRUST_TEST_DATA")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("DEEPTRUST_TEST_DATA names no folder")
+    return Path(folder)
+
+
+@dataclass(frozen=True)
+class RunningApplication:
+    """The application under test."""
+
+    url: str
+    port: int
+    log: Path
+
+
+@pytest.fixture(scope="session")
+def application(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApplication]:
+    """`python -m app.serve` with the starter models, on a port of its own; `DEEPTRUST_TEST_URL` names one that runs already."""
+    import httpx
+
+    from app import cluster
+
+    if url := os.environ.get("DEEPTRUST_TEST_URL"):
+        yield RunningApplication(url.rstrip("/"), int(url.rstrip("/").rsplit(":", 1)[1]), Path("/dev/null"))
+        return
+    port = cluster.free_port(8123)
+    log = tmp_path_factory.mktemp("application") / "serve.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "app.serve"],
+            env=os.environ | {"PORT": str(port)},
+            cwd=ROOT,
+            stdout=output,
+            stderr=output,
+        )
+    try:
+        while "ready after" not in log.read_text():
+            if process.poll() is not None:
+                pytest.fail(f"the application ended with {process.returncode}:\n{log.read_text()[-4000:]}")
+            try:
+                process.wait(1)
+            except subprocess.TimeoutExpired:
+                continue
+        assert httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200
+        yield RunningApplication(f"http://127.0.0.1:{port}", port, log)
+    finally:
+        process.terminate()
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            cluster.stop(port)
