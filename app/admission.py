@@ -1,8 +1,8 @@
 """Admission: how many pictures are in work at a time, who waits a moment, and who is told to come back.
 
-Overload is refused before a body is read, and not at once: a client that is refused at once and comes back at once costs more than the
-answer. A bounded number waits, first come first served, for a bounded time; whoever is beyond either bound gets 429 with ``Retry-After``.
-Knows no pictures and no models.
+Overload is refused before a body is read, and not at once: a client that is refused at once and comes back at once
+costs more than the answer. A bounded number waits, first come first served, for a bounded time; whoever is beyond
+either bound gets 429 with ``Retry-After``. Knows no pictures and no models.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class Admission:
             raise
 
     def widen(self, more: int) -> None:
-        """Take ``more`` places for a request that is inside. One that is alone is let in whatever its size: it could never fit.
+        """Take ``more`` places for a request that is inside. One that is alone is let in whatever its size: it could
+        never fit.
 
         Raises:
             Problem: overloaded, 429 with ``Retry-After``.

@@ -1,10 +1,11 @@
 """The graph at work: one picture's bytes in, one annotation out.
 
-Decoding, checking, provenance and the views are done once, on a thread of this process; detector and captioner then run side by side and the
-tagger reads the caption. A stage that fails or is late leaves null and an entry in ``errors``; the others' answers still come.
+Decoding, checking, provenance and the views are done once, on a thread of this process; detector and captioner then
+run side by side and the tagger reads the caption. A stage that fails or is late leaves null and an entry in
+``errors``; the others' answers still come.
 
-Only arrays of a fixed, small size leave this process (``deployments.views``), never the picture. Knows handles, no model; no HTTP beyond
-the problem that is raised when no stage could answer.
+Only arrays of a fixed, small size leave this process (``deployments.views``), never the picture. Knows handles, no
+model; no HTTP beyond the problem that is raised when no stage could answer.
 """
 
 from __future__ import annotations
@@ -225,7 +226,9 @@ class Graph:
         stage: Stage,
         request: Callable[[DeploymentHandle, ModelInfo], Awaitable[Any]],
     ) -> Any:
-        """One stage's answer, or None and an entry in ``errors``. A replica that dies under a request is asked again, once."""
+        """One stage's answer, or None and an entry in ``errors``. A replica that dies under a request is asked again,
+        once.
+        """
         route, started = self.routes[stage], time.perf_counter()
         handle, info = route.production, route.info
         if (

@@ -1,7 +1,8 @@
 """A Ray of the application's own on this machine: start it, find it again, and stop every process that came of it.
 
-Each process of an instance inherits ``DEEPTRUST_INSTANCE`` (its HTTP port) through its environment: Ray's daemons, workers, HAProxy, vLLM's
-engine. ``stop`` ends exactly these, so that another Ray on the machine is left alone. Knows no model and no graph.
+Each process of an instance inherits ``DEEPTRUST_INSTANCE`` (its HTTP port) through its environment: Ray's daemons,
+workers, HAProxy, vLLM's engine. ``stop`` ends exactly these, so that another Ray on the machine is left alone. Knows
+no model and no graph.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ class Instance:
 
 
 def instance_folder(port: int) -> Path:
-    """Where an instance keeps Ray's files, its token and its log. Short, because Ray puts Unix sockets (107 bytes) below it."""
+    """Where an instance keeps Ray's files, its token and its log. Short, because Ray puts Unix sockets (107 bytes)
+    below it.
+    """
     return Path(tempfile.gettempdir()) / f"deeptrust-{os.getuid()}-{port}"
 
 

@@ -1,7 +1,7 @@
 """Settings of the application: what ``build`` takes as ``args``, and a strict reading of Serve configuration files.
 
-Ray validates the top of a Serve configuration and lets unknown keys of a deployment pass; ``read_serve_config`` does not.
-Knows no torch, starts nothing.
+Ray validates the top of a Serve configuration and lets unknown keys of a deployment pass; ``read_serve_config`` does
+not. Knows no torch, starts nothing.
 """
 
 from __future__ import annotations
@@ -65,17 +65,57 @@ class ConfigError(ValueError):
 
 
 _DEPLOYMENT_KEYS = frozenset(
-    "name num_replicas max_ongoing_requests max_queued_requests backpressure_config user_config autoscaling_config "
-    "graceful_shutdown_wait_loop_s graceful_shutdown_timeout_s health_check_period_s health_check_timeout_s ray_actor_options "
-    "placement_group_bundles placement_group_strategy max_replicas_per_node request_router_config logging_config "
-    "rolling_update_percentage max_surge_percent".split()
+    {
+        "name",
+        "num_replicas",
+        "max_ongoing_requests",
+        "max_queued_requests",
+        "backpressure_config",
+        "user_config",
+        "autoscaling_config",
+        "graceful_shutdown_wait_loop_s",
+        "graceful_shutdown_timeout_s",
+        "health_check_period_s",
+        "health_check_timeout_s",
+        "ray_actor_options",
+        "placement_group_bundles",
+        "placement_group_strategy",
+        "max_replicas_per_node",
+        "request_router_config",
+        "logging_config",
+        "rolling_update_percentage",
+        "max_surge_percent",
+    }
 )
 _AUTOSCALING_KEYS = frozenset(
-    "min_replicas initial_replicas max_replicas target_ongoing_requests metrics_interval_s look_back_period_s smoothing_factor "
-    "upscale_delay_s downscale_delay_s downscale_to_zero_delay_s upscaling_factor downscaling_factor aggregation_function policy".split()
+    {
+        "min_replicas",
+        "initial_replicas",
+        "max_replicas",
+        "target_ongoing_requests",
+        "metrics_interval_s",
+        "look_back_period_s",
+        "smoothing_factor",
+        "upscale_delay_s",
+        "downscale_delay_s",
+        "downscale_to_zero_delay_s",
+        "upscaling_factor",
+        "downscaling_factor",
+        "aggregation_function",
+        "policy",
+    }
 )
 _ACTOR_KEYS = frozenset(
-    "num_cpus num_gpus memory resources accelerator_type runtime_env label_selector fallback_strategy".split()
+    {
+        "num_cpus",
+        "num_gpus",
+        "memory",
+        "resources",
+        "accelerator_type",
+        "runtime_env",
+        "label_selector",
+        "fallback_strategy",
+    }
 )
 
 
@@ -83,7 +123,8 @@ def read_serve_config(path: Path) -> dict[str, Any]:
     """A Serve configuration, checked key by key, ready to be deployed. ``PORT`` overrides the HTTP port.
 
     Raises:
-        ConfigError: not YAML, an unknown key anywhere, a value out of range, or a deployment that the graph does not have.
+        ConfigError: not YAML, an unknown key anywhere, a value out of range, or a deployment that the graph does not
+        have.
     """
     from ray.serve.schema import ServeDeploySchema
 

@@ -1,13 +1,14 @@
 """The HTTP interface, version 1, and the page: the first deployment that a request meets.
 
-Admission, limits and problems are decided here; the work is ``app.analysis``. Uploads are held in memory only, never written, and their
-names are never used. Knows no model.
+Admission, limits and problems are decided here; the work is ``app.analysis``. Uploads are held in memory only, never
+written, and their names are never used. Knows no model.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -117,6 +118,8 @@ class Ingress:
     def __init__(
         self, limits: Limits, production: Mapping[str, DeploymentHandle], canary: Mapping[str, DeploymentHandle]
     ) -> None:
+        # one warning for each malformed body would let anybody fill the log
+        logging.getLogger("python_multipart").setLevel(logging.ERROR)
         self.limits = limits
         self.uploads = UploadLimits(
             max_pictures=limits.max_pictures,

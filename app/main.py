@@ -3,10 +3,10 @@
     picture -> Ingress -> Detector ------------------> joined answer
                       \\-> Captioner -> Tagger -----/
 
-Detector and captioner both need only the picture and run side by side; the tagger reads the caption. Each model is a deployment of its own
-and scales by its own load; each has a twin for a canary revision, at zero replicas until it is given a share of the traffic.
-Serve calls ``build`` with the ``args`` of a configuration file (``serve_config.yaml``); what runs where, in how many replicas and
-with which checkpoint stands in that file's ``deployments``.
+Detector and captioner both need only the picture and run side by side; the tagger reads the caption. Each model is a
+deployment of its own and scales by its own load; each has a twin for a canary revision, at zero replicas until it is
+given a share of the traffic. Serve calls ``build`` with the ``args`` of a configuration file (``serve_config.yaml``);
+what runs where, in how many replicas and with which checkpoint stands in that file's ``deployments``.
 """
 
 # No postponed annotations here: Ray reads the annotation of `build` itself to validate `args` against it.

@@ -1,4 +1,6 @@
-"""The parts of the OpenAPI document that FastAPI cannot derive: bodies read from the raw request, problems, and local documentation pages."""
+"""The parts of the OpenAPI document that FastAPI cannot derive: bodies read from the raw request, problems, and local
+documentation pages.
+"""
 
 from __future__ import annotations
 
@@ -136,7 +138,8 @@ def use_local_docs(api: FastAPI) -> None:
         )
         # the page starts itself with an inline script: allowed here and nowhere else
         page.headers["content-security-policy"] = (
-            "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; img-src 'self' data:"
+            "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
+            "img-src 'self' data:"
         )
         return page
 

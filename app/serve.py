@@ -1,7 +1,8 @@
 """``python -m app.serve``: start the application on this machine and keep it in the foreground until Ctrl-C.
 
-Checks the configuration and every checkpoint first, so that what is wrong stops the start with one clear line; then starts Ray, deploys the
-configuration and reports each stage until all are ready. Knows no model class and no HTTP route beyond ``/readyz``.
+Checks the configuration and every checkpoint first, so that what is wrong stops the start with one clear line; then
+starts Ray, deploys the configuration and reports each stage until all are ready. Knows no model class and no HTTP
+route beyond ``/readyz``.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def prepare(settings: ServeSettings) -> dict[str, Any]:
     host = config.get("http_options", {}).get("host", "127.0.0.1")
     if host not in _LOOPBACK:
         raise StartError(
-            f"{settings.config}: http_options.host is {host}: without API keys the application listens on loopback only. "
+            f"{settings.config}: http_options.host is {host}: without API keys it listens on loopback only. "
             "Set it to 127.0.0.1 and put an authenticating proxy in front"
         )
     config.setdefault("http_options", {})["host"] = host

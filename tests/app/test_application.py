@@ -31,7 +31,9 @@ def client(application):
 
 
 def test_a_photo_gets_verdict_caption_and_tags(client, photos) -> None:
-    answer = client.post("/v1/analyze", content=photos[0], headers={"content-type": "image/jpeg"}, params={"id": "mine"})
+    answer = client.post(
+        "/v1/analyze", content=photos[0], headers={"content-type": "image/jpeg"}, params={"id": "mine"}
+    )
     assert answer.status_code == 200, answer.text
     record = Annotation.model_validate(answer.json())
     assert record.id == "mine" and not record.errors
@@ -88,7 +90,9 @@ def test_a_heat_map_on_request_as_png_and_as_grid(client, photos) -> None:
     png = client.post("/v1/detect", params={"explain": "png"}, content=photos[0]).json()["detection"]["heat_map"]
     with Image.open(io.BytesIO(base64.b64decode(png["png"]))) as overlay:
         assert overlay.mode == "RGBA"
-    grid = client.post("/v1/detect", params={"explain": "grid"}, content=photos[0]).json()["detection"]["heat_map"]["grid"]
+    grid = client.post("/v1/detect", params={"explain": "grid"}, content=photos[0]).json()["detection"]["heat_map"][
+        "grid"
+    ]
     assert len(grid) == len(grid[0]) == 28
     assert max(map(max, grid)) == pytest.approx(1) and min(map(min, grid)) >= 0
 

@@ -1,0 +1,79 @@
+"""Thousands of malformed requests against upload reading, decoding and provenance: no 5xx, bounded memory."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import resource
+import time
+
+import httpx
+import pytest
+
+from app.problems import CODES, MEDIA_TYPE
+from tests.app import malformed
+from tests.app.small_app import send, small_app
+
+COUNT = 2500
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def test_the_same_seed_yields_the_same_requests() -> None:
+    assert list(malformed.requests(3, 50)) == list(malformed.requests(3, 50))
+    assert list(malformed.requests(3, 50)) != list(malformed.requests(4, 50))
+
+
+@pytest.mark.parametrize("name", sorted(malformed.real_files()))
+def test_every_real_file_that_the_mutations_start_from_is_accepted(name: str) -> None:
+    response = send(small_app(), "POST", "/v1/analyze", content=malformed.real_files()[name])
+    assert response.status_code == 200, response.text
+    assert {response.json()["width"], response.json()["height"]} == {64, 48}
+
+
+@pytest.mark.parametrize("name", sorted(malformed.bombs()))
+def test_a_bomb_costs_neither_memory_nor_time(name: str) -> None:
+    body = malformed.bombs()[name]
+    app = small_app()
+    send(app, "POST", "/v1/analyze", content=malformed.real_files()["png"])
+    before, start = _peak_bytes(), time.process_time()
+    response = send(app, "POST", "/v1/analyze", content=body)
+    assert response.status_code in (200, 413, 422), response.text
+    assert time.process_time() - start < 3
+    assert _peak_bytes() - before < 150_000_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1])
+def test_no_malformed_request_is_answered_with_a_5xx(seed: int) -> None:
+    requests = list(malformed.requests(seed, COUNT))
+    answers: collections.Counter[str] = collections.Counter()
+    before, start = _peak_bytes(), time.process_time()
+
+    async def run() -> None:
+        transport = httpx.ASGITransport(small_app(), raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            for number, request in enumerate(requests):
+                where = f"request {number} of seed {seed}: {request.kind}"
+                began = time.process_time()
+                response = await client.request(
+                    request.method, request.path, headers=dict(request.headers), content=request.body
+                )
+                assert time.process_time() - began < 5, where
+                assert response.status_code < 500, f"{where}: {response.text}"
+                if response.status_code >= 400:
+                    problem = response.json()
+                    assert response.headers["content-type"] == MEDIA_TYPE, where
+                    assert problem["status"] == response.status_code == CODES[problem["code"]][0], where
+                    answers[problem["code"]] += 1
+                else:
+                    answers["answered"] += 1
+
+    asyncio.run(run())
+    assert time.process_time() - start < 60
+    assert _peak_bytes() - before < 300_000_000
+    # The requests are what they claim to be: most are refused, and for many different reasons.
+    assert answers["answered"] < 0.3 * COUNT, answers
+    assert len(answers) > 10, answers

@@ -1,0 +1,135 @@
+"""Views show what their names say, for pictures of any size, and agree with Hugging Face's own processors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pydantic import ValidationError
+
+from deployments.views import ViewSpec, regions, render
+
+ALL_VIEWS = ("squash", "centre", "native", "native_nw", "native_ne", "native_sw", "native_se")
+
+
+def gradient(width: int, height: int) -> Image.Image:
+    """Red grows to the right, green downwards: a pixel's colour says where it comes from."""
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return Image.fromarray(np.stack([x, y, np.full_like(x, 128)], -1).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    "size", [(1, 1), (16, 16), (1, 3000), (3000, 1), (223, 224), (224, 224), (225, 1000), (4032, 3024)]
+)
+def test_every_view_has_the_promised_shape_for_any_size(size: tuple[int, int]) -> None:
+    spec = ViewSpec(size_px=64, views=ALL_VIEWS, native_long_side_px=512)
+    views = render(gradient(*size), spec)
+    assert views.shape == (7, 64, 64, 3)
+    assert views.dtype == np.uint8
+
+
+def test_native_crops_are_the_picture_s_own_pixels() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+    spec = ViewSpec(size_px=100, views=("native", "native_nw", "native_ne", "native_sw", "native_se"))
+    centre, north_west, north_east, south_west, south_east = render(Image.fromarray(noise), spec)
+    np.testing.assert_array_equal(centre, noise[100:200, 150:250])
+    np.testing.assert_array_equal(north_west, noise[:100, :100])
+    np.testing.assert_array_equal(north_east, noise[:100, -100:])
+    np.testing.assert_array_equal(south_west, noise[-100:, :100])
+    np.testing.assert_array_equal(south_east, noise[-100:, -100:])
+
+
+def test_a_large_picture_is_reduced_before_the_native_crop_only_beyond_the_limit() -> None:
+    spec = ViewSpec(size_px=100, views=("native",), native_long_side_px=400)
+    assert regions((400, 300), spec) == [(150 / 400, 100 / 300, 250 / 400, 200 / 300)]
+    assert regions((1600, 1200), spec) == regions((400, 300), spec)
+
+
+@pytest.mark.parametrize("view", ALL_VIEWS)
+@pytest.mark.parametrize("size", [(500, 375), (375, 500), (90, 300), (1600, 1200)])
+def test_regions_tell_where_a_view_comes_from(view: str, size: tuple[int, int]) -> None:
+    spec = ViewSpec(size_px=112, views=(view,), native_long_side_px=512)
+    [(left, top, right, bottom)] = regions(size, spec)
+    pixels = render(gradient(*size), spec)[0].astype(float)
+    middle = pixels[51:61, 51:61].mean((0, 1)) / 255
+    assert middle[0] == pytest.approx((left + right) / 2, abs=0.02)
+    assert middle[1] == pytest.approx((top + bottom) / 2, abs=0.02)
+    assert 0 <= left < right <= 1 and 0 <= top < bottom <= 1
+
+
+@pytest.mark.parametrize("size", [(500, 375), (375, 501), (100, 90), (224, 224), (1023, 767)])
+def test_centre_view_equals_clip_s_processor(size: tuple[int, int], tmp_path: Path) -> None:
+    processors = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
+    processor = processors.CLIPImageProcessorPil(do_normalize=False, do_rescale=False)
+    processor.save_pretrained(tmp_path)
+    image = gradient(*size)
+    expected = np.asarray(processor(image, return_tensors="np")["pixel_values"][0]).transpose(1, 2, 0)
+    spec = ViewSpec.from_processor(tmp_path)
+    assert spec.views == ("centre",)
+    difference = np.abs(render(image, spec)[0].astype(int) - expected.astype(int))
+    # a crop with an odd remainder may start one pixel earlier or later
+    assert difference.max() <= 3
+
+
+def test_squash_view_equals_vit_s_processor(tmp_path: Path) -> None:
+    processors = pytest.importorskip("transformers.models.vit.image_processing_pil_vit")
+    processor = processors.ViTImageProcessorPil(do_normalize=False, do_rescale=False)
+    processor.save_pretrained(tmp_path)
+    image = gradient(500, 375)
+    expected = np.asarray(processor(image, return_tensors="np")["pixel_values"][0]).transpose(1, 2, 0)
+    spec = ViewSpec.from_processor(tmp_path)
+    assert (spec.views, spec.resample, spec.size_px) == (("squash",), "bilinear", 224)
+    np.testing.assert_array_equal(render(image, spec)[0], expected.astype(np.uint8))
+
+
+def write_processor(folder: Path, **config: object) -> Path:
+    (folder / "preprocessor_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_processor_files_are_read(tmp_path: Path) -> None:
+    blip = write_processor(tmp_path, do_resize=True, size={"height": 384, "width": 384}, resample=3)
+    assert ViewSpec.from_processor(blip) == ViewSpec(size_px=384, views=("squash",), resample="bicubic")
+    regnet = write_processor(
+        tmp_path,
+        do_resize=True,
+        size={"shortest_edge": 256},
+        do_center_crop=True,
+        crop_size={"height": 224, "width": 224},
+        resample=2,
+    )
+    assert ViewSpec.from_processor(regnet) == ViewSpec(
+        size_px=224, views=("centre",), resample="bilinear", short_side_px=256
+    )
+    old_style = write_processor(tmp_path, do_resize=True, size=224, do_center_crop=True, crop_size=224)
+    assert ViewSpec.from_processor(old_style) == ViewSpec(size_px=224, views=("centre",), short_side_px=224)
+    own = ViewSpec(views=("centre", "native"), native_long_side_px=512)
+    assert ViewSpec.from_processor(write_processor(tmp_path, view_spec=own.model_dump(mode="json"))) == own
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"do_resize": False},
+        {"size": {"height": 224, "width": 336}},
+        {"size": {"shortest_edge": 224}, "do_center_crop": False},
+        {"size": {"shortest_edge": 224}, "do_center_crop": True, "crop_size": {"height": 224, "width": 200}},
+        {"size": {"longest_edge": 224}},
+        {"view_spec": {"views": ["sideways"]}},
+    ],
+)
+def test_a_processor_that_is_not_square_or_not_understood_is_refused(config: dict[str, object], tmp_path: Path) -> None:
+    with pytest.raises(ValueError):
+        ViewSpec.from_processor(write_processor(tmp_path, **config))
+
+
+def test_bad_specs_and_pictures_are_refused() -> None:
+    with pytest.raises(ValidationError):
+        ViewSpec(views=())
+    with pytest.raises(ValidationError):
+        ViewSpec(size_px=224, short_side_px=200)
+    with pytest.raises(ValueError, match="RGB"):
+        render(Image.new("L", (300, 300)), ViewSpec())
