@@ -79,7 +79,7 @@ class Annotation(_Record):
     tags: list[Tag] | None = Field(None, max_length=10)
     models: dict[str, str] = Field(
         default_factory=dict,
-        description="stage -> `URI#revision` of the checkpoint that answered, and `prompt` -> version of the tag prompt",
+        description="stage -> `URI#revision` of the checkpoint that answered, `prompt` -> version of the tag prompt",
     )
     timings_ms: dict[str, float] = Field(default_factory=dict, description="wall time by stage, and `total`")
     errors: list[StageError] = Field(default_factory=list)

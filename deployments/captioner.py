@@ -1,7 +1,7 @@
 """The captioner: a checkpoint that ``AutoModelForImageTextToText`` loads (BLIP and its like), in batches, as a replica.
 
-In: one uint8 view a picture. Out: one sentence a picture. The starter captioner is a BLIP too: its image tower is CLIP's
-(``deployments.towers``), its text decoder is committed. Knows no HTTP.
+In: one uint8 view a picture. Out: one sentence a picture. The starter captioner is a BLIP too: its image tower is
+CLIP's (``deployments.towers``), its text decoder is committed. Knows no HTTP.
 """
 
 from __future__ import annotations
@@ -98,7 +98,9 @@ class Captioner(Replica[CaptionerModel]):
 
 
 def assemble_captioner(source: Path, target: Path) -> None:
-    """Write a complete BLIP checkpoint from CLIP's tower and a trained decoder (``decoder.safetensors``, ``vocab.txt``, ``card.json``)."""
+    """Write a complete BLIP checkpoint from CLIP's tower and a trained decoder (``decoder.safetensors``,
+    ``vocab.txt``, ``card.json``).
+    """
     from safetensors.torch import load_file
     from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration
 
@@ -114,7 +116,10 @@ def assemble_captioner(source: Path, target: Path) -> None:
     model.tie_weights()
     model.save_pretrained(target)
     BertTokenizer(
-        vocab=str(source / "vocab.txt"), do_lower_case=True, bos_token="[DEC]", additional_special_tokens=["[ENC]"]
+        vocab=str(source / "vocab.txt"),
+        do_lower_case=True,
+        bos_token="[DEC]",  # noqa: S106
+        additional_special_tokens=["[ENC]"],
     ).save_pretrained(target)
     size = config.vision_config.image_size
     processor = {

@@ -1,8 +1,9 @@
 """Checkpoints: a URI becomes a local folder, and the folder a card.
 
-A checkpoint is a folder in Hugging Face format (``config.json``, ``model.safetensors``, processor files) with a ``card.json``. It is named by
-``starter:NAME``, a folder, ``s3://bucket/prefix``, ``models:/name@alias`` or ``models:/name/version`` (MLflow), or a hub id ``owner/name@revision``.
-``resolve`` is the one place that opens any of them; weights are safetensors, never pickles, and no code of a checkpoint is ever run.
+A checkpoint is a folder in Hugging Face format (``config.json``, ``model.safetensors``, processor files) with a
+``card.json``. It is named by ``starter:NAME``, a folder, ``s3://bucket/prefix``, ``models:/name@alias`` or
+``models:/name/version`` (MLflow), or a hub id ``owner/name@revision``. ``resolve`` is the one place that opens any of
+them; weights are safetensors, never pickles, and no code of a checkpoint is ever run.
 
 Knows no HTTP, no Ray and no model class.
 """
@@ -100,8 +101,8 @@ def resolve(uri: str) -> Checkpoint:
             folder = _from_hub(uri)
         else:
             raise CheckpointError(
-                f"no such checkpoint: {uri!r}. Expected a folder that exists, starter:detector, starter:captioner, starter:tagger, "
-                "s3://bucket/prefix, models:/name@alias, or a hub id owner/name@revision"
+                f"no such checkpoint: {uri!r}. Expected a folder that exists, starter:NAME (detector, "
+                "captioner, tagger), s3://bucket/prefix, models:/name@alias, or a hub id owner/name@revision"
             )
     except CheckpointError:
         raise
@@ -147,7 +148,7 @@ def publish(build: Path, target: Path) -> None:
     """Move a complete folder to its place in one step; a twin that came first is left as it is."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        os.rename(build, target)
+        build.rename(target)
     except OSError:
         if not target.is_dir():
             raise
@@ -174,7 +175,9 @@ def _fetched(key: str, fetch: Any) -> Path:
 
 
 def _from_mlflow(uri: str) -> Path:
-    """A model version's artifacts. The alias is looked up every time; what it names is fetched once for each version."""
+    """A model version's artifacts. The alias is looked up every time; what it names is fetched once for each
+    version.
+    """
     import mlflow
     from mlflow.tracking import MlflowClient
 

@@ -1,7 +1,7 @@
 """Heat maps: the detector's evidence, view by view, laid over the whole picture.
 
-In: one map a view and the part of the picture that each view shows. Out: one grid, or a transparent PNG to lay over the picture.
-Knows no model and no HTTP.
+In: one map a view and the part of the picture that each view shows. Out: one grid, or a transparent PNG to lay over
+the picture. Knows no model and no HTTP.
 """
 
 from __future__ import annotations

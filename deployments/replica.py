@@ -1,7 +1,8 @@
 """What the picture models' replicas share: loading by URI, swapping a revision in place, batches on a worker thread.
 
-A replica's event loop never computes: Serve's health checks, cancellations and queueing run on it. Batches run on one thread of their own,
-which is also where a new revision is loaded, so that loading waits for the batch in flight and no request is lost.
+A replica's event loop never computes: Serve's health checks, cancellations and queueing run on it. Batches run on one
+thread of their own, which is also where a new revision is loaded, so that loading waits for the batch in flight and no
+request is lost.
 
 Knows no model class (a subclass names it) and no HTTP.
 """
@@ -68,7 +69,9 @@ class Replica(Generic[Model]):
         raise NotImplementedError
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Serve's call at start and whenever ``user_config`` changes: same revision, no work; another, swapped in place."""
+        """Serve's call at start and whenever ``user_config`` changes: same revision, no work; another, swapped in
+        place.
+        """
         config = ReplicaConfig.model_validate(user_config)
         self.configure_batching(config)
         checkpoint = await asyncio.to_thread(resolve, config.uri)

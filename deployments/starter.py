@@ -1,7 +1,8 @@
 """The starter models: ``starter:detector``, ``starter:captioner`` and ``starter:tagger``, built once on each machine.
 
-In: the trained halves that are committed in ``starter_weights/`` and the towers of ``deployments.towers``. Out: complete checkpoint folders under
-the cache, each published by rename when complete and locked while being built, so that two starts at a time build it once.
+In: the trained halves that are committed in ``starter_weights/`` and the towers of ``deployments.towers``. Out:
+complete checkpoint folders under the cache, each published by rename when complete and locked while being built, so
+that two starts at a time build it once.
 
     python -m deployments.starter        builds whatever is missing and prints where it lies
 """
@@ -53,7 +54,8 @@ def ensure_starter(name: str) -> Path:
     """The folder of a starter model, built first if this machine does not have it (5 to 30 s each).
 
     Raises:
-        CheckpointError: no starter of that name, a committed or packaged weight file is missing, or the folder is damaged.
+        CheckpointError: no starter of that name, a committed or packaged weight file is missing, or the folder is
+        damaged.
     """
     if name not in _BUILDERS:
         raise CheckpointError(f"no starter model {name!r}; there are {', '.join(_BUILDERS)}")

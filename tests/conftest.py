@@ -34,7 +34,9 @@ class RunningApplication:
 
 @pytest.fixture(scope="session")
 def application(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApplication]:
-    """`python -m app.serve` with the starter models, on a port of its own; `DEEPTRUST_TEST_URL` names one that runs already."""
+    """`python -m app.serve` with the starter models, on a port of its own; `DEEPTRUST_TEST_URL` names one that runs
+    already.
+    """
     import httpx
 
     from app import cluster

@@ -1,11 +1,12 @@
 """Train a BLIP captioner on a frozen image tower: Ray Train runs it, Lightning is the loop.
 
-In: photos with captions (``train.captions``). Out: a checkpoint folder (``config.json``, ``model.safetensors``, tokenizer and processor
-files, ``card.json``) that ``deployments.captioner`` serves as it serves ``Salesforce/blip-image-captioning-base``.
+In: photos with captions (``train.captions``). Out: a checkpoint folder (``config.json``, ``model.safetensors``,
+tokenizer and processor files, ``card.json``) that ``deployments.captioner`` serves as it serves
+``Salesforce/blip-image-captioning-base``.
 
-The tower never changes, so its features are computed once (``train.features``); an epoch then costs the text decoder alone. All captions of
-a photo are packed into one sequence with a block-diagonal causal mask, so that cross-attention projects the photo's 197 tokens once for
-its five captions and no padding is computed between them.
+The tower never changes, so its features are computed once (``train.features``); an epoch then costs the text decoder
+alone. All captions of a photo are packed into one sequence with a block-diagonal causal mask, so that cross-attention
+projects the photo's 197 tokens once for its five captions and no padding is computed between them.
 
     python -m train.captioner --data DIR --output DIR [--epochs N ...]
 """
@@ -56,7 +57,7 @@ class CaptionerConfig(BaseModel):
     keep_patches: float = Field(
         0.4, gt=0, le=1, description="share of image tokens a step sees: regularises, saves time"
     )
-    ema_decay: float = Field(0.998, ge=0, lt=1, description="of the averaged weights that are evaluated and kept")
+    ema_decay: float = Field(0.99, ge=0, lt=1, description="of the averaged weights that are evaluated and kept")
     hidden_size: int = Field(384, multiple_of=64)
     layers: int = Field(4, ge=1)
     min_word_count: int = Field(4, ge=1, description="rarer words of the training captions are unknown words")
@@ -67,7 +68,9 @@ class CaptionerConfig(BaseModel):
 
 
 def build_tokenizer(photos: list[CaptionedPhoto], min_count: int, folder: Path) -> BertTokenizer:
-    """A BERT tokenizer whose vocabulary is the words of the training captions; ``[DEC]`` and ``[ENC]`` come last, as in BLIP."""
+    """A BERT tokenizer whose vocabulary is the words of the training captions; ``[DEC]`` and ``[ENC]`` come last, as
+    in BLIP.
+    """
     counts = Counter(word for photo in photos for caption in photo.captions for word in normalise(caption).split())
     words = sorted(word for word, count in counts.items() if count >= min_count)
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +82,10 @@ def build_tokenizer(photos: list[CaptionedPhoto], min_count: int, folder: Path) 
 def load_tokenizer(folder: Path) -> BertTokenizer:
     """The tokenizer of a ``vocab.txt``, with BLIP's two extra tokens registered."""
     return BertTokenizer(
-        vocab=str(folder / "vocab.txt"), do_lower_case=True, bos_token="[DEC]", additional_special_tokens=["[ENC]"]
+        vocab=str(folder / "vocab.txt"),
+        do_lower_case=True,
+        bos_token="[DEC]",  # noqa: S106
+        additional_special_tokens=["[ENC]"],
     )
 
 
@@ -158,7 +164,9 @@ def collate(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 class CaptionerModule(pl.LightningModule):
-    """The text decoder under training, and its moving average, which is what validation captions with and what is kept."""
+    """The text decoder under training, and its moving average, which is what validation captions with and what is
+    kept.
+    """
 
     def __init__(
         self,
@@ -174,10 +182,13 @@ class CaptionerModule(pl.LightningModule):
         self.val_photos, self.val_features, self.tokenizer = val_photos, val_features, tokenizer
         blip = captioner_config(vocab_size, config.hidden_size, config.layers, config.dropout)
         self.decoder = BlipForConditionalGeneration(blip).text_decoder
-        average = torch.optim.swa_utils.AveragedModel(
-            self.decoder, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(config.ema_decay)
-        )
+        average = torch.optim.swa_utils.AveragedModel(self.decoder, avg_fn=self._moving_average)
         self.average = average.requires_grad_(False)
+
+    def _moving_average(self, average: torch.Tensor, current: torch.Tensor, updates: torch.Tensor) -> torch.Tensor:
+        """Exponential, with a memory that grows with the run: at first a long one would only remember the start."""
+        decay = min(self.config.ema_decay, (1 + float(updates)) / (10 + float(updates)))
+        return torch.lerp(current, average, decay)
 
     def training_step(self, batch: dict[str, torch.Tensor], _: int) -> torch.Tensor:
         logits = self.decoder(
@@ -333,7 +344,8 @@ def train_worker(settings: dict[str, Any]) -> None:
 def save_trained(
     decoder: Any, config: CaptionerConfig, splits: dict[Split, list[CaptionedPhoto]], metrics: dict[str, float]
 ) -> None:
-    """Write the trained half of the captioner to ``config.output``: what ``deployments.captioner.assemble_captioner`` reads.
+    """Write the trained half of the captioner to ``config.output``: what ``deployments.captioner.assemble_captioner``
+    reads.
 
     ``decoder.safetensors`` is float16 and leaves out the output weights, which are tied to the word embeddings.
     """

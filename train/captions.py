@@ -1,7 +1,7 @@
 """Caption data in the Kaggle layout of Flickr30k, its text rules, its split by photo, and BLEU and CIDEr.
 
-In: a folder with ``Images/`` and ``captions.txt`` (header ``image,caption``, one row a caption). Out: a ``CaptionedPhoto`` for each
-picture, in a fixed split. Knows no model.
+In: a folder with ``Images/`` and ``captions.txt`` (header ``image,caption``, one row a caption). Out: a
+``CaptionedPhoto`` for each picture, in a fixed split. Knows no model.
 """
 
 from __future__ import annotations
@@ -60,10 +60,11 @@ def read_captions(folder: Path) -> list[CaptionedPhoto]:
 def split_photos(
     photos: Sequence[CaptionedPhoto], test: int = 1000, val: int = 500
 ) -> dict[Split, list[CaptionedPhoto]]:
-    """Split by photo, independent of order and machine: the ``test`` smallest sha256 of the photo's number, then ``val``.
+    """Split by photo, independent of order and machine: the ``test`` smallest sha256 of the photo's number, then
+    ``val``.
 
-    The number is the file name up to the first underscore: Flickr8k appends a secret that Flickr30k leaves away, and the
-    same photo must fall on the same side whichever of the two it comes from.
+    The number is the file name up to the first underscore: Flickr8k appends a secret that Flickr30k leaves away,
+    and the same photo must fall on the same side whichever of the two it comes from.
     """
 
     def key(photo: CaptionedPhoto) -> str:
@@ -77,8 +78,8 @@ def split_photos(
 def score_captions(generated: Mapping[str, str], references: Mapping[str, Iterable[str]]) -> dict[str, float]:
     """Corpus BLEU-1..4 and CIDEr of one generated caption a photo against its human captions.
 
-    Tokenisation is ``normalise`` on both sides (lower case, punctuation dropped, split at spaces), not the PTB tokeniser of
-    the COCO tools. Scorers: pycocoevalcap (Papineni et al. 2002; Vedantam et al. 2015).
+    Tokenisation is ``normalise`` on both sides (lower case, punctuation dropped, split at spaces), not the PTB
+    tokeniser of the COCO tools. Scorers: pycocoevalcap (Papineni et al. 2002; Vedantam et al. 2015).
 
     Raises:
         ValueError: the two do not name the same photos.

@@ -1,9 +1,10 @@
 """Captions of the test photos by the class that serves, scored with BLEU and CIDEr and bootstrap intervals.
 
-In: a checkpoint URI and a caption data set. Out: a JSON result for ``benchmarks/results``, and on request the captions themselves beside their
-references, for ``benchmarks.tagger_quality``.
+In: a checkpoint URI and a caption data set. Out: a JSON result for ``benchmarks/results``, and on request the captions
+themselves beside their references, for ``benchmarks.tagger_quality``.
 
-    python -m train.evaluate_captioner --data DIR --checkpoint starter:captioner --output benchmarks/results/captioner_quality.json
+    python -m train.evaluate_captioner --data DIR --checkpoint starter:captioner --output
+    benchmarks/results/captioner_quality.json
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Features of a frozen image tower, computed once and kept on disk, so that an epoch of a head or decoder is cheap.
 
-In: an encoder (a function from pictures to an array), the pictures' ids and bytes. Out: ``NAME/features.npy`` (float16, one row a
-picture) and ``NAME/ids.json``, published by rename when complete; a killed run continues where it was.
+In: an encoder (a function from pictures to an array), the pictures' ids and bytes. Out: ``NAME/features.npy``
+(float16, one row a picture) and ``NAME/ids.json``, published by rename when complete; a killed run continues where it
+was.
 
 Knows no model and no task.
 """
@@ -9,7 +10,6 @@ Knows no model and no task.
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -66,7 +66,7 @@ def cached_features(
             )
     rows.flush()
     del rows
-    os.replace(partial, features)
+    partial.replace(features)
     listing.write_text(json.dumps(list(ids)))
     done_file.unlink(missing_ok=True)
     return np.load(features, mmap_mode="r")

@@ -52,7 +52,7 @@ def test_blip_computes_clip_exactly(clip: CLIPVisionModelWithProjection, picture
 
 def test_an_altered_or_missing_package_is_named_with_its_remedy(tmp_path: Path) -> None:
     name, version, inner, _ = CLIP_PACKAGE
-    with pytest.raises(TowerError, match="damaged.*pip install"):
+    with pytest.raises(TowerError, match=r"damaged.*pip install"):
         packaged_file((name, version, inner, "0" * 64))
     with pytest.raises(TowerError, match="not installed"):
         packaged_file(("no-such-package", "1", inner, ""))

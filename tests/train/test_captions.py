@@ -32,7 +32,7 @@ def test_only_photos_with_a_file_and_a_caption_are_read(tmp_path: Path) -> None:
 
 
 def test_a_wrong_layout_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="captions.txt"):
+    with pytest.raises(FileNotFoundError, match=r"captions\.txt"):
         read_captions(tmp_path)
     (tmp_path / "Images").mkdir()
     (tmp_path / "captions.txt").write_text("image_name| comment\n")
