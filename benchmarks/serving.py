@@ -1,0 +1,238 @@
+"""The whole graph under load, against the running application (``make serve``).
+
+Three measurements, each on real photos over HTTP with the client on the same machine:
+
+* ``photos``    every photo answered completely, none 5xx, no replica restarted
+* ``ratio``     throughput against the same three models called back to back in this process, without HTTP, in
+alternating rounds
+* ``overload``  four times the clients that saturate it, no think time: goodput against its best, what is refused,
+memory
+
+    python -m benchmarks.serving --photos DIR [--parts photos,ratio,overload] [--url http://127.0.0.1:8000]
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import random
+import statistics
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import psutil
+from pydantic import BaseModel, ConfigDict, Field
+
+from app import cluster
+from benchmarks.report import write_result
+
+
+class ServingConfig(BaseModel):
+    """Settings of a run."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    photos: Path = Field(description="folder of photos (JPEG, PNG), searched recursively")
+    url: str = Field("http://127.0.0.1:8000", description="the running application")
+    parts: str = Field("photos,ratio,overload", description="which measurements")
+    count: int = Field(500, ge=8, description="photos sent by `photos`")
+    clients: int = Field(16, ge=1, description="clients that saturate it")
+    rounds: int = Field(3, ge=1, description="alternating rounds of `ratio`")
+    round_photos: int = Field(64, ge=8, description="photos in a round")
+    overload_s: float = Field(60.0, gt=0, description="length of each phase of `overload`")
+    seed: int = 11
+
+
+@dataclass
+class Load:
+    """What clients saw."""
+
+    seconds: float = 0.0
+    statuses: Counter[int] = field(default_factory=Counter)
+    complete: int = 0
+    latencies_ms: list[float] = field(default_factory=list)
+    retry_after: int = 0
+
+    @property
+    def goodput(self) -> float:
+        """Complete answers a second."""
+        return self.complete / self.seconds
+
+    def summary(self) -> dict[str, Any]:
+        """Figures for the result file."""
+        quantiles = np.quantile(self.latencies_ms, (0.5, 0.95, 0.99)) if self.latencies_ms else [0, 0, 0]
+        return {
+            "seconds": round(self.seconds, 1),
+            "statuses": dict(self.statuses),
+            "complete": self.complete,
+            "goodput_per_s": round(self.goodput, 3),
+            "latency_ms_p50_p95_p99": [round(float(value)) for value in quantiles],
+            "refused_with_retry_after": self.retry_after,
+        }
+
+
+async def drive(url: str, photos: list[bytes], clients: int, seconds: float | None = None) -> Load:
+    """Closed loop: each client sends the next photo as soon as it has its answer, until all are sent or the time is
+    over.
+    """
+    load, position = Load(), iter(range(10**9))
+    started = time.perf_counter()
+
+    async def client(session: httpx.AsyncClient) -> None:
+        while True:
+            index = next(position)
+            if (seconds is None and index >= len(photos)) or (seconds and time.perf_counter() - started >= seconds):
+                return
+            begun = time.perf_counter()
+            try:
+                answer = await session.post(f"{url}/v1/analyze", content=photos[index % len(photos)])
+            except httpx.HTTPError as error:
+                load.statuses[-1] += 1
+                print(f"request failed: {error!r}", flush=True)
+                continue
+            load.statuses[answer.status_code] += 1
+            if answer.status_code == 200:
+                record = answer.json()
+                load.complete += not record["errors"] and bool(
+                    record["detection"] and record["caption"] and record["tags"]
+                )
+                load.latencies_ms.append((time.perf_counter() - begun) * 1000)
+            load.retry_after += answer.status_code == 429 and "retry-after" in answer.headers
+
+    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
+    async with httpx.AsyncClient(timeout=120, limits=limits) as session:
+        await asyncio.gather(*(client(session) for _ in range(clients)))
+    load.seconds = time.perf_counter() - started
+    return load
+
+
+class BackToBack:
+    """The same three checkpoints in this process, batch after batch: decoding included, no HTTP, no Ray."""
+
+    def __init__(self, uris: dict[str, str]) -> None:
+        from benchmarks.offline_tagger import OfflineTagger
+        from deployments.captioner import CaptionerModel
+        from deployments.checkpoints import resolve
+        from deployments.detector import DetectorModel
+
+        self.detector = DetectorModel(resolve(uris["detector"]))
+        self.captioner = CaptionerModel(resolve(uris["captioner"]))
+        self.tagger = OfflineTagger(resolve(uris["tagger"]))
+
+    def run(self, photos: list[bytes], batch_size: int = 8) -> float:
+        """Seconds for all photos: batches through detector and captioner, then all captions through vLLM at once."""
+        from deployments.images import ImageLimits, decode
+        from deployments.provenance import read_provenance
+        from deployments.views import render
+
+        started, captions = time.perf_counter(), []
+        for first in range(0, len(photos), batch_size):
+            pictures = [decode(data, ImageLimits()) for data in photos[first : first + batch_size]]
+            for data, picture in zip(photos[first : first + batch_size], pictures, strict=True):
+                read_provenance(data, picture.format)
+            self.detector.detect(np.stack([render(picture.image, self.detector.views) for picture in pictures]))
+            captions += self.captioner.caption(
+                np.stack([render(picture.image, self.captioner.views) for picture in pictures])
+            )
+        self.tagger.tag(captions)
+        return time.perf_counter() - started
+
+
+def memory_bytes(port: int) -> int:
+    """Proportional set size of every process of the application together."""
+    total = 0
+    for process in cluster.processes(port):
+        try:
+            total += process.memory_full_info().pss
+        except psutil.Error:
+            continue
+    return total
+
+
+def replicas(port: int) -> set[int]:
+    """Process ids of everything that could have been restarted."""
+    return {process.pid for process in cluster.processes(port) if "ServeReplica" in " ".join(process.cmdline())}
+
+
+def read_photos(folder: Path, count: int, seed: int) -> list[bytes]:
+    """A sample of the folder's photos that decode."""
+    from PIL import Image
+
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    random.Random(seed).shuffle(paths)
+    photos: list[bytes] = []
+    for path in paths:
+        data = path.read_bytes()
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                image.load()
+                if min(image.size) < 16:
+                    continue
+        except Exception:  # the folder may be dirty; only what decodes is a photo here
+            continue
+        photos.append(data)
+        if len(photos) == count:
+            break
+    return photos
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the chosen parts and write ``results/serving_PART.json``."""
+    from pydantic_settings import CliApp
+
+    config = CliApp.run(ServingConfig, cli_args=arguments)
+    port = int(config.url.rsplit(":", 1)[1])
+    photos = read_photos(config.photos, config.count, config.seed)
+    print(f"{len(photos)} photos, {sum(map(len, photos)) / len(photos) / 1000:.0f} kB on average", flush=True)
+    asyncio.run(drive(config.url, photos[:32], config.clients))  # warm
+    parts = config.parts.split(",")
+    if "photos" in parts:
+        before = replicas(port)
+        load = asyncio.run(drive(config.url, photos, config.clients))
+        result = load.summary() | {"clients": config.clients, "replicas_restarted": len(before - replicas(port))}
+        print(result, write_result("serving_photos", result), flush=True)
+    if "ratio" in parts:
+        models = httpx.get(f"{config.url}/v1/models").json()
+        direct = BackToBack({stage: models[stage]["uri"] for stage in ("detector", "captioner", "tagger")})
+        direct.run(photos[:8])
+        rounds = []
+        for number in range(config.rounds):
+            chosen = random.Random(number).sample(photos, config.round_photos)
+            bare = direct.run(chosen)
+            served = asyncio.run(drive(config.url, chosen, config.clients)).seconds
+            rounds.append(
+                {"back_to_back_s": round(bare, 2), "served_s": round(served, 2), "ratio": round(bare / served, 3)}
+            )
+            print(rounds[-1], flush=True)
+        result = {
+            "rounds": rounds,
+            "ratio_median": statistics.median(entry["ratio"] for entry in rounds),
+            "clients": config.clients,
+            "photos_a_round": config.round_photos,
+        }
+        print(result["ratio_median"], write_result("serving_ratio", result), flush=True)
+    if "overload" in parts:
+        memory = [memory_bytes(port)]
+        best = asyncio.run(drive(config.url, photos, config.clients, config.overload_s))
+        memory.append(memory_bytes(port))
+        flooded = asyncio.run(drive(config.url, photos, 4 * config.clients, config.overload_s))
+        memory.append(memory_bytes(port))
+        again = asyncio.run(drive(config.url, photos, config.clients, config.overload_s))
+        memory.append(memory_bytes(port))
+        reference = max(best.goodput, again.goodput)
+        result = {
+            "at_saturation": [best.summary(), again.summary()],
+            "overloaded": flooded.summary() | {"clients": 4 * config.clients},
+            "goodput_of_best": round(flooded.goodput / reference, 3),
+            "memory_mb_before_after_each_phase": [round(value / 2**20) for value in memory],
+        }
+        print(result, write_result("serving_overload", result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

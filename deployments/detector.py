@@ -1,0 +1,144 @@
+"""The detector: a checkpoint that ``AutoModelForImageClassification`` loads, calibrated by its card, in batches, as a
+replica.
+
+In: the uint8 views of a picture that the checkpoint asks for. Out: the calibrated probability that the picture is
+AI-made, one of three answers, and on request a heat map of what moved it. Knows no HTTP and no file formats.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from ray import serve
+from transformers import AutoModelForImageClassification
+
+from deployments.checkpoints import Checkpoint, CheckpointError, Thresholds
+from deployments.detector_model import ClipBlocksConfig
+from deployments.pixels import Normalisation, check_views
+from deployments.replica import DeadlineExceeded, Replica, ReplicaConfig, alive
+from deployments.views import ViewSpec
+
+Verdict = Literal["ai", "human", "uncertain"]
+
+
+def verdict(ai_probability: float, thresholds: Thresholds) -> Verdict:
+    """One of three answers: between the two thresholds the detector does not know."""
+    if ai_probability >= thresholds.ai_above:
+        return "ai"
+    return "human" if ai_probability < thresholds.human_below else "uncertain"
+
+
+class DetectorModel:
+    """A detector loaded for inference."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        card = checkpoint.card
+        self.views = ViewSpec.from_processor(checkpoint.folder)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._normalise = Normalisation.from_processor(checkpoint.folder)
+        dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
+        self._model = AutoModelForImageClassification.from_pretrained(
+            checkpoint.folder, use_safetensors=True, trust_remote_code=False, dtype=dtype
+        )
+        self._model.to(self.device).eval()
+        labels = card.labels or [name for _, name in sorted(self._model.config.id2label.items())]
+        names = [label.lower() for label in labels]
+        if "ai" not in names:
+            raise CheckpointError(f"{checkpoint.uri}: none of its labels {labels} is `ai`: not a detector")
+        self._ai = names.index("ai")
+
+    def _pixels(self, views: np.ndarray) -> torch.Tensor:
+        check_views(views, (len(views), *self.views.shape))
+        pixels = self._normalise(views).to(self.device, self._model.dtype)
+        return pixels if len(self.views.views) > 1 else pixels[:, 0]
+
+    @torch.inference_mode()
+    def logits(self, views: np.ndarray) -> np.ndarray:
+        """Uncalibrated logits, float32 ``(n, labels)``, of uint8 views ``(n, V, S, S, 3)``."""
+        return self._model(pixel_values=self._pixels(views)).logits.float().cpu().numpy()
+
+    def detect(self, views: np.ndarray) -> np.ndarray:
+        """Calibrated probability of `ai`, float ``(n,)``: softmax of the logits over the card's temperature.
+
+        Raises:
+            ViewMismatch: other views than the checkpoint's.
+        """
+        scaled = self.logits(views) / self.checkpoint.card.temperature
+        exponent = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+        return exponent[:, self._ai] / exponent.sum(axis=1)
+
+    def explain(self, views: np.ndarray) -> np.ndarray:
+        """Grad-CAM of the `ai` logit for one picture: float ``(V, rows, columns)`` in 0..1, one map a view.
+
+        Gradient times activation of the patch tokens, positive evidence only (Selvaraju et al. 2017, applied to
+        tokens), scaled by the largest value over all views. The tokens are those of every block that our own detector
+        reads, and of the last but one layer of a plain transformer, where the class token still looks at them.
+
+        Raises:
+            ViewMismatch: other views than the checkpoint's.
+        """
+        with torch.enable_grad():
+            answer = self._model(pixel_values=self._pixels(views[None]), output_hidden_states=True)
+            own = isinstance(self._model.config, ClipBlocksConfig)
+            states = answer.hidden_states if own else answer.hidden_states[-2:-1]
+            gradients = torch.autograd.grad(answer.logits[0, self._ai], states)
+        relevance = sum(
+            (gradient * state).detach().float().sum(-1).relu()
+            for gradient, state in zip(gradients, states, strict=True)
+        )
+        side = int(relevance.shape[1] ** 0.5)
+        maps = relevance[:, -side * side :].reshape(-1, side, side).cpu().numpy()
+        return maps / maps.max() if maps.max() > 0 else maps
+
+
+@serve.deployment
+class Detector(Replica[DetectorModel]):
+    """A replica of the detector."""
+
+    def load(self, checkpoint: Checkpoint) -> DetectorModel:
+        return DetectorModel(checkpoint)
+
+    def configure_batching(self, config: ReplicaConfig) -> None:
+        self._batch.set_max_batch_size(config.max_batch_size)  # type: ignore[attr-defined]
+        self._batch.set_batch_wait_timeout_s(config.batch_wait_timeout_s)  # type: ignore[attr-defined]
+
+    async def detect(self, views: np.ndarray, deadline: float) -> dict[str, Any]:
+        """One picture's views ``(V, S, S, 3)`` -> ``{"label", "ai_probability", "model"}``.
+
+        Raises:
+            ViewMismatch: ask ``info`` for the view specification again.
+            DeadlineExceeded: ``deadline`` (``time.time()``) passed while the picture waited.
+        """
+        check_views(views, self.model.views.shape)
+        answer = await self._batch(views, deadline)  # type: ignore[call-arg]
+        if answer is None:
+            raise DeadlineExceeded("the detector had no time left for this picture")
+        return answer
+
+    async def explain(self, views: np.ndarray, deadline: float) -> list[list[list[float]]]:
+        """Heat map of one picture for each of its views, rows of values in 0..1.
+
+        Raises: as ``detect``.
+        """
+        check_views(views, self.model.views.shape)
+        if not alive([deadline]):
+            raise DeadlineExceeded("the detector had no time left for a heat map")
+        return np.round(await self.compute(self.model.explain, views), 3).tolist()
+
+    @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.005)
+    async def _batch(self, views: list[np.ndarray], deadline: list[float]) -> list[dict[str, Any] | None]:
+        model, answers = self.model, [None] * len(views)
+        chosen = [index for index in alive(deadline) if views[index].shape == model.views.shape]
+        if chosen:
+            probabilities = await self.compute(model.detect, np.stack([views[index] for index in chosen]))
+            thresholds = model.checkpoint.card.thresholds
+            for index, probability in zip(chosen, map(float, probabilities), strict=True):
+                answers[index] = {
+                    "label": verdict(probability, thresholds),
+                    "ai_probability": round(probability, 4),
+                    "model": model.checkpoint.name,
+                }
+        return answers

@@ -1,0 +1,403 @@
+"""The tagger: a caption in, 3 to 10 search tags out, by a chat model on vLLM through ``ray.serve.llm``.
+
+The same code runs SmolLM2-135M-Instruct on a CPU and Mistral-7B-Instruct-v0.2 on a GPU: the prompt goes through the
+model's own chat template, the engine's grammar enforces the answer's shape, ``tag_rules`` makes it hold.
+
+``build_tagger`` makes the Serve application, whose replica keeps an ``LLMServer`` of ray.serve.llm inside itself and
+does not inherit from it: importing ``ray.serve.llm`` imports vllm and torch (tens of seconds), which neither the
+builder nor the ingress needs. The checkpoint is named by ``user_config`` (``{"uri": ...}``): another revision of the
+same architecture is loaded into the running engine.
+
+Knows no HTTP and no pictures.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import platform
+import time
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+from ray.serve import Application
+
+from deployments.checkpoints import Checkpoint, resolve
+from deployments.replica import ModelInfo, ReplicaConfig
+from deployments.tag_rules import MAX_TAGS, MIN_TAGS, clean_tags, proposed
+
+PROMPT_FILE = Path(__file__).with_name("tag_prompt.yaml")
+
+#: The name under which the engine knows its model, whichever checkpoint it runs.
+_MODEL_ID = "tagger"
+#: One or two words of at most 15 characters: 31 with the separator, within the 32 of a record, and never a sentence.
+_TAG = '"[a-z0-9]{1,15}([ -][a-z0-9]{1,15})?"'
+#: What the engine may write: a JSON array without white space, which would double the tokens.
+ANSWER = rf"\[{_TAG}(,{_TAG}){{{MIN_TAGS - 1},{MAX_TAGS - 1}}}\]"
+
+#: Longer captions are cut here: a record's caption has at most 512 characters.
+_MAX_CAPTION_LETTERS = 512
+#: An engine that has answered nothing for so long while requests waited is taken for hung.
+_STUCK_AFTER_S = 120.0
+
+
+class TaggerError(RuntimeError):
+    """The engine refused or failed a request, or a checkpoint does not fit the running engine."""
+
+
+class TagExample(BaseModel):
+    """One worked example of the prompt."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    caption: str
+    tags: list[str] = Field(min_length=MIN_TAGS, max_length=MAX_TAGS)
+
+
+class TagPrompt(BaseModel):
+    """The prompt file: one version, recorded in every answer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: str = Field(pattern=r"^[\w.-]+$")
+    instruction: str
+    question: str = Field(pattern=r"\{caption\}")
+    examples: list[TagExample]
+
+    def messages(self, caption: str) -> list[dict[str, str]]:
+        """Chat messages, user and assistant in turn; no system role, which Mistral's template refuses."""
+        turns: list[dict[str, str]] = []
+        for example in self.examples:
+            turns.append({"role": "user", "content": self.question.format(caption=example.caption)})
+            turns.append({"role": "assistant", "content": json.dumps(example.tags, separators=(",", ":"))})
+        turns.append({"role": "user", "content": self.question.format(caption=caption[:_MAX_CAPTION_LETTERS])})
+        turns[0]["content"] = f"{self.instruction}\n\n{turns[0]['content']}"
+        return turns
+
+
+@lru_cache(maxsize=1)
+def load_prompt() -> TagPrompt:
+    """The one prompt in use."""
+    return TagPrompt.model_validate(yaml.safe_load(PROMPT_FILE.read_text()))
+
+
+class TaggerSettings(BaseModel):
+    """``args`` of the tagger: the engine and what it may use. Changing them restarts its replicas."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    uri: str = Field(
+        default="starter:tagger", description="checkpoint unless the deployment's `user_config: {uri}` says other"
+    )
+    device: str = Field(default="cpu", pattern="^(cpu|gpu)$")
+    num_cpus: float = Field(default=1.0, gt=0, description="CPUs that a replica takes of the cluster")
+    num_gpus: float = Field(
+        default=1.0, gt=0, description="GPUs, or the fraction of one, of each engine worker; on a GPU only"
+    )
+    tensor_parallel: int = Field(default=1, ge=1, le=8, description="GPUs that share one replica's model")
+    threads: int = Field(
+        default=0, ge=0, le=256, description="OpenMP threads of the engine on a CPU; 0: one for each core, at most 8"
+    )
+    dtype: str = Field(default="auto", pattern="^(auto|float32|bfloat16|float16)$", description="auto: `fast_dtype`")
+    max_num_seqs: int = Field(default=32, ge=1, le=1024, description="requests that the engine works on together")
+    max_model_len: int = Field(default=1024, ge=256, description="tokens of prompt and answer")
+    max_tokens: int = Field(
+        default=72, ge=16, le=512, description="tokens of an answer; one cut off there is still read"
+    )
+    kv_cache_bytes: int = Field(
+        default=512 * 2**20, ge=2**24, description="key-value cache on a CPU, instead of a share of all memory"
+    )
+    gpu_memory_utilization: float = Field(default=0.85, gt=0, le=1, description="share of a GPU's memory to take")
+    request_timeout_s: float = Field(
+        default=60.0, gt=0, le=600, description="after this a request is given up and aborted in the engine"
+    )
+    min_replicas: int = Field(default=1, ge=0)
+    initial_replicas: int | None = Field(default=None, ge=0, description="null: min_replicas")
+    max_replicas: int = Field(default=1, ge=1)
+    target_ongoing_requests: float = Field(default=16.0, gt=0, description="requests a replica should have in hand")
+    max_ongoing_requests: int = Field(default=48, ge=1, description="requests in one replica, running and waiting")
+    max_queued_requests: int = Field(
+        default=64, ge=-1, description="waiting in one caller; beyond it BackPressureError"
+    )
+
+    def canary(self) -> TaggerSettings:
+        """The same for a canary: no replica until it is given traffic."""
+        return self.model_copy(update={"min_replicas": 0, "initial_replicas": 0, "max_replicas": 1})
+
+
+def cpu_flags(cpuinfo: str) -> frozenset[str]:
+    """The instruction set flags of the first processor in /proc/cpuinfo's text (x86 ``flags``, ARM ``Features``)."""
+    for line in cpuinfo.splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return frozenset()
+
+
+def fast_dtype(device: str, flags: frozenset[str] | None = None) -> str:
+    """The number format that the hardware multiplies fast, as vLLM names it.
+
+    A CPU without bfloat16 instructions (AVX512-BF16, AMX-BF16, ARM's bf16) emulates them, about three times slower than
+    float32. On a GPU, vLLM's own ``auto``: what the checkpoint was saved in.
+    """
+    if device == "gpu":
+        return "auto"
+    if flags is None:
+        file = Path("/proc/cpuinfo")
+        flags = cpu_flags(file.read_text()) if file.is_file() else frozenset()
+    return "bfloat16" if flags & {"avx512_bf16", "amx_bf16", "bf16"} else "float32"
+
+
+def engine_arguments(settings: TaggerSettings) -> dict[str, Any]:
+    """vLLM's engine arguments; the benchmark's offline engine takes the very same."""
+    arguments: dict[str, Any] = {
+        "max_model_len": settings.max_model_len,
+        "max_num_seqs": settings.max_num_seqs,
+        "dtype": fast_dtype(settings.device) if settings.dtype == "auto" else settings.dtype,
+        "enable_prefix_caching": True,
+        "seed": 0,
+        "trust_remote_code": False,
+    }
+    if settings.device == "cpu":
+        # compiling for a 135 M model costs more start-up time than it ever gives back on two cores
+        arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": settings.kv_cache_bytes}
+    else:
+        arguments |= {
+            "gpu_memory_utilization": settings.gpu_memory_utilization,
+            "tensor_parallel_size": settings.tensor_parallel,
+        }
+    return arguments
+
+
+def engine_environment(settings: TaggerSettings) -> dict[str, str]:
+    """Environment of the replica and the engine's processes: no network, no usage report, bounded threads."""
+    environment = {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if settings.device == "cpu":
+        threads = str(settings.threads or min(os.cpu_count() or 1, 8))
+        # without `nobind` vLLM pins its threads to cores that the other replicas use too
+        environment |= {"OMP_NUM_THREADS": threads, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    return environment
+
+
+@dataclass
+class _Load:
+    """Requests in the engine, for the health check."""
+
+    running: int = 0
+    progress: float = field(default_factory=time.monotonic)
+
+
+class Tagger:
+    """The replica: one vLLM engine inside ray.serve.llm's ``LLMServer``."""
+
+    def __init__(self, settings: TaggerSettings) -> None:
+        """Start nothing yet: Serve calls ``reconfigure`` with the ``user_config`` before the first request."""
+        self._settings = settings
+        self._prompt = load_prompt()
+        self._checkpoint: Checkpoint | None = None
+        self._server: Any = None
+        self._load = _Load()
+        self._swap = asyncio.Lock()
+
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve the checkpoint that ``user_config["uri"]`` names.
+
+        The first call starts the engine. Later ones load other weights of the same architecture into it, between two
+        requests; the prefix cache is emptied because it was computed with the old ones.
+
+        Raises:
+            CheckpointError: the URI names no sound checkpoint.
+            TaggerError: the new checkpoint has another architecture or tokenizer.
+        """
+        uri = ReplicaConfig.model_validate({"uri": self._settings.uri, **(user_config or {})}).uri
+        checkpoint = await asyncio.to_thread(resolve, uri)
+        async with self._swap:
+            if self._checkpoint is None:
+                await self._start(checkpoint)
+            elif self._checkpoint.revision != checkpoint.revision:
+                await self._exchange(self._checkpoint, checkpoint)
+            self._checkpoint = checkpoint
+
+    async def _start(self, checkpoint: Checkpoint) -> None:
+        from ray.serve.llm import LLMConfig, LLMServer
+
+        server = LLMServer.sync_init(llm_config(self._settings, checkpoint.folder, LLMConfig))
+        await server.start()
+        self._server = server
+        # the first request compiles the grammar and fills the prefix cache: do it before anyone waits for it
+        await self._ask("a dog runs on the grass")
+
+    async def _exchange(self, old: Checkpoint, new: Checkpoint) -> None:
+        for name in ("config.json", "tokenizer.json"):
+            if _content(old.folder / name) != _content(new.folder / name):
+                raise TaggerError(
+                    f"{new.uri} differs from the running {old.uri} in {name}: "
+                    "deploy it as the canary, or restart the deployment with it"
+                )
+        await self._server.pause(mode="wait", clear_cache=True)
+        try:
+            await self._server.collective_rpc("reload_weights", kwargs={"weights_path": str(new.folder)})
+            await self._server.reset_prefix_cache()
+        finally:
+            await self._server.resume()
+
+    async def tag(self, caption: str) -> dict[str, Any]:
+        """Tags of a caption.
+
+        Returns:
+            ``{"tags", "revision", "model": "URI#revision", "prompt": its version, "proposed"}``; ``proposed`` is
+            how many tags held of those that the model itself gave.
+
+        Raises:
+            TaggerError: the engine refused or failed the request.
+            TimeoutError: no answer within ``request_timeout_s``.
+        """
+        checkpoint = self.checkpoint
+        async with asyncio.timeout(self._settings.request_timeout_s):
+            raw = await self._ask(caption)
+        return {
+            "tags": clean_tags(raw, caption),
+            "revision": checkpoint.revision,
+            "model": checkpoint.name,
+            "prompt": self._prompt.version,
+            "proposed": len(proposed(raw, caption)),
+        }
+
+    async def _ask(self, caption: str) -> str:
+        """The model's answer. Cancelling this coroutine aborts the request in the engine."""
+        from ray.serve.llm.openai_api_models import ChatCompletionRequest
+
+        if not self._load.running:
+            self._load.progress = time.monotonic()
+        self._load.running += 1
+        try:
+            request = ChatCompletionRequest(
+                model=_MODEL_ID,
+                messages=self._prompt.messages(caption),
+                temperature=0.0,
+                max_tokens=self._settings.max_tokens,
+                structured_outputs={"regex": ANSWER},
+                stream=False,
+            )
+            # the engine's generator, not the server's `chat`: nothing of Serve's streaming is needed inside the replica
+            async for answer in self._server.engine.chat(request):
+                if (error := getattr(answer, "error", None)) is not None:
+                    raise TaggerError(f"vLLM refused the request: {error.message}")
+                self._load.progress = time.monotonic()
+                return answer.choices[0].message.content or ""
+            raise TaggerError("vLLM gave no answer")
+        finally:
+            self._load.running -= 1
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint in service."""
+        if self._checkpoint is None:
+            raise TaggerError("no model is loaded: the deployment has no user_config")
+        return self._checkpoint
+
+    async def info(self) -> dict[str, Any]:
+        """``ModelInfo`` of the model in service, the prompt's version on its card."""
+        checkpoint = self.checkpoint
+        card = checkpoint.card.model_dump() | {"prompt": self._prompt.version}
+        return ModelInfo(uri=checkpoint.uri, revision=checkpoint.revision, card=card, views=None).model_dump()
+
+    async def check_health(self) -> None:
+        """Serve's health check.
+
+        Raises:
+            RuntimeError: requests wait and none has been answered for two minutes.
+            Exception: vLLM's own, when its engine process has died.
+        """
+        idle = time.monotonic() - self._load.progress
+        if self._load.running and idle > _STUCK_AFTER_S:
+            raise RuntimeError(f"{self._load.running} requests in the engine, none answered for {idle:.0f} s")
+        if self._server is not None:
+            await self._server.check_health()
+
+    async def stop_engine(self) -> None:
+        """End the engine's processes."""
+        server, self._server = self._server, None
+        if server is not None and (client := getattr(server.engine, "_engine_client", None)) is not None:
+            await asyncio.to_thread(client.shutdown)
+
+    async def __del__(self) -> None:
+        """Serve awaits this when the replica stops: an engine process must not outlive it."""
+        await self.stop_engine()
+
+
+def _content(file: Path) -> bytes | None:
+    return file.read_bytes() if file.is_file() else None
+
+
+def llm_config(settings: TaggerSettings, folder: Path, kind: Any) -> Any:
+    """ray.serve.llm's ``LLMConfig`` (passed as ``kind``: importing it imports vllm) for a checkpoint folder."""
+    return kind(
+        model_loading_config={"model_id": _MODEL_ID, "model_source": str(folder)},
+        engine_kwargs=engine_arguments(settings),
+        runtime_env={"env_vars": engine_environment(settings)},
+        accelerator_config={"kind": "cpu"} if settings.device == "cpu" else None,
+        placement_group_config={"bundles": _bundles(settings)},
+        # on two cores the statistics of every engine step cost as much as they tell
+        log_engine_metrics=settings.device == "gpu",
+    )
+
+
+def _bundles(settings: TaggerSettings) -> list[dict[str, float]]:
+    if settings.device == "cpu":
+        return [{"CPU": settings.num_cpus}]
+    others = [{"GPU": settings.num_gpus}] * (settings.tensor_parallel - 1)
+    return [{"CPU": settings.num_cpus, "GPU": settings.num_gpus}, *others]
+
+
+def build_tagger(settings: TaggerSettings, name: str = "Tagger") -> Application:
+    """The tagger's deployment, ready to be bound into a graph; cheap: nothing of vllm is imported.
+
+    The engine's workers live in the replica's placement group, as ray.serve.llm arranges it, and the replica itself
+    takes nothing beside it: its resources are set by ``settings`` and not by ``ray_actor_options``.
+    """
+    initial = settings.min_replicas if settings.initial_replicas is None else settings.initial_replicas
+    deployment = serve.deployment(
+        Tagger,
+        name=name,
+        max_ongoing_requests=settings.max_ongoing_requests,
+        max_queued_requests=settings.max_queued_requests,
+        autoscaling_config={
+            "min_replicas": settings.min_replicas,
+            "initial_replicas": initial,
+            "max_replicas": settings.max_replicas,
+            "target_ongoing_requests": settings.target_ongoing_requests,
+        },
+        user_config={"uri": settings.uri},
+        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": engine_environment(settings)}},
+        placement_group_bundles=_bundles(settings),
+        placement_group_strategy="PACK",
+        health_check_period_s=10,
+        health_check_timeout_s=30,
+        graceful_shutdown_timeout_s=20,
+    )
+    return deployment.bind(settings)
+
+
+def machine() -> dict[str, Any]:
+    """What a benchmark's figures depend on: processor flags that matter, cores, and the number format they lead to."""
+    file = Path("/proc/cpuinfo")
+    flags = cpu_flags(file.read_text()) if file.is_file() else frozenset()
+    return {
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "flags": sorted(flags & {"avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "bf16"}),
+        "dtype": fast_dtype("cpu", flags),
+    }
