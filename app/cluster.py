@@ -95,6 +95,7 @@ def start(port: int, num_cpus: int, object_store_bytes: int) -> Instance:
     folder = instance_folder(port)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700)
+    _owner_file(port).write_text(str(os.getpid()))
     secret = folder / "auth_token"
     secret.touch(mode=0o600)
     secret.write_text(secrets.token_hex(32))
@@ -131,10 +132,20 @@ def running(port: int) -> Instance | None:
         return None
 
 
+def _owner_file(port: int) -> Path:
+    """Holds the process id of whoever started the instance: it waits in the foreground and has no mark."""
+    return instance_folder(port) / "owner.pid"
+
+
 def processes(port: int) -> list[psutil.Process]:
     """Every process of an instance but this one and its parents."""
     own = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
     found = []
+    with contextlib.suppress(OSError, ValueError, psutil.Error):
+        owner = psutil.Process(int(_owner_file(port).read_text()))
+        # a process id may have been given to another program since
+        if owner.pid not in own and any("app." in part for part in owner.cmdline()):
+            found.append(owner)
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             if (

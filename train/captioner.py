@@ -356,6 +356,7 @@ def save_trained(
     folder = config.output
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / "decoder.safetensors", metadata={"format": "pt"})
+    (folder / "decoder.safetensors").chmod(0o644)
     text = decoder.config.to_diff_dict() | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     (folder / "text_config.json").write_text(json.dumps(text, indent=1) + "\n")
     names = "\n".join(photo.name for part in ("train", "val", "test") for photo in splits[part])

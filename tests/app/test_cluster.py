@@ -1,0 +1,69 @@
+"""A local instance: what belongs to it is found and ended, what does not is left alone."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from app import cluster
+
+PORT = 8991
+SLEEPER = [sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"]
+
+
+@pytest.fixture
+def folder():
+    path = cluster.instance_folder(PORT)
+    path.mkdir(mode=0o700, exist_ok=True)
+    yield path
+    cluster.stop(PORT, patience_s=0.5)
+
+
+def test_stop_ends_what_bears_the_mark_even_if_it_will_not_listen_and_nothing_else(folder) -> None:
+    marked = subprocess.Popen(SLEEPER, env=os.environ | {"DEEPTRUST_INSTANCE": str(PORT)})
+    other = subprocess.Popen(SLEEPER, env=os.environ | {"DEEPTRUST_INSTANCE": str(PORT + 1)})
+    try:
+        time.sleep(0.3)
+        assert cluster.stop(PORT, patience_s=1.0) == 1
+        assert marked.wait(5) is not None  # stop has reaped it: the code is lost, the end is not
+        assert other.poll() is None
+        assert not folder.exists()
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_the_process_in_the_foreground_is_part_of_the_instance(folder) -> None:
+    owner = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)  # app.serve"])
+    (folder / "owner.pid").write_text(str(owner.pid))
+    assert [process.pid for process in cluster.processes(PORT)] == [owner.pid]
+    cluster.stop(PORT, patience_s=2.0)
+    assert owner.wait(5) is not None
+
+
+def test_a_recycled_process_id_is_not_mistaken_for_the_owner(folder) -> None:
+    stranger = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    (folder / "owner.pid").write_text(str(stranger.pid))
+    assert cluster.processes(PORT) == []
+    stranger.kill()
+    stranger.wait()
+
+
+def test_a_port_in_use_is_refused_with_what_to_do() -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        port = server.getsockname()[1]
+        with pytest.raises(cluster.ClusterError, match=r"in use.*PORT="):
+            cluster.start(port, num_cpus=1, object_store_bytes=2**27)
+
+
+def test_everything_in_an_instance_asks_for_rays_token_and_calls_nobody() -> None:
+    environment = cluster.environment(PORT)
+    assert environment["RAY_AUTH_MODE"] == "token"
+    assert environment["RAY_USAGE_STATS_ENABLED"] == "0"
