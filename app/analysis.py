@@ -160,7 +160,8 @@ class Graph:
 
     def _wanted_views(self, tasks: frozenset[Task]) -> list[ViewSpec]:
         wanted = []
-        for stage, needed in (("detector", "detect" in tasks), ("captioner", bool(tasks & {"caption", "tag"}))):
+        needs: dict[Stage, bool] = {"detector": "detect" in tasks, "captioner": bool(tasks & {"caption", "tag"})}
+        for stage, needed in needs.items():
             route = self.routes[stage]
             for info in (route.info, route.canary_info):
                 if needed and info is not None and info.views is not None:

@@ -28,7 +28,7 @@ class _Strict(BaseModel):
 class Limits(_Strict):
     """What one request may ask of the application."""
 
-    picture: ImageLimits = Field(default_factory=ImageLimits)
+    picture: ImageLimits = Field(ImageLimits())
     max_pictures: int = Field(32, ge=1, le=256, description="pictures in one request")
     max_request_bytes: int = Field(64 * 2**20, ge=1024, description="body of one request")
     request_timeout_s: float = Field(60.0, gt=0, le=600, description="a request's whole time")
@@ -41,8 +41,8 @@ class Limits(_Strict):
 class AppArgs(_Strict):
     """``args`` of ``app.main:build``. Changing them restarts every replica: revisions do not belong here."""
 
-    limits: Limits = Field(default_factory=Limits)
-    tagger: TaggerSettings = Field(default_factory=TaggerSettings)
+    limits: Limits = Field(Limits())
+    tagger: TaggerSettings = Field(TaggerSettings())
     tagger_canary: TaggerSettings | None = Field(None, description="null: the tagger's canary is not deployed")
 
 
@@ -57,7 +57,7 @@ class CanaryShares(_Strict):
 class IngressConfig(_Strict):
     """The ingress's ``user_config``."""
 
-    canary: CanaryShares = Field(default_factory=CanaryShares)
+    canary: CanaryShares = Field(CanaryShares())
 
 
 class ConfigError(ValueError):

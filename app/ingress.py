@@ -110,7 +110,6 @@ def _item(result: dict[str, Any] | BaseException) -> dict[str, Any]:
     return result
 
 
-@serve.deployment
 @serve.ingress(api)
 class Ingress:
     """The application's HTTP side; holds the graph and what is in flight."""

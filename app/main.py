@@ -10,6 +10,7 @@ what runs where, in how many replicas and with which checkpoint stands in that f
 """
 
 # No postponed annotations here: Ray reads the annotation of `build` itself to validate `args` against it.
+from ray import serve
 from ray.serve import Application
 
 from app.config import CANARIES, MODELS, AppArgs
@@ -21,19 +22,16 @@ from deployments.tagger import build_tagger
 
 def build(args: AppArgs) -> Application:
     """The application that ``serve_config.yaml`` and ``make serve`` deploy."""
-    detector, captioner = Detector.options(name=MODELS["detector"]), Captioner.options(name=MODELS["captioner"])
-    detector_canary = Detector.options(name=CANARIES["detector"])
-    captioner_canary = Captioner.options(name=CANARIES["captioner"])
-    return Ingress.bind(
+    return serve.deployment(Ingress, name="Ingress").bind(
         args.limits,
         {
-            "detector": detector.bind(),
-            "captioner": captioner.bind(),
+            "detector": serve.deployment(Detector, name=MODELS["detector"]).bind(),
+            "captioner": serve.deployment(Captioner, name=MODELS["captioner"]).bind(),
             "tagger": build_tagger(args.tagger, name=MODELS["tagger"]),
         },
         {
-            "detector": detector_canary.bind(),
-            "captioner": captioner_canary.bind(),
+            "detector": serve.deployment(Detector, name=CANARIES["detector"]).bind(),
+            "captioner": serve.deployment(Captioner, name=CANARIES["captioner"]).bind(),
             **({"tagger": build_tagger(args.tagger_canary, name=CANARIES["tagger"])} if args.tagger_canary else {}),
         },
     )

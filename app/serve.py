@@ -121,7 +121,8 @@ def wait_until_ready(instance: cluster.Instance, timeout_s: float) -> float:
     Raises:
         StartError: a stage failed, or the time is over.
     """
-    started, shown = time.monotonic(), {}
+    shown: dict[str, str] = {}
+    started = time.monotonic()
     while time.monotonic() - started < timeout_s:
         states: dict[str, str] = {"http": "starting"}
         with contextlib.suppress(httpx.HTTPError, ValueError, KeyError):

@@ -62,7 +62,6 @@ class CaptionerModel:
         return [text.strip().removeprefix(self._prompt).strip()[:512] for text in texts]
 
 
-@serve.deployment
 class Captioner(Replica[CaptionerModel]):
     """A replica of the captioner."""
 
@@ -88,7 +87,8 @@ class Captioner(Replica[CaptionerModel]):
 
     @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.005)
     async def _batch(self, views: list[np.ndarray], deadline: list[float]) -> list[dict[str, Any] | None]:
-        model, answers = self.model, [None] * len(views)
+        model = self.model
+        answers: list[dict[str, Any] | None] = [None] * len(views)
         chosen = [index for index in alive(deadline) if views[index].shape == model.views.shape]
         if chosen:
             texts = await self.compute(model.caption, np.stack([views[index] for index in chosen]))

@@ -49,7 +49,7 @@ class Card(BaseModel):
     task: str = Field("unknown", description="`detection`, `captioning` or `tagging`")
     architecture: str = Field("unknown", description="the model class")
     labels: list[str] = Field(default_factory=list, description="label of each logit, for a detector")
-    thresholds: Thresholds = Field(default_factory=Thresholds)
+    thresholds: Thresholds = Field(Thresholds())
     temperature: float = Field(1.0, gt=0, description="logits are divided by it: calibration")
     preprocessing: dict[str, Any] = Field(default_factory=dict, description="the view of a picture that the model sees")
     generation: dict[str, Any] = Field(default_factory=dict, description="decoding settings, for a captioner")

@@ -94,7 +94,6 @@ class DetectorModel:
         return maps / maps.max() if maps.max() > 0 else maps
 
 
-@serve.deployment
 class Detector(Replica[DetectorModel]):
     """A replica of the detector."""
 
@@ -130,7 +129,8 @@ class Detector(Replica[DetectorModel]):
 
     @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.005)
     async def _batch(self, views: list[np.ndarray], deadline: list[float]) -> list[dict[str, Any] | None]:
-        model, answers = self.model, [None] * len(views)
+        model = self.model
+        answers: list[dict[str, Any] | None] = [None] * len(views)
         chosen = [index for index in alive(deadline) if views[index].shape == model.views.shape]
         if chosen:
             probabilities = await self.compute(model.detect, np.stack([views[index] for index in chosen]))

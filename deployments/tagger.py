@@ -102,7 +102,7 @@ class TaggerSettings(BaseModel):
     )
     tensor_parallel: int = Field(default=1, ge=1, le=8, description="GPUs that share one replica's model")
     threads: int = Field(
-        default=0, ge=0, le=256, description="OpenMP threads of the engine on a CPU; 0: one for each core, at most 8"
+        default=0, ge=0, le=256, description="OpenMP threads of the engine on a CPU; 0: half the cores, at most 8"
     )
     dtype: str = Field(default="auto", pattern="^(auto|float32|bfloat16|float16)$", description="auto: `fast_dtype`")
     max_num_seqs: int = Field(default=32, ge=1, le=1024, description="requests that the engine works on together")
@@ -185,7 +185,8 @@ def engine_environment(settings: TaggerSettings) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
     }
     if settings.device == "cpu":
-        threads = str(settings.threads or min(os.cpu_count() or 1, 8))
+        threads = str(settings.threads or min(max((os.cpu_count() or 1) // 2, 1), 8))
+        # OpenMP threads wait for each other by spinning: as many as cores, beside other replicas, and all crawl;
         # without `nobind` vLLM pins its threads to cores that the other replicas use too
         environment |= {"OMP_NUM_THREADS": threads, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     return environment
@@ -264,9 +265,10 @@ class Tagger:
             TaggerError: the engine refused or failed the request.
             TimeoutError: no answer within ``request_timeout_s``.
         """
-        checkpoint = self.checkpoint
         async with asyncio.timeout(self._settings.request_timeout_s):
             raw = await self._ask(caption)
+        # read after the answer: a request that waited while weights were exchanged was answered by the new ones
+        checkpoint = self.checkpoint
         return {
             "tags": clean_tags(raw, caption),
             "revision": checkpoint.revision,
@@ -327,15 +329,11 @@ class Tagger:
         if self._server is not None:
             await self._server.check_health()
 
-    async def stop_engine(self) -> None:
-        """End the engine's processes."""
-        server, self._server = self._server, None
-        if server is not None and (client := getattr(server.engine, "_engine_client", None)) is not None:
-            await asyncio.to_thread(client.shutdown)
-
-    async def __del__(self) -> None:
-        """Serve awaits this when the replica stops: an engine process must not outlive it."""
-        await self.stop_engine()
+    def __del__(self) -> None:
+        """Serve calls this when the replica stops: the engine's processes must not outlive it."""
+        server = getattr(self, "_server", None)
+        if (client := getattr(getattr(server, "engine", None), "_engine_client", None)) is not None:
+            client.shutdown()
 
 
 def _content(file: Path) -> bytes | None:

@@ -82,7 +82,7 @@ class ViewSpec(BaseModel):
         if "view_spec" in config:
             return cls.model_validate(config["view_spec"])
         size, crop = config.get("size", 224), config.get("crop_size", 224)
-        resample = Image.Resampling(config.get("resample", Image.Resampling.BICUBIC)).name.lower()
+        resample: Any = Image.Resampling(config.get("resample", Image.Resampling.BICUBIC)).name.lower()
         if not config.get("do_resize", True):
             raise ValueError(f"{path}: do_resize is false; pictures of any size cannot be batched")
         short, side = _resize_of(size, path)

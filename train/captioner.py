@@ -123,7 +123,10 @@ class PackedCaptions(torch.utils.data.Dataset[dict[str, Any]]):
         begin, end, unknown = tokenizer.bos_token_id, tokenizer.sep_token_id, tokenizer.unk_token_id
         self.sequences: list[tuple[list[int], list[int], list[int], list[int]]] = []
         for photo in photos:
-            tokens, targets, positions, segments = [], [], [], []
+            tokens: list[int] = []
+            targets: list[int] = []
+            positions: list[int] = []
+            segments: list[int] = []
             for segment, caption in enumerate(photo.captions):
                 words = tokenizer.convert_tokens_to_ids(normalise(caption).split())
                 tokens += [begin, *words]
