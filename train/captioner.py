@@ -30,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch.nn import functional
 from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipTextConfig
 
+from deployments.captioner import GENERATION
 from deployments.towers import CLIP_MEAN, CLIP_STD, blip_vision_config, blip_vision_state, clip_state
 from train.captions import CaptionedPhoto, Split, normalise, read_captions, score_captions, split_photos
 from train.features import cached_features
@@ -57,7 +58,9 @@ class CaptionerConfig(BaseModel):
     keep_patches: float = Field(
         0.4, gt=0, le=1, description="share of image tokens a step sees: regularises, saves time"
     )
-    ema_decay: float = Field(0.99, ge=0, lt=1, description="of the averaged weights that are evaluated and kept")
+    length_penalty: float = Field(
+        0.5, description="of the beams, written into the card; below 1 favours short captions, which score better"
+    )
     hidden_size: int = Field(384, multiple_of=64)
     layers: int = Field(4, ge=1)
     min_word_count: int = Field(4, ge=1, description="rarer words of the training captions are unknown words")
@@ -185,13 +188,6 @@ class CaptionerModule(pl.LightningModule):
         self.val_photos, self.val_features, self.tokenizer = val_photos, val_features, tokenizer
         blip = captioner_config(vocab_size, config.hidden_size, config.layers, config.dropout)
         self.decoder = BlipForConditionalGeneration(blip).text_decoder
-        average = torch.optim.swa_utils.AveragedModel(self.decoder, avg_fn=self._moving_average)
-        self.average = average.requires_grad_(False)
-
-    def _moving_average(self, average: torch.Tensor, current: torch.Tensor, updates: torch.Tensor) -> torch.Tensor:
-        """Exponential, with a memory that grows with the run: at first a long one would only remember the start."""
-        decay = min(self.config.ema_decay, (1 + float(updates)) / (10 + float(updates)))
-        return torch.lerp(current, average, decay)
 
     def training_step(self, batch: dict[str, torch.Tensor], _: int) -> torch.Tensor:
         logits = self.decoder(
@@ -209,15 +205,13 @@ class CaptionerModule(pl.LightningModule):
             print(f"step {self.global_step}/{self.total_steps} loss {loss.item():.3f}", flush=True)
         return loss
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.average.update_parameters(self.decoder)
-
     def validation_step(self, *_: Any) -> None:
         """Captions are generated once an epoch, in ``on_validation_epoch_end``."""
 
     def on_validation_epoch_end(self) -> None:
-        decoder = self.average.module.eval()
-        generated = caption_features(decoder, self.tokenizer, self.val_features)
+        generated = caption_features(
+            self.decoder, self.tokenizer, self.val_features, {"length_penalty": self.config.length_penalty}
+        )
         names = [photo.name for photo in self.val_photos]
         scores = score_captions(
             dict(zip(names, generated, strict=True)), {photo.name: photo.captions for photo in self.val_photos}
@@ -246,9 +240,12 @@ class CaptionerModule(pl.LightningModule):
 
 @torch.inference_mode()
 def caption_features(
-    decoder: Any, tokenizer: BertTokenizer, features: np.ndarray, num_beams: int = 3, batch_size: int = 50
+    decoder: Any, tokenizer: BertTokenizer, features: np.ndarray, generation: dict[str, Any], batch_size: int = 50
 ) -> list[str]:
-    """Captions of image tokens ``(n, tokens, width)`` as BLIP's ``generate`` writes them, the tower left out."""
+    """Captions of image tokens ``(n, tokens, width)`` as the served model writes them, the tower left out.
+
+    ``generation`` changes settings of ``deployments.captioner.GENERATION``.
+    """
     config, texts = decoder.config, []
     for first in range(0, len(features), batch_size):
         image = torch.from_numpy(np.asarray(features[first : first + batch_size])).float()
@@ -258,9 +255,7 @@ def caption_features(
             encoder_attention_mask=torch.ones(image.shape[:-1], dtype=torch.long),
             eos_token_id=config.sep_token_id,
             pad_token_id=config.pad_token_id,
-            num_beams=num_beams,
-            max_new_tokens=20,
-            min_new_tokens=4,
+            **(GENERATION | generation),
         )
         texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
     return [text.strip() for text in texts]
@@ -293,7 +288,7 @@ def tower_features(config: CaptionerConfig, names: list[str]) -> np.ndarray:
 
 
 def train_worker(settings: dict[str, Any]) -> None:
-    """What each Ray Train worker runs: features, loop, and the averaged decoder written by rank 0."""
+    """What each Ray Train worker runs: features, loop, and the decoder written by rank 0."""
     import ray.train
     from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment, RayTrainReportCallback, prepare_trainer
 
@@ -341,7 +336,7 @@ def train_worker(settings: dict[str, Any]) -> None:
         trainer.fit(module, train, loader(val[:1], 1.0, False), ckpt_path=resume, weights_only=True)
     if ray.train.get_context().get_world_rank() == 0:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val_")}
-        save_trained(module.average.module, config, splits, metrics)
+        save_trained(module.decoder, config, splits, metrics)
 
 
 def save_trained(
@@ -373,7 +368,7 @@ def save_trained(
     card = {
         "task": "captioning",
         "architecture": "BlipForConditionalGeneration",
-        "generation": {"num_beams": 3, "max_new_tokens": 20, "min_new_tokens": 4},
+        "generation": GENERATION | {"length_penalty": config.length_penalty},
         "dataset": {
             "name": config.data.name,
             "version": hashlib.sha256(names.encode()).hexdigest()[:12],
