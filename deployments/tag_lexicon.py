@@ -70,6 +70,7 @@ _IMPLY_NOTHING = frozenset(
         "counter",
         "snowball",
         "trunks",
+        "queen",
     ]
 )
 #: Words that under a photo are mostly no nouns.
@@ -78,7 +79,7 @@ _NO_NOUNS = frozenset(
 )
 #: Nouns of photo captions that WordNet has only capitalised or as two words, or counts as verbs; and what they imply.
 _ADDED = {
-    "frisbee": "toy",
+    **dict.fromkeys(("frisbee", "kite"), "toy"),
     **dict.fromkeys(("wetsuit", "snowsuit", "dress", "jersey", "bikini"), "clothing"),
     "drink": "beverage",
     "dirtbike": "vehicle",
@@ -168,7 +169,7 @@ class WordNet:
             return self._exceptions[word]
         if word in self.senses:
             return word
-        for ending, instead in (("ies", "y"), ("ves", "f"), ("men", "man"), ("es", ""), ("s", "")):
+        for ending, instead in (("ies", "y"), ("ves", "f"), ("men", "man"), ("s", ""), ("es", "")):
             stem = word.removesuffix(ending) + instead
             if word.endswith(ending) and stem in self.senses:
                 return stem

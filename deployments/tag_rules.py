@@ -41,6 +41,8 @@ _STOP = frozenset(
     picture image view tag tags caption together
     """.split()  # noqa: SIM905
 )
+#: Endings after which a plural takes `es`: dishes, but not gates.
+_HISSES = ("s", "x", "z", "ch", "sh", "o")
 _WORD = re.compile(r"[a-z0-9]+")
 _STRING = re.compile(r'"((?:[^"\\]|\\.)*)"')
 
@@ -75,8 +77,15 @@ def lemma(word: str) -> str:
         return lexicon.plurals[word]
     if word in lexicon.implied:
         return word
-    for ending, instead in (("men", "man"), ("ies", "y"), ("ves", "f"), ("ves", "fe"), ("es", ""), ("s", "")):
-        if word.endswith(ending) and word.removesuffix(ending) + instead in lexicon.implied:
+    for ending, instead in (
+        ("men", "man"),
+        ("ies", "y"),
+        ("ves", "f"),
+        ("ves", "fe"),
+        ("s", ""),
+        *((e + "es", e) for e in _HISSES),
+    ):
+        if word.endswith(ending) and not word.endswith("ss") and word.removesuffix(ending) + instead in lexicon.implied:
             return word.removesuffix(ending) + instead
     return word
 

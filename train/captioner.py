@@ -170,9 +170,7 @@ def collate(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 class CaptionerModule(pl.LightningModule):
-    """The text decoder under training, and its moving average, which is what validation captions with and what is
-    kept.
-    """
+    """The text decoder under training; validation captions photos with it as serving does."""
 
     def __init__(
         self,

@@ -174,7 +174,7 @@ class HeadModule(pl.LightningModule):
         # in the loss, not as AdamW's decay: the optimum is then that of a penalised regression, whatever the step size
         matrices = [parameter for parameter in self.head.parameters() if parameter.ndim > 1]
         loss = loss + self.config.penalty * torch.stack([matrix.square().sum() for matrix in matrices]).sum()
-        self.log("train_loss", loss, on_step=False, on_epoch=True)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, sync_dist=True)
         return loss
 
     def on_train_epoch_end(self) -> None:
@@ -249,7 +249,7 @@ def calibrate(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> tu
         return loss
 
     optimizer.step(closure)
-    return float((-log_scale).exp()), float(bias)
+    return float((-log_scale.detach()).exp()), float(bias.detach())
 
 
 def choose_thresholds(
@@ -390,7 +390,8 @@ def main(arguments: list[str] | None = None) -> None:
         scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": config.threads}),
         run_config=RunConfig(name=config.name, storage_path=str(settings["storage"])),
     )
-    print((trainer.fit()).metrics)
+    trainer.fit()
+    print(json.loads((settings["output"] / "card.json").read_text())["metrics"])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,108 @@
+"""Speed of the served tagger beside vLLM offline, same captions, same prompt, same engine arguments, one run.
+
+The two engines are up at the same time and take turns, ``--repeats`` times each, so that whatever else the machine does
+hits both alike; the ratio of the medians is the figure. In: a checkpoint URI and a folder with ``captions.txt``. Out:
+``results/tagger_serving.json``. Starts a Ray of its own unless ``RAY_ADDRESS`` names one, and stops what it started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.offline_tagger import OfflineTagger
+from benchmarks.tagger_quality import read_flickr
+from deployments.checkpoints import resolve
+from deployments.tagger import (
+    TaggerSettings,
+    build_tagger,
+    engine_arguments,
+    engine_environment,
+    machine,
+)
+
+RESULT = Path(__file__).parent / "results" / "tagger_serving.json"
+
+
+async def _served(handle: Any, captions: list[str], clients: int) -> float:
+    """Seconds that ``clients`` clients without think time take for all captions through the Serve handle."""
+    waiting = iter(captions)
+
+    async def client() -> None:
+        for caption in waiting:
+            await handle.tag.remote(caption)
+
+    started = time.perf_counter()
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    """Measure and write the result."""
+    parser = argparse.ArgumentParser(description="served tagger against vLLM offline")
+    parser.add_argument("--flickr", type=Path, required=True, help="folder with captions.txt")
+    parser.add_argument("--uri", default="starter:tagger")
+    parser.add_argument("--requests", type=int, default=64, help="in each repeat")
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--output", type=Path, default=RESULT)
+    options = parser.parse_args()
+    # the offline engine gets as many requests at a time as there are clients: the same batch on both sides
+    settings = TaggerSettings(
+        uri=options.uri, threads=options.threads, dtype=options.dtype, max_num_seqs=options.clients
+    )
+    os.environ.update(engine_environment(settings))
+    captions = [row["caption"] for row in read_flickr(options.flickr, options.requests * options.repeats, seed=1)]
+
+    import ray
+    from ray import serve
+
+    ray.init(num_cpus=4, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
+    try:
+        started = time.perf_counter()
+        handle = serve.run(build_tagger(settings, "Tagger"), name="tagger", route_prefix=None)
+        ready_s = time.perf_counter() - started
+
+        engine = OfflineTagger(resolve(options.uri), settings)
+        asyncio.run(_served(handle, captions[:2], 2))
+        engine.answer(captions[:2])
+        served, offline = [], []
+        for repeat in range(options.repeats):
+            part = captions[repeat * options.requests : (repeat + 1) * options.requests]
+            begun = time.perf_counter()
+            engine.answer(part)
+            offline.append(len(part) / (time.perf_counter() - begun))
+            served.append(len(part) / asyncio.run(_served(handle, part, options.clients)))
+            print(f"repeat {repeat}: offline {offline[-1]:.2f}/s, served {served[-1]:.2f}/s", flush=True)
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+    ratio = statistics.median(served) / statistics.median(offline)
+    result = {
+        "machine": machine(),
+        "threads": engine_environment(settings).get("OMP_NUM_THREADS"),
+        "dtype": engine_arguments(settings)["dtype"],
+        "clients": options.clients,
+        "requests_per_repeat": options.requests,
+        "served_per_s": served,
+        "offline_per_s": offline,
+        "served_to_offline": ratio,
+        "replica_ready_s": ready_s,
+        "load_average": os.getloadavg(),
+        "bars": {"served >= 0.75 offline": ratio >= 0.75},
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
