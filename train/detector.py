@@ -52,7 +52,7 @@ class DetectorConfig(BaseModel):
     blocks: list[int] = Field(
         [4, 5, 6, 7, 8], description="blocks of the tower whose tokens are pooled; later blocks are cut off"
     )
-    pools: list[str] = Field(["cls", "mean"], description="how tokens are pooled: cls, mean, std")
+    pools: list[str] = Field(["cls"], description="how tokens are pooled: cls, mean, std")
     damage: Damage = Field(Damage(), description="random delivery of training pictures")
     variants: int = Field(1, ge=1, description="randomly damaged versions of each training picture")
     balance: float = Field(
@@ -66,7 +66,7 @@ class DetectorConfig(BaseModel):
     epochs: int = Field(60, ge=1)
     batch_size: int = Field(64, ge=1)
     learning_rate: float = Field(1e-3, gt=0)
-    penalty: float = Field(0.2, ge=0, description="times the sum of the squared weights, added to the mean loss")
+    penalty: float = Field(0.02, ge=0, description="times the sum of the squared weights, added to the mean loss")
     calibration_tiers: list[Tier] = Field(
         ["clean", "512_q40"],
         description="tiers of delivery in which validation pictures set temperature and thresholds",
