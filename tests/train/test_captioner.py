@@ -72,9 +72,9 @@ def test_a_run_through_ray_train_gives_a_captioner_that_serves(caption_data: Pat
     main(
         [
             *("--data", str(caption_data), "--output", str(output), "--cache", str(tmp_path / "cache")),
-            *("--storage", str(tmp_path / "runs"), "--epochs", "30", "--min_word_count", "1"),
-            *("--photos_per_batch", "4", "--warmup_steps", "5", "--hidden_size", "64", "--layers", "1"),
-            *("--test_photos", "4", "--validation_photos", "4", "--dropout", "0"),
+            *("--storage", str(tmp_path / "runs"), "--epochs", "30", "--min-word-count", "1"),
+            *("--photos-per-batch", "4", "--warmup-steps", "5", "--hidden-size", "64", "--layers", "1"),
+            *("--test-photos", "4", "--validation-photos", "4", "--dropout", "0"),
         ]
     )
     checkpoint = tmp_path / "checkpoint"
