@@ -39,7 +39,7 @@ _MODEL_STAGES: tuple[Stage, ...] = ("detector", "captioner", "tagger")
 
 #: An idle stage is asked this often what it runs, a starting one that often.
 _REFRESH_S, _REFRESH_STARTING_S = 5.0, 1.0
-#: An interactive answer that is this late is worth nothing to the stages that come after it.
+#: How long a replica may take to say what it runs before it counts as not answering.
 _INFO_TIMEOUT_S = 3.0
 
 

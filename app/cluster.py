@@ -8,7 +8,6 @@ no model and no graph.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
 import shutil
@@ -17,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -32,7 +31,7 @@ class ClusterError(RuntimeError):
 
 @dataclass(frozen=True)
 class Instance:
-    """One running application: where its parts listen. Kept in ``<folder>/instance.json`` while it runs."""
+    """One running application: where its parts listen."""
 
     port: int
     gcs_port: int
@@ -113,23 +112,12 @@ def start(port: int, num_cpus: int, object_store_bytes: int) -> Instance:
     if code != 0:
         stop(port)
         raise ClusterError(f"Ray did not start (exit {code}); see {folder / 'ray-start.log'}")
-    (folder / "instance.json").write_text(json.dumps(asdict(instance)))
     return instance
 
 
 def token(port: int) -> str:
     """The token that Ray's dashboard and jobs of an instance ask for."""
     return (instance_folder(port) / "auth_token").read_text()
-
-
-def running(port: int) -> Instance | None:
-    """The instance with this HTTP port, if there is one."""
-    try:
-        return (
-            Instance(**json.loads((instance_folder(port) / "instance.json").read_text())) if processes(port) else None
-        )
-    except (OSError, ValueError, TypeError):
-        return None
 
 
 def _owner_file(port: int) -> Path:
