@@ -80,6 +80,14 @@ def cache_root() -> Path:
     return Path(os.environ.get("DEEPTRUST_CACHE", "~/.cache/deeptrust")).expanduser()
 
 
+def mlflow_uri() -> str:
+    """The MLflow that ``models:/`` means: ``MLFLOW_TRACKING_URI``, or a SQLite file in ``~/.local/share/deeptrust``,
+    wherever the process was started."""
+    if named := os.environ.get("MLFLOW_TRACKING_URI"):
+        return named
+    return f"sqlite:///{Path('~/.local/share/deeptrust/mlflow/mlflow.db').expanduser()}"
+
+
 def resolve(uri: str) -> Checkpoint:
     """The checkpoint that ``uri`` names, fetched or built if it is not yet on this machine.
 
@@ -181,7 +189,8 @@ def _from_mlflow(uri: str) -> Path:
     import mlflow
     from mlflow.tracking import MlflowClient
 
-    client = MlflowClient()
+    registry = mlflow_uri()
+    client = MlflowClient(registry, registry)
     name = uri.removeprefix("models:/")
     if "@" in name:
         model, alias = name.split("@", 1)
@@ -192,13 +201,15 @@ def _from_mlflow(uri: str) -> Path:
 
     def fetch(folder: Path) -> None:
         local = Path(
-            mlflow.artifacts.download_artifacts(artifact_uri=version.source, dst_path=str(folder / "download"))
+            mlflow.artifacts.download_artifacts(
+                artifact_uri=version.source, dst_path=str(folder / "download"), tracking_uri=registry
+            )
         )
         for file in local.iterdir():
             shutil.move(str(file), folder / file.name)
         shutil.rmtree(folder / "download", ignore_errors=True)
 
-    return _fetched(f"mlflow:{mlflow.get_tracking_uri()}:{model}/{version.version}:{version.source}", fetch)
+    return _fetched(f"mlflow:{registry}:{model}/{version.version}:{version.source}", fetch)
 
 
 def _from_s3(uri: str) -> Path:
