@@ -1,0 +1,91 @@
+"""A Ray to work on: the cluster of the job or of ``RAY_ADDRESS``, otherwise one of the program's own for its lifetime.
+
+In: how large an own Ray may be. Out: a context in which Ray and Ray Data are ready and set up for small machines; an
+own Ray is gone when it ends. Knows no data set and no model.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+_ROOT = Path(__file__).parent.parent
+
+
+class RaySettings(BaseModel):
+    """How an own Ray is started; a cluster that is there already is taken as it is."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    num_cpus: int | None = Field(None, ge=1, description="CPUs of an own Ray; all of the machine's if not given")
+    object_store_bytes: int = Field(512 * 2**20, ge=78 * 2**20, description="shared memory of an own Ray")
+
+
+@contextmanager
+def ray_session(settings: RaySettings | None = None) -> Iterator[int]:
+    """Ray for the block, and how many CPUs it has.
+
+    A Ray that this process is connected to already is used and left alone. Inside a job, or where ``RAY_ADDRESS`` is
+    set, it connects to that cluster and only disconnects at the end. Else it starts one that listens on loopback,
+    without dashboard, and stops it.
+    """
+    import ray
+
+    settings = settings or RaySettings()
+    own_connection = not ray.is_initialized()
+    if own_connection:
+        common: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
+        if os.environ.get("RAY_ADDRESS", "local") != "local":
+            ray.init(**common)
+        else:
+            # workers find the code, and do not yield to every other process of the machine (Ray nices them to 15)
+            paths = [str(_ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+            defaults = {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_IMPORT_WARNING": "1"}
+            os.environ.update({name: value for name, value in defaults.items() if name not in os.environ})
+            os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+            ray.init(
+                address="local",
+                num_cpus=settings.num_cpus,
+                object_store_memory=settings.object_store_bytes,
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",
+                **common,
+            )
+    try:
+        cpus = max(1, math.floor(ray.cluster_resources().get("CPU", 1)))
+        with _data_context(cpus):
+            yield cpus
+    finally:
+        if own_connection:
+            ray.shutdown()
+
+
+@contextmanager
+def _data_context(cpus: int) -> Iterator[None]:
+    """Ray Data's settings for the block: as many blocks as the CPUs can use instead of 200, bars on terminals only."""
+    from ray.data import DataContext
+
+    context = DataContext.get_current()
+    wanted = {
+        "min_parallelism": 2 * cpus,
+        "read_op_min_num_blocks": 2 * cpus,
+        "default_hash_shuffle_parallelism": 2 * cpus,
+        "enable_progress_bars": sys.stderr.isatty(),
+        "print_on_execution_start": False,
+    }
+    before = {name: getattr(context, name) for name in wanted}
+    for name, value in wanted.items():
+        setattr(context, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(context, name, value)
