@@ -9,7 +9,7 @@ PIP    := $(PY) -m pip --disable-pip-version-check
 TORCH  := 2.13.0
 export PORT ?= 8000
 
-.PHONY: help setup dev starter-models demo serve stop test lint format lock clean
+.PHONY: help setup dev starter-models demo serve stop test proofs lint format lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -51,6 +51,9 @@ stop:  ## end it: no process and no port is left
 
 test: dev  ## all tests, the end-to-end ones against the real application
 	$(PY) -m pytest
+
+proofs: dev  ## the tests that take minutes each (kills, sweeps, thousands of bodies)
+	$(PY) -m pytest -m proof
 
 lint: dev  ## ruff and mypy
 	$(PY) -m ruff check .

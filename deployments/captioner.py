@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from ray import serve
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from deployments.checkpoints import Checkpoint
 from deployments.pixels import Normalisation, check_views
-from deployments.replica import DeadlineExceeded, Replica, ReplicaConfig, alive
+from deployments.replica import Replica
 from deployments.towers import CLIP_MEAN, CLIP_STD, blip_vision_config, blip_vision_state, clip_state
 from deployments.views import ViewSpec
 
@@ -68,33 +67,15 @@ class Captioner(Replica[CaptionerModel]):
     def load(self, checkpoint: Checkpoint) -> CaptionerModel:
         return CaptionerModel(checkpoint)
 
-    def configure_batching(self, config: ReplicaConfig) -> None:
-        self._batch.set_max_batch_size(config.max_batch_size)  # type: ignore[attr-defined]
-        self._batch.set_batch_wait_timeout_s(config.batch_wait_timeout_s)  # type: ignore[attr-defined]
+    def answer(self, model: CaptionerModel, views: np.ndarray) -> list[dict[str, Any]]:
+        return [{"text": text, "model": model.checkpoint.name} for text in model.caption(views)]
 
     async def caption(self, views: np.ndarray, deadline: float) -> dict[str, Any]:
         """Caption one picture: views ``(1, size, size, 3)`` -> ``{"text", "model"}``.
 
-        Raises:
-            ViewMismatch: ask ``info`` for the view specification again.
-            DeadlineExceeded: ``deadline`` (``time.time()``) passed while the picture waited.
+        Raises: as ``Replica.batched``.
         """
-        check_views(views, self.model.views.shape)
-        answer = await self._batch(views, deadline)  # type: ignore[call-arg]
-        if answer is None:
-            raise DeadlineExceeded("the captioner had no time left for this picture")
-        return answer
-
-    @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.005)
-    async def _batch(self, views: list[np.ndarray], deadline: list[float]) -> list[dict[str, Any] | None]:
-        model = self.model
-        answers: list[dict[str, Any] | None] = [None] * len(views)
-        chosen = [index for index in alive(deadline) if views[index].shape == model.views.shape]
-        if chosen:
-            texts = await self.compute(model.caption, np.stack([views[index] for index in chosen]))
-            for index, text in zip(chosen, texts, strict=True):
-                answers[index] = {"text": text, "model": model.checkpoint.name}
-        return answers
+        return await self.batched(views, deadline)
 
 
 def assemble_captioner(source: Path, target: Path) -> None:

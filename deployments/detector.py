@@ -11,13 +11,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from ray import serve
 from transformers import AutoModelForImageClassification
 
 from deployments.checkpoints import Checkpoint, CheckpointError, Thresholds
 from deployments.detector_model import ClipBlocksConfig
 from deployments.pixels import Normalisation, check_views
-from deployments.replica import DeadlineExceeded, Replica, ReplicaConfig, alive
+from deployments.replica import DeadlineExceeded, Replica, alive
 from deployments.views import ViewSpec
 
 Verdict = Literal["ai", "human", "uncertain"]
@@ -100,22 +99,23 @@ class Detector(Replica[DetectorModel]):
     def load(self, checkpoint: Checkpoint) -> DetectorModel:
         return DetectorModel(checkpoint)
 
-    def configure_batching(self, config: ReplicaConfig) -> None:
-        self._batch.set_max_batch_size(config.max_batch_size)  # type: ignore[attr-defined]
-        self._batch.set_batch_wait_timeout_s(config.batch_wait_timeout_s)  # type: ignore[attr-defined]
+    def answer(self, model: DetectorModel, views: np.ndarray) -> list[dict[str, Any]]:
+        thresholds = model.checkpoint.card.thresholds
+        return [
+            {
+                "label": verdict(probability, thresholds),
+                "ai_probability": round(probability, 4),
+                "model": model.checkpoint.name,
+            }
+            for probability in map(float, model.detect(views))
+        ]
 
     async def detect(self, views: np.ndarray, deadline: float) -> dict[str, Any]:
         """One picture's views ``(V, S, S, 3)`` -> ``{"label", "ai_probability", "model"}``.
 
-        Raises:
-            ViewMismatch: ask ``info`` for the view specification again.
-            DeadlineExceeded: ``deadline`` (``time.time()``) passed while the picture waited.
+        Raises: as ``Replica.batched``.
         """
-        check_views(views, self.model.views.shape)
-        answer = await self._batch(views, deadline)  # type: ignore[call-arg]
-        if answer is None:
-            raise DeadlineExceeded("the detector had no time left for this picture")
-        return answer
+        return await self.batched(views, deadline)
 
     async def explain(self, views: np.ndarray, deadline: float) -> list[list[list[float]]]:
         """Heat map of one picture for each of its views, rows of values in 0..1.
@@ -126,19 +126,3 @@ class Detector(Replica[DetectorModel]):
         if not alive([deadline]):
             raise DeadlineExceeded("the detector had no time left for a heat map")
         return np.round(await self.compute(self.model.explain, views), 3).tolist()
-
-    @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.005)
-    async def _batch(self, views: list[np.ndarray], deadline: list[float]) -> list[dict[str, Any] | None]:
-        model = self.model
-        answers: list[dict[str, Any] | None] = [None] * len(views)
-        chosen = [index for index in alive(deadline) if views[index].shape == model.views.shape]
-        if chosen:
-            probabilities = await self.compute(model.detect, np.stack([views[index] for index in chosen]))
-            thresholds = model.checkpoint.card.thresholds
-            for index, probability in zip(chosen, map(float, probabilities), strict=True):
-                answers[index] = {
-                    "label": verdict(probability, thresholds),
-                    "ai_probability": round(probability, 4),
-                    "model": model.checkpoint.name,
-                }
-        return answers

@@ -4,19 +4,28 @@ A replica's event loop never computes: Serve's health checks, cancellations and 
 thread of their own, which is also where a new revision is loaded, so that loading waits for the batch in flight and no
 request is lost.
 
+Pictures are batched by ``serve.batch``, behind a ``Door``. ``serve.batch`` closes a batch when its wait is over, whether
+the model is free or not: pictures that come one by one during a long batch would each become a batch of one, queued
+behind it. The door keeps them outside until the model is free, and then lets them in together.
+
 Knows no model class (a subclass names it) and no HTTP.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, Protocol, TypeVar
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
 
 from deployments.checkpoints import Checkpoint, resolve
+from deployments.pixels import ViewMismatch, check_views
 from deployments.views import ViewSpec
 
 
@@ -56,11 +65,57 @@ Model = TypeVar("Model", bound=PictureModel)
 _STUCK_AFTER_S = 120.0
 
 
+class Door:
+    """An asynchronous context that up to ``size`` requests enter together, while no batch is being computed.
+
+    First come, first served. Belongs to one event loop.
+    """
+
+    def __init__(self, size: int = 8) -> None:
+        self.size = size
+        self._inside = 0
+        self._shut = False
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    def shut(self) -> None:
+        """The batch has begun: whoever comes now waits until all who are inside have left."""
+        self._shut = True
+
+    async def __aenter__(self) -> None:
+        if not self._shut and not self._waiting and self._inside < self.size:
+            self._inside += 1
+            return
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        try:
+            await turn  # `__aexit__` of the last one inside has counted us in when it resolves this
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self._leave()  # let in at the very moment of going away
+            with contextlib.suppress(ValueError):
+                self._waiting.remove(turn)
+            raise
+
+    async def __aexit__(self, *error: object) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        self._inside -= 1
+        if self._inside == 0:
+            self._shut = False
+            while self._waiting and self._inside < self.size:
+                turn = self._waiting.popleft()
+                if not turn.cancelled():
+                    self._inside += 1
+                    turn.set_result(None)
+
+
 class Replica(Generic[Model]):
-    """Base of ``Detector`` and ``Captioner``; subclasses implement ``load`` and their own requests."""
+    """Base of ``Detector`` and ``Captioner``; subclasses implement ``load``, ``answer`` and their own requests."""
 
     def __init__(self) -> None:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._door = Door()
         self._model: Model | None = None
         self._busy_since: float | None = None
 
@@ -68,12 +123,18 @@ class Replica(Generic[Model]):
         """Load a checkpoint, on the worker thread."""
         raise NotImplementedError
 
+    def answer(self, model: Model, views: np.ndarray) -> list[dict[str, Any]]:
+        """Answers to a batch of uint8 views ``(n, V, S, S, 3)``, on the worker thread."""
+        raise NotImplementedError
+
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serve's call at start and whenever ``user_config`` changes: same revision, no work; another, swapped in
         place.
         """
         config = ReplicaConfig.model_validate(user_config)
-        self.configure_batching(config)
+        self._door.size = config.max_batch_size
+        self._batch.set_max_batch_size(config.max_batch_size)  # type: ignore[attr-defined]
+        self._batch.set_batch_wait_timeout_s(config.batch_wait_timeout_s)  # type: ignore[attr-defined]
         checkpoint = await asyncio.to_thread(resolve, config.uri)
         current = self._model
         if (
@@ -82,9 +143,6 @@ class Replica(Generic[Model]):
             or current.checkpoint.uri != config.uri
         ):
             self._model = await asyncio.get_running_loop().run_in_executor(self._worker, self.load, checkpoint)
-
-    def configure_batching(self, config: ReplicaConfig) -> None:
-        """Apply batch size and wait to the subclass's ``@serve.batch`` method."""
 
     @property
     def model(self) -> Model:
@@ -104,6 +162,38 @@ class Replica(Generic[Model]):
                 self._busy_since = None
 
         return await asyncio.get_running_loop().run_in_executor(self._worker, timed)
+
+    async def batched(self, views: np.ndarray, deadline: float) -> dict[str, Any]:
+        """The answer to one picture's views ``(V, S, S, 3)``, computed in a batch with others'.
+
+        Raises:
+            ViewMismatch: ask ``info`` for the view specification again.
+            DeadlineExceeded: ``deadline`` (``time.time()`` seconds) passed while the picture waited.
+        """
+        check_views(views, self.model.views.shape)
+        async with self._door:
+            answer = await self._batch(views, deadline)  # type: ignore[call-arg]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.005)
+    async def _batch(self, views: list[np.ndarray], deadline: list[float]) -> list[dict[str, Any] | Exception]:
+        self._door.shut()
+        model = self.model
+        answers: list[dict[str, Any] | Exception] = [
+            # a revision with other views may have come into service while they waited
+            ViewMismatch(f"views {array.shape} are not this revision's {model.views.shape}")
+            if array.shape != model.views.shape
+            else DeadlineExceeded("the model had no time left for this picture")
+            for array in views
+        ]
+        chosen = [index for index in alive(deadline) if views[index].shape == model.views.shape]
+        if chosen:
+            found = await self.compute(self.answer, model, np.stack([views[index] for index in chosen]))
+            for index, answer in zip(chosen, found, strict=True):
+                answers[index] = answer
+        return answers
 
     async def info(self) -> dict[str, Any]:
         """``ModelInfo`` of the model in service."""

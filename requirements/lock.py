@@ -1,7 +1,7 @@
-"""Make the pinned lists again: ``python requirements/lock.py [cpu] [gpu] [dev]``.
+"""Make the pinned lists again: ``python requirements/lock.py [cpu] [gpu] [dev] [--upgrade]``.
 
 Asks pip to resolve the extras of ``pyproject.toml`` without installing anything, and writes every package with its
-version. The lists are installed with ``--no-deps``, so that what is left out here stays out. Uses whatever package
+version. What a list pins already keeps its version unless ``--upgrade`` is given. The lists are installed with ``--no-deps``, so that what is left out here stays out. Uses whatever package
 index this machine's pip is set up with; no list names one.
 """
 
@@ -25,15 +25,20 @@ LEFT_OUT = {
 }
 
 
-def resolve(requirements: list[str], constraints: Path | None = None) -> dict[str, str]:
-    """Name -> version of everything that the requirements come down to."""
+def read_pins(path: Path) -> dict[str, str]:
+    """Name -> version of a list that has been written; empty when there is none."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return dict(line.split("==") for line in lines if "==" in line)
+
+
+def resolve(requirements: list[str], constraints: dict[str, str]) -> dict[str, str]:
+    """Name -> version of everything that the requirements come down to, at the versions that ``constraints`` hold."""
     with tempfile.TemporaryDirectory() as folder:
-        wanted, report = Path(folder) / "in.txt", Path(folder) / "report.json"
+        wanted, held, report = (Path(folder) / name for name in ("in.txt", "held.txt", "report.json"))
         wanted.write_text("\n".join(requirements))
+        held.write_text("\n".join(f"{package}=={version}" for package, version in constraints.items()))
         command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]
-        command += ["--report", str(report), "-r", str(wanted)]
-        if constraints is not None:
-            command += ["-c", str(constraints)]
+        command += ["--report", str(report), "-r", str(wanted), "-c", str(held)]
         subprocess.run(command, check=True)
         found = json.loads(report.read_text())["install"]
     return {item["metadata"]["name"].lower().replace("_", "-"): item["metadata"]["version"] for item in found}
@@ -44,14 +49,15 @@ def main() -> None:
     settings = tomllib.loads((HERE.parent / "pyproject.toml").read_text())
     project, weights = settings["project"], settings["tool"]["deeptrust"]["weights"]
     extras = project["optional-dependencies"]
-    for name in sys.argv[1:] or ["cpu", "gpu", "dev"]:
+    upgrade = "--upgrade" in sys.argv
+    for name in [argument for argument in sys.argv[1:] if argument != "--upgrade"] or ["cpu", "gpu", "dev"]:
+        held = {} if upgrade else read_pins(HERE / f"{name}.txt")
         if name == "dev":
-            base = HERE / "cpu.txt"
-            pinned = resolve(extras["dev"], base)
-            held = {line.split("==")[0] for line in base.read_text().splitlines() if "==" in line} | LEFT_OUT["cpu"]
-            pinned = {package: version for package, version in pinned.items() if package not in held}
+            serving = read_pins(HERE / "cpu.txt")
+            pinned = resolve(extras["dev"], held | serving)
+            pinned = {key: version for key, version in pinned.items() if key not in serving.keys() | LEFT_OUT["cpu"]}
         else:
-            pinned = resolve(project["dependencies"] + extras[name])
+            pinned = resolve(project["dependencies"] + extras[name], held)
             pinned |= dict(package.split("==") for package in weights)
         lines = [
             f"{package}=={version}" for package, version in sorted(pinned.items()) if package not in LEFT_OUT[name]

@@ -1,0 +1,160 @@
+"""Batches: who is computed together, who waits at the door, and what becomes of those who go away."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deployments.pixels import ViewMismatch
+from deployments.replica import DeadlineExceeded, Door, Replica, alive
+
+pytestmark = pytest.mark.anyio
+
+SHAPE = (1, 2, 2, 3)
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+def picture(value: int) -> np.ndarray:
+    return np.full(SHAPE, value, dtype=np.uint8)
+
+
+async def visit(door: Door, log: list[str], name: str, leave: asyncio.Event) -> None:
+    async with door:
+        log.append(name)
+        await leave.wait()
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def test_those_who_come_while_the_door_is_open_enter_together() -> None:
+    door, log, leave = Door(size=2), [], asyncio.Event()
+    visits = [asyncio.create_task(visit(door, log, name, leave)) for name in "abc"]
+    await settle()
+    assert log == ["a", "b"]
+    leave.set()
+    await asyncio.gather(*visits)
+    assert log == ["a", "b", "c"]
+
+
+async def test_nobody_enters_a_batch_that_has_begun_and_those_who_wait_enter_together_after_it() -> None:
+    door, log, first, second = Door(size=3), [], asyncio.Event(), asyncio.Event()
+    running = [asyncio.create_task(visit(door, log, "a", first))]
+    await settle()
+    door.shut()
+    running += [asyncio.create_task(visit(door, log, name, second)) for name in "bcde"]
+    await settle()
+    assert log == ["a"]
+    first.set()
+    await settle()
+    assert log == ["a", "b", "c", "d"]
+    second.set()
+    await asyncio.gather(*running)
+    assert log[-1] == "e"
+
+
+async def test_one_who_goes_away_while_waiting_leaves_the_place_to_the_next() -> None:
+    door, log, first, second = Door(size=1), [], asyncio.Event(), asyncio.Event()
+    running = [asyncio.create_task(visit(door, log, "a", first))]
+    await settle()
+    gone = asyncio.create_task(visit(door, log, "b", second))
+    running.append(asyncio.create_task(visit(door, log, "c", second)))
+    await settle()
+    gone.cancel()
+    first.set()
+    await settle()
+    assert log == ["a", "c"]
+    second.set()
+    await asyncio.gather(*running)
+    assert gone.cancelled()
+
+
+async def test_one_who_is_let_in_at_the_moment_of_going_away_gives_the_place_back() -> None:
+    door, log, first, second = Door(size=1), [], asyncio.Event(), asyncio.Event()
+    running = [asyncio.create_task(visit(door, log, "a", first))]
+    await settle()
+    gone = asyncio.create_task(visit(door, log, "b", second))
+    await settle()
+    first.set()
+    await asyncio.sleep(0)  # "a" leaves in this step and lets "b" in, who is cancelled before running again
+    gone.cancel()
+    await settle()
+    running.append(asyncio.create_task(visit(door, log, "c", second)))
+    second.set()
+    await asyncio.wait_for(asyncio.gather(*running), 5)
+    assert log[-1] == "c"
+
+
+class Slow(Replica[Any]):
+    """A replica whose model tells the sizes of its batches and takes a while for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+        self._model = SimpleNamespace(views=SimpleNamespace(shape=SHAPE))
+
+    def answer(self, model: Any, views: np.ndarray) -> list[dict[str, Any]]:
+        self.sizes.append(len(views))
+        time.sleep(0.1)
+        return [{"value": int(view.flat[0])} for view in views]
+
+
+@pytest.fixture
+def replica(monkeypatch: pytest.MonkeyPatch) -> Slow:
+    """Serve's own batching, in this process: its queue asks a replica's context for one number only."""
+    from ray import serve
+
+    context = SimpleNamespace(_deployment_config=SimpleNamespace(max_ongoing_requests=100))
+    monkeypatch.setattr(serve, "get_replica_context", lambda: context)
+    # the queue belongs to the class and to the event loop that first used it: each test has a class of its own
+    decorated = serve.batch(max_batch_size=8, batch_wait_timeout_s=0.005)(Replica._batch.__wrapped__)  # type: ignore[attr-defined]
+    return type("OwnQueue", (Slow,), {"_batch": decorated})()
+
+
+async def test_pictures_that_come_one_by_one_during_a_batch_are_computed_together_after_it(replica: Slow) -> None:
+    async def come(value: int) -> dict[str, Any]:
+        await asyncio.sleep(0.01 * value)
+        return await replica.batched(picture(value), time.time() + 60)
+
+    answers = await asyncio.gather(*(come(value) for value in range(7)))
+    assert [answer["value"] for answer in answers] == list(range(7))
+    # the first goes alone, or with whoever comes within the wait; all others come while it is computed
+    assert len(replica.sizes) == 2
+    assert sum(replica.sizes) == 7
+
+
+async def test_a_batch_is_never_larger_than_the_door(replica: Slow) -> None:
+    await asyncio.gather(*(replica.batched(picture(value), time.time() + 60) for value in range(20)))
+    assert replica.sizes == [8, 8, 4]
+
+
+async def test_a_picture_whose_time_is_over_is_refused_and_the_others_answered(replica: Slow) -> None:
+    late, good = await asyncio.gather(
+        replica.batched(picture(1), time.time() - 1),
+        replica.batched(picture(2), time.time() + 60),
+        return_exceptions=True,
+    )
+    assert isinstance(late, DeadlineExceeded)
+    assert good == {"value": 2}
+    assert replica.sizes == [1]
+
+
+async def test_views_of_another_shape_are_refused(replica: Slow) -> None:
+    with pytest.raises(ViewMismatch):
+        await replica.batched(np.zeros((1, 4, 4, 3), np.uint8), time.time() + 60)
+
+
+async def test_positions_of_those_who_have_time_left() -> None:
+    now = time.time()
+    assert alive([now + 10, now - 1, now + 10]) == [0, 2]
