@@ -26,7 +26,7 @@ from ray.serve.handle import DeploymentHandle
 
 from app.config import CanaryShares, Limits
 from app.problems import Problem
-from deployments.annotation import Annotation, Caption, Detection, Provenance, Stage, StageError, Task
+from deployments.annotation import Annotation, Provenance, Stage, Task
 from deployments.heat_map import heat_map
 from deployments.images import decode
 from deployments.provenance import read_provenance
@@ -70,9 +70,6 @@ class _Progress:
     annotation: Annotation
     deadline: float
     started: float = field(default_factory=time.perf_counter)
-
-    def fail(self, stage: Stage, code: str, detail: str) -> None:
-        self.annotation.errors.append(StageError(stage=stage, code=code, detail=detail))
 
 
 class Graph:
@@ -190,13 +187,7 @@ class Graph:
         answer = await self._stage(progress, "detector", request)
         if answer is not None:
             verdict, overlay = answer
-            progress.annotation.models["detector"] = verdict["model"]
-            progress.annotation.detection = Detection(
-                label=verdict["label"],
-                ai_probability=verdict["ai_probability"],
-                provenance=prepared.provenance,
-                heat_map=overlay,
-            )
+            progress.annotation.detected(verdict, prepared.provenance, overlay)
 
     async def _describe(self, progress: _Progress, prepared: Prepared, tag: bool) -> None:
         async def caption(handle: DeploymentHandle, info: ModelInfo) -> dict[str, Any]:
@@ -206,10 +197,9 @@ class Graph:
         captioned = await self._stage(progress, "captioner", caption)
         if captioned is None:
             if tag:
-                progress.fail("tagger", "skipped", "there is no caption to tag")
+                progress.annotation.failed("tagger", "skipped", "there is no caption to tag")
             return
-        progress.annotation.models["captioner"] = captioned["model"]
-        progress.annotation.caption = Caption(text=captioned["text"])
+        progress.annotation.captioned(captioned)
         if not tag:
             return
 
@@ -218,8 +208,7 @@ class Graph:
 
         tagged = await self._stage(progress, "tagger", tags)
         if tagged is not None:
-            progress.annotation.models |= {"tagger": tagged["model"], "prompt": tagged["prompt"]}
-            progress.annotation.tags = tagged["tags"]
+            progress.annotation.tagged(tagged)
 
     async def _stage(
         self,
@@ -240,25 +229,27 @@ class Graph:
             handle, info = route.canary, route.canary_info
         for attempt in (1, 2):
             if info is None:
-                progress.fail(stage, "unavailable", route.message or "the model has no replica that answers")
+                progress.annotation.failed(
+                    stage, "unavailable", route.message or "the model has no replica that answers"
+                )
                 break
             try:
                 answer = await request(handle, info)
                 progress.annotation.timings_ms[stage] = _milliseconds(started)
                 return answer
             except (TimeoutError, DeadlineExceeded):
-                progress.fail(stage, "timeout", "the request's time was over")
+                progress.annotation.failed(stage, "timeout", "the request's time was over")
             except BackPressureError:
-                progress.fail(stage, "overloaded", "the model's queue is full")
+                progress.annotation.failed(stage, "overloaded", "the model's queue is full")
             except (RayActorError, DeploymentUnavailableError):
                 if attempt == 1 and time.time() < progress.deadline:
                     handle, info = route.production, route.info
                     continue
-                progress.fail(stage, "unavailable", "the model's replica went away")
+                progress.annotation.failed(stage, "unavailable", "the model's replica went away")
             except RayTaskError as error:
-                progress.fail(stage, "failed", f"the model failed: {type(error.cause).__name__}")
+                progress.annotation.failed(stage, "failed", f"the model failed: {type(error.cause).__name__}")
             except Exception as error:
-                progress.fail(stage, "failed", f"the stage failed: {type(error).__name__}")
+                progress.annotation.failed(stage, "failed", f"the stage failed: {type(error).__name__}")
             break
         progress.annotation.timings_ms[stage] = _milliseconds(started)
         return None

@@ -115,10 +115,10 @@ class BackToBack:
     """The same three checkpoints in this process, batch after batch: decoding included, no HTTP, no Ray."""
 
     def __init__(self, uris: dict[str, str]) -> None:
-        from benchmarks.offline_tagger import OfflineTagger
         from deployments.captioner import CaptionerModel
         from deployments.checkpoints import resolve
         from deployments.detector import DetectorModel
+        from deployments.offline_tagger import OfflineTagger
 
         self.detector = DetectorModel(resolve(uris["detector"]))
         self.captioner = CaptionerModel(resolve(uris["captioner"]))

@@ -36,9 +36,9 @@ from typing import Any
 from nltk.stem.porter import PorterStemmer
 from pydantic import TypeAdapter, ValidationError
 
-from benchmarks.offline_tagger import OfflineTagger
 from deployments.annotation import Tag
 from deployments.checkpoints import Checkpoint, resolve
+from deployments.offline_tagger import OfflineTagger
 from deployments.tag_lexicon import WordNet
 from deployments.tag_rules import _STOP, clean_tags, proposed, words_of
 from deployments.tagger import load_prompt, machine

@@ -16,9 +16,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.offline_tagger import OfflineTagger
 from benchmarks.tagger_quality import read_flickr
 from deployments.checkpoints import resolve
+from deployments.offline_tagger import OfflineTagger
 from deployments.tagger import (
     TaggerSettings,
     build_tagger,

@@ -6,7 +6,8 @@ correct are this model and no other. Knows no HTTP, no model and no storage.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
@@ -83,3 +84,24 @@ class Annotation(_Record):
     )
     timings_ms: dict[str, float] = Field(default_factory=dict, description="wall time by stage, and `total`")
     errors: list[StageError] = Field(default_factory=list)
+
+    def detected(self, answer: Mapping[str, Any], provenance: Provenance, heat_map: HeatMap | None = None) -> None:
+        """Enter what the detector answered: ``{"label", "ai_probability", "model"}``."""
+        self.models["detector"] = answer["model"]
+        self.detection = Detection(
+            label=answer["label"], ai_probability=answer["ai_probability"], provenance=provenance, heat_map=heat_map
+        )
+
+    def captioned(self, answer: Mapping[str, Any]) -> None:
+        """Enter what the captioner answered: ``{"text", "model"}``."""
+        self.models["captioner"] = answer["model"]
+        self.caption = Caption(text=answer["text"])
+
+    def tagged(self, answer: Mapping[str, Any]) -> None:
+        """Enter what the tagger answered: ``{"tags", "model", "prompt"}``."""
+        self.models |= {"tagger": answer["model"], "prompt": answer["prompt"]}
+        self.tags = answer["tags"]
+
+    def failed(self, stage: Stage, code: str, detail: str) -> None:
+        """Enter that a stage gave no answer."""
+        self.errors.append(StageError(stage=stage, code=code, detail=detail))

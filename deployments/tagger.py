@@ -194,6 +194,17 @@ def engine_environment(settings: TaggerSettings) -> dict[str, str]:
     return environment
 
 
+def tag_answer(raw: str, caption: str, checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the tagger answers about a caption, from what the model wrote: see ``Tagger.tag``."""
+    return {
+        "tags": clean_tags(raw, caption),
+        "revision": checkpoint.revision,
+        "model": checkpoint.name,
+        "prompt": load_prompt().version,
+        "proposed": len(proposed(raw, caption)),
+    }
+
+
 @dataclass
 class _Load:
     """Requests in the engine, for the health check."""
@@ -270,14 +281,7 @@ class Tagger:
         async with asyncio.timeout(self._settings.request_timeout_s):
             raw = await self._ask(caption)
         # read after the answer: a request that waited while weights were exchanged was answered by the new ones
-        checkpoint = self.checkpoint
-        return {
-            "tags": clean_tags(raw, caption),
-            "revision": checkpoint.revision,
-            "model": checkpoint.name,
-            "prompt": self._prompt.version,
-            "proposed": len(proposed(raw, caption)),
-        }
+        return tag_answer(raw, caption, self.checkpoint)
 
     async def _ask(self, caption: str) -> str:
         """The model's answer. Cancelling this coroutine aborts the request in the engine."""
