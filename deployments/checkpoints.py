@@ -189,6 +189,7 @@ def _from_mlflow(uri: str) -> Path:
     import mlflow
     from mlflow.tracking import MlflowClient
 
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     registry = mlflow_uri()
     client = MlflowClient(registry, registry)
     name = uri.removeprefix("models:/")
