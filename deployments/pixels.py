@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 class ViewMismatch(ValueError):
@@ -44,6 +46,8 @@ class Normalisation:
 
     def __call__(self, views: np.ndarray) -> torch.Tensor:
         """uint8 ``(..., height, width, 3)`` -> float32 ``(..., 3, height, width)``."""
+        import torch  # here: the shape check below is used by processes that have no model
+
         pixels = torch.from_numpy(np.ascontiguousarray(views)).movedim(-1, -3).float()
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
         return (pixels * self.scale - mean) / std
