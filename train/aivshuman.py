@@ -46,7 +46,7 @@ class LabelledPicture:
 
     @property
     def family(self) -> str:
-        return _SAME_GENERATOR.get(self.generator, self.generator)
+        return family(self.generator)
 
     @property
     def stratum(self) -> str:
@@ -60,6 +60,11 @@ class Reject:
 
     file_name: str
     reason: str
+
+
+def family(generator: str) -> str:
+    """A generator's name with its near relatives'."""
+    return _SAME_GENERATOR.get(generator, generator)
 
 
 def open_rgb(path: Path) -> Image.Image:
