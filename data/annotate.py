@@ -89,7 +89,9 @@ class AnnotateSettings(_Strict):
     kind: Kind | None = Field(None, description="what to read of the input; what it holds, if not given")
     suffixes: tuple[str, ...] = Field(PICTURE_SUFFIXES, description="names of pictures end so")
     tasks: tuple[Task, ...] = Field(("detect", "caption", "tag"), description="`tag` needs `caption`")
-    shard_pictures: int = Field(64, ge=1, le=4096, description="pictures that are done as a whole or not at all")
+    shard_pictures: int | None = Field(
+        None, ge=1, le=4096, description="pictures that are done as a whole or not at all; if not given, 8 to 64"
+    )
     detector: PictureStage = Field(PictureStage(uri="starter:detector"))
     captioner: PictureStage = Field(PictureStage(uri="starter:captioner"))
     tagger: TagStage = Field(TagStage())

@@ -48,6 +48,7 @@ _SCHEMA = pa.schema(
     }
 )
 _SHARDS_A_ROW_GROUP = 1024
+_SMALLEST_SHARD, _LARGEST_SHARD, _SHARDS_OF_A_SMALL_FOLDER = 8, 64, 64
 
 
 class Plan(BaseModel):
@@ -118,6 +119,13 @@ def list_input(place: Location, kind: Kind | None = None, suffixes: Sequence[str
     return Listing(kind=kind, entries=found[kind], others=len(entries) - len(found[kind]))
 
 
+def shard_size(pictures: int) -> int:
+    """Pictures of a shard unless somebody says: few enough that a small folder keeps every core busy and a kill costs
+    little, enough that an archive does not become millions of files.
+    """
+    return min(_LARGEST_SHARD, max(_SMALLEST_SHARD, -(-pictures // _SHARDS_OF_A_SMALL_FOLDER)))
+
+
 def _file_shards(listing: Listing, shard_pictures: int) -> Iterator[dict[str, Any]]:
     for first in range(0, len(listing.entries), shard_pictures):
         part = listing.entries[first : first + shard_pictures]
@@ -125,8 +133,9 @@ def _file_shards(listing: Listing, shard_pictures: int) -> Iterator[dict[str, An
         yield {"pictures": len(part), "names": names, "sizes": sizes, "row_group": 0, "first": 0}
 
 
-def _parquet_shards(place: Location, listing: Listing, shard_pictures: int) -> Iterator[dict[str, Any]]:
-    """Row groups, cut into equal pieces where they are larger than a shard."""
+def _row_groups(place: Location, listing: Listing) -> list[tuple[FileEntry, list[int]]]:
+    """Each parquet file with the number of rows of its row groups."""
+    groups = []
     for entry in listing.entries:
         location = parquet_file(place, entry.name)
         with explained(str(location)), location.open() as file:
@@ -139,8 +148,14 @@ def _parquet_shards(place: Location, listing: Listing, shard_pictures: int) -> I
             raise DataError(
                 f"{location} has neither a column `image` (bytes) nor `path`, only {', '.join(sorted(columns))}"
             )
-        for group in range(metadata.num_row_groups):
-            rows = metadata.row_group(group).num_rows
+        groups.append((entry, [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]))
+    return groups
+
+
+def _parquet_shards(groups: list[tuple[FileEntry, list[int]]], shard_pictures: int) -> Iterator[dict[str, Any]]:
+    """Row groups, cut into equal pieces where they are larger than a shard."""
+    for entry, counts in groups:
+        for group, rows in enumerate(counts):
             pieces = max(1, -(-rows // shard_pictures))
             borders = [rows * piece // pieces for piece in range(pieces + 1)]
             for first, end in itertools.pairwise(borders):
@@ -165,7 +180,7 @@ def shard_name(shard: int) -> str:
 
 
 def open_plan(
-    output: Location, place: Location, listing: Listing, shard_pictures: int, settings: dict[str, Any]
+    output: Location, place: Location, listing: Listing, shard_pictures: int | None, settings: dict[str, Any]
 ) -> Plan:
     """The plan that lies in ``output``, or a new one written there.
 
@@ -179,7 +194,7 @@ def open_plan(
     anew = "choose another --output, or remove this one to begin anew"
     if held.input != str(place) or held.kind != listing.kind:
         raise DataError(f"{output} holds the annotation of {held.input} ({held.kind}): {anew}")
-    wanted = {"shard_pictures": shard_pictures} | settings
+    wanted = {"shard_pictures": shard_pictures or held.shard_pictures} | settings
     begun = {"shard_pictures": held.shard_pictures} | held.settings
     if different := [name for name in wanted if wanted[name] != begun.get(name)]:
         changes = "; ".join(f"{name} was {begun.get(name)}, is {wanted[name]}" for name in different)
@@ -213,12 +228,15 @@ def _read_plan(output: Location) -> Plan | None:
 
 
 def _write_plan(
-    output: Location, place: Location, listing: Listing, shard_pictures: int, settings: dict[str, Any]
+    output: Location, place: Location, listing: Listing, shard_pictures: int | None, settings: dict[str, Any]
 ) -> Plan:
     if listing.kind == "files":
+        shard_pictures = shard_pictures or shard_size(len(listing.entries))
         shards = _file_shards(listing, shard_pictures)
     else:
-        shards = _parquet_shards(place, listing, shard_pictures)
+        groups = _row_groups(place, listing)
+        shard_pictures = shard_pictures or shard_size(sum(sum(counts) for _, counts in groups))
+        shards = _parquet_shards(groups, shard_pictures)
     content, pictures, count = io.BytesIO(), 0, 0
     with pq.ParquetWriter(content, _SCHEMA, compression="zstd") as writer:
         waiting: list[dict[str, Any]] = []

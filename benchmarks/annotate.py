@@ -1,0 +1,300 @@
+"""Bulk annotation beside the bare models, and under kills.
+
+* ``throughput``  steady state of ``python -m data.annotate`` beside a plain loop over the same three checkpoints
+  (decoding included) with all cores' threads: the difference of a long and a short run, in which start-up and the
+  pipeline's filling and emptying cancel out, in alternating rounds
+* ``kills``       the same photos annotated twice, once undisturbed and once with SIGKILL to the driver, to a worker
+  with a picture model and to the worker with vLLM: same ids, each once, and nearly the same answers
+
+    python -m benchmarks.annotate --photos DIR [--parts throughput,kills]
+
+Each run is a process of its own with a Ray of its own. ``--steps bare,short`` and ``--steps bare,long`` with
+``--append`` split a round of ``throughput`` for a machine that is quiet only for minutes. Out:
+``results/annotate_PART.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+from pydantic import BaseModel, ConfigDict, Field
+
+from benchmarks.report import RESULTS, write_result
+from data.annotations import FOLDER, read_annotations
+from deployments.annotation import Annotation
+
+_ROOT = Path(__file__).parent.parent
+
+
+class AnnotateBenchmark(BaseModel):
+    """Settings of a run."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    photos: Path = Field(description="folder of photos (JPEG, PNG), searched recursively")
+    parts: str = Field("throughput,kills", description="which measurements")
+    count: int = Field(1000, ge=32, description="photos of `kills`")
+    long: int = Field(320, description="photos of the long run of `throughput`")
+    short: int = Field(64, description="photos of the short one")
+    bare: int = Field(64, description="photos of the bare loop")
+    rounds: int = Field(3, ge=1)
+    steps: str = Field("bare,short,bare,long", description="what a round of `throughput` does, in this order")
+    append: bool = Field(False, description="add to the measurements in the result file")
+    shard_pictures: int = Field(16, ge=1)
+    work: Path | None = Field(None, description="folder for photos and records; a temporary one if not given")
+    options: str = Field("", description="more options for data.annotate")
+
+
+def command(config: AnnotateBenchmark, photos: Path, output: Path) -> list[str]:
+    """The program under test."""
+    return [
+        *(sys.executable, "-m", "data.annotate", "--input", str(photos), "--output", str(output)),
+        *("--shard-pictures", str(config.shard_pictures), *config.options.split()),
+    ]
+
+
+def environment() -> dict[str, str]:
+    """Of a run that starts its own Ray."""
+    kept = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return kept | {"PYTHONPATH": str(_ROOT)}
+
+
+def link(photos: list[Path], folder: Path) -> Path:
+    """A folder with just these photos."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for photo in photos:
+        shutil.copy(photo, folder / photo.name)
+    return folder
+
+
+# -------------------------------------------------------------------------------------------------------- throughput
+
+
+class BareLoop:
+    """The same three checkpoints in this process, batch after batch, with every core."""
+
+    def __init__(self) -> None:
+        import torch
+
+        from deployments.captioner import Captioner
+        from deployments.checkpoints import resolve
+        from deployments.detector import Detector
+        from deployments.offline_tagger import OfflineTagger
+        from deployments.tagger import TaggerSettings
+
+        cores = os.cpu_count() or 1
+        torch.set_num_threads(cores)
+        self._detector, self._captioner = Detector(), Captioner()
+        self._models = {
+            "detector": self._detector.load(resolve("starter:detector")),
+            "captioner": self._captioner.load(resolve("starter:captioner")),
+        }
+        self._tagger = OfflineTagger(resolve("starter:tagger"), TaggerSettings(threads=cores))
+
+    def run(self, photos: list[Path], batch_size: int = 8, group: int = 64) -> float:
+        """Seconds for all photos: read, decoded, detected and captioned in batches, tagged by groups."""
+        import numpy as np
+
+        from deployments.images import decode
+        from deployments.provenance import read_provenance
+        from deployments.views import render
+
+        detector, captioner = self._models["detector"], self._models["captioner"]
+        started = time.perf_counter()
+        for begin in range(0, len(photos), group):
+            captions: list[str] = []
+            for first in range(begin, min(begin + group, len(photos)), batch_size):
+                files = [photo.read_bytes() for photo in photos[first : first + batch_size]]
+                pictures = [decode(data) for data in files]
+                for data, picture in zip(files, pictures, strict=True):
+                    read_provenance(data, picture.format)
+                self._detector.answer(
+                    detector, np.stack([render(picture.image, detector.views) for picture in pictures])
+                )
+                answers = self._captioner.answer(
+                    captioner, np.stack([render(picture.image, captioner.views) for picture in pictures])
+                )
+                captions += [answer["text"] for answer in answers]
+            self._tagger.tag(captions)
+        return time.perf_counter() - started
+
+
+def throughput(config: AnnotateBenchmark, photos: list[Path], work: Path) -> dict[str, Any]:
+    """Alternating measurements of the loop, and of a short and a long run."""
+    result_file = RESULTS / "annotate_throughput.json"
+    measured: list[dict[str, Any]] = (
+        json.loads(result_file.read_text())["measurements"] if config.append and result_file.is_file() else []
+    )
+    steps = config.steps.split(",")
+    loop = BareLoop() if "bare" in steps else None
+    if loop:
+        loop.run(photos[:16])
+    for _ in range(config.rounds):
+        for step in steps:
+            if step == "bare":
+                assert loop
+                chosen = photos[: config.bare]
+                seconds = loop.run(chosen)
+            else:
+                chosen = photos[: config.long if step == "long" else config.short]
+                folder, output = link(chosen, work / step), work / f"{step}-records"
+                shutil.rmtree(output, ignore_errors=True)
+                started = time.perf_counter()
+                subprocess.run(
+                    command(config, folder, output), env=environment(), cwd=_ROOT, check=True, stderr=subprocess.DEVNULL
+                )
+                seconds = time.perf_counter() - started
+            measured.append({"step": step, "photos": len(chosen), "seconds": round(seconds, 2)})
+            print(measured[-1], flush=True)
+    by_step = {step: [entry for entry in measured if entry["step"] == step] for step in ("bare", "short", "long")}
+    result: dict[str, Any] = {"measurements": measured, "shard_pictures": config.shard_pictures}
+    if not all(by_step.values()):
+        return result
+    bare = statistics.median(entry["photos"] / entry["seconds"] for entry in by_step["bare"])
+    rates = [
+        (long["photos"] - short["photos"]) / (long["seconds"] - short["seconds"])
+        for long, short in zip(by_step["long"], by_step["short"], strict=False)
+    ]
+    ratio = statistics.median(rates) / bare
+    return result | {
+        "bare_per_s": round(bare, 3),
+        "annotate_per_s_by_round": [round(rate, 3) for rate in rates],
+        "ratio": round(ratio, 3),
+        "bars": {"annotate >= 0.9 bare": ratio >= 0.9},
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------- kills
+
+
+def _published(output: Path) -> int:
+    return len(list((output / FOLDER).glob("*.parquet"))) if (output / FOLDER).is_dir() else 0
+
+
+def _worker(driver: subprocess.Popen[bytes], stage: str) -> psutil.Process | None:
+    """A worker of this driver's own Ray that runs a stage."""
+    for process in psutil.Process(driver.pid).children(recursive=True):
+        try:
+            if stage in " ".join(process.cmdline()):
+                return process
+        except psutil.Error:
+            continue
+    return None
+
+
+def undisturbed(config: AnnotateBenchmark, folder: Path, output: Path) -> float:
+    """Seconds of a run that nothing happens to."""
+    started = time.monotonic()
+    subprocess.run(command(config, folder, output), env=environment(), cwd=_ROOT, check=True)
+    return time.monotonic() - started
+
+
+def disturbed(config: AnnotateBenchmark, folder: Path, output: Path, shards: int) -> list[dict[str, Any]]:
+    """The same with three kills, at about 20, 45 and 70 % of the shards."""
+    kills: list[dict[str, Any]] = []
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(command(config, folder, output), env=environment(), cwd=_ROOT)
+
+    def when(share: float, act: Callable[[], int | None], what: str) -> None:
+        while True:
+            done = _published(output)
+            if driver.poll() is not None:
+                raise RuntimeError(f"the run ended with {driver.returncode} before the {what} was killed")
+            if done >= share * shards and (killed := act()) is not None:
+                kills.append({"what": what, "pid": killed, "shards_done": done})
+                print(kills[-1], flush=True)
+                return
+            time.sleep(1)
+
+    def kill_driver() -> int:
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+        return driver.pid
+
+    def kill_worker(stage: str) -> int | None:
+        process = _worker(driver, stage)
+        if process is None:
+            return None
+        process.kill()
+        return process.pid
+
+    driver = start()
+    when(0.2, kill_driver, "driver")
+    driver = start()
+    when(0.45, lambda: kill_worker("CaptionerStage"), "worker with the captioner")
+    when(0.7, lambda: kill_worker("TaggerStage"), "worker with vLLM")
+    if driver.wait() != 0:
+        raise RuntimeError(f"the run ended with {driver.returncode}")
+    return kills
+
+
+def compare(wanted: list[str], plain: list[Annotation], killed: list[Annotation]) -> dict[str, Any]:
+    """How far the records of two runs agree."""
+    ids = [record.id for record in killed]
+    other = {record.id: record for record in plain}
+    both = [(other[record.id], record) for record in killed if record.id in other]
+    difference = [
+        abs(a.detection.ai_probability - b.detection.ai_probability) for a, b in both if a.detection and b.detection
+    ]
+    captions = [a.caption == b.caption for a, b in both]
+    tags = [a.tags == b.tags for a, b in both]
+    same = {"captions": sum(captions) / len(both), "tags": sum(tags) / len(both)}
+    return {
+        "records": len(killed),
+        "duplicates": len(ids) - len(set(ids)),
+        "lost": len(set(wanted) - set(ids)),
+        "errors": sum(bool(record.errors) for record in killed),
+        "largest_difference_of_probability": max(difference),
+        "same": same,
+        "bars": {
+            "exact ids, each once": sorted(ids) == sorted(wanted),
+            "probabilities within 0.02": max(difference) <= 0.02 and len(difference) == len(wanted),
+            "captions >= 98 % the same": same["captions"] >= 0.98,
+            "tags >= 98 % the same": same["tags"] >= 0.98,
+        },
+    }
+
+
+def kills(config: AnnotateBenchmark, photos: list[Path], work: Path) -> dict[str, Any]:
+    """Annotate twice, once with kills, and compare."""
+    chosen = photos[: config.count]
+    folder = link(chosen, work / "photos")
+    plain, killed = work / "undisturbed", work / "killed"
+    for output in (plain, killed):
+        shutil.rmtree(output, ignore_errors=True)
+    seconds = undisturbed(config, folder, plain)
+    done = disturbed(config, folder, killed, -(-len(chosen) // config.shard_pictures))
+    compared = compare([photo.name for photo in chosen], list(read_annotations(plain)), list(read_annotations(killed)))
+    return {"kills": done, "undisturbed_s": round(seconds)} | compared
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the chosen parts and write ``results/annotate_PART.json``."""
+    from pydantic_settings import CliApp
+
+    config = CliApp.run(AnnotateBenchmark, cli_args=arguments)
+    photos = sorted(path for path in config.photos.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    with tempfile.TemporaryDirectory() as temporary:
+        work = config.work or Path(temporary)
+        for part, measure in (("throughput", throughput), ("kills", kills)):
+            if part in config.parts.split(","):
+                result = measure(config, photos, work)
+                print(json.dumps(result, indent=1), write_result(f"annotate_{part}", result), flush=True)
+
+
+if __name__ == "__main__":
+    main()
