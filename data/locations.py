@@ -215,11 +215,22 @@ class Location:
                 except (FileExistsError, NotADirectoryError) as error:
                     raise DataError(f"{self} cannot be a folder, a file is in the way: choose another place") from error
 
-    def write_bytes(self, data: bytes) -> None:
+    def ready(self) -> None:
+        """Create the folder, or make sure that its bucket is there, before work is put into what goes there.
+
+        Raises:
+            DataError: it cannot be written to.
+        """
+        self.make_dir()
+        if not self.is_local:
+            with explained(str(self)):
+                self.filesystem.ls(self.path.split("/", 1)[0], detail=False)
+
+    def write_bytes(self, data: bytes | memoryview) -> None:
         """Write the whole file or nothing: a reader never sees half of it, whatever kills the writer."""
         with explained(str(self)):
             if not self.is_local:
-                self.filesystem.pipe_file(self.path, data)  # S3 shows an object when it is complete
+                self.filesystem.pipe_file(self.path, bytes(data))  # S3 shows an object when it is complete
                 return
             self.parent.make_dir()
             partial = Path(f"{self.path}.{secrets.token_hex(4)}.part")

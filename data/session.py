@@ -84,8 +84,13 @@ def _data_context(cpus: int) -> Iterator[None]:
     before = {name: getattr(context, name) for name in wanted}
     for name, value in wanted.items():
         setattr(context, name, value)
+    # a line for each execution and its plan is for those who work on Ray Data
+    chatty = logging.getLogger("ray.data")
+    level = chatty.level
+    chatty.setLevel(logging.WARNING)
     try:
         yield
     finally:
+        chatty.setLevel(level)
         for name, value in before.items():
             setattr(context, name, value)

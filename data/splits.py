@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -20,6 +21,8 @@ from PIL import Image
 _SIDE_PX = 32
 _HASH_SIDE = 8
 _HASH_BITS = _HASH_SIDE**2
+#: Hashes compared with as many others at once: 1,024 x 1,024 of 8 bytes are 8 MiB.
+_ROWS_AT_ONCE = 1024
 
 
 @lru_cache(maxsize=1)
@@ -56,26 +59,50 @@ def near_duplicate_groups(hashes: Sequence[int], max_distance: int = 6) -> list[
     """
     if not 0 <= max_distance <= 15:
         raise ValueError(f"max_distance must be 0 to 15 bits, got {max_distance}")
-    parent = list(range(len(hashes)))
-
-    def root(index: int) -> int:
-        while parent[index] != index:
-            parent[index] = parent[parent[index]]
-            index = parent[index]
-        return index
-
+    values, inverse = np.unique(np.asarray(hashes, dtype=np.uint64), return_inverse=True)
+    linked = DisjointSets(len(values))
     edges = np.linspace(0, _HASH_BITS, max_distance + 2).astype(int)
     for low, high in pairwise(edges):
-        band_mask = (1 << int(high - low)) - 1
-        buckets: dict[int, list[int]] = defaultdict(list)
-        for index, value in enumerate(hashes):
-            bucket = buckets[(value >> int(low)) & band_mask]
-            for other in bucket:
-                if (value ^ hashes[other]).bit_count() <= max_distance:
-                    first, second = sorted((root(index), root(other)))
-                    parent[second] = first
-            bucket.append(index)
-    return [root(index) for index in range(len(hashes))]
+        band = (values >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
+        order = np.argsort(band, kind="stable")
+        starts = np.flatnonzero(np.diff(band[order], prepend=band[order][:1] - np.uint64(1))) if len(order) else order
+        for bucket in np.split(order, starts[1:]):
+            for first, second in _near_pairs(values, bucket, max_distance):
+                linked.join(first, second)
+    # hashes come sorted: the first member of a group is the one that stands first in the caller's order
+    firsts: dict[int, int] = {}
+    return [firsts.setdefault(linked.root(int(value)), index) for index, value in enumerate(inverse)]
+
+
+def _near_pairs(values: np.ndarray, bucket: np.ndarray, max_distance: int) -> Iterator[tuple[int, int]]:
+    """Pairs of a bucket within the distance, a bounded number of comparisons in memory at a time."""
+    for start in range(0, len(bucket), _ROWS_AT_ONCE):
+        rows = bucket[start : start + _ROWS_AT_ONCE]
+        for other in range(start, len(bucket), _ROWS_AT_ONCE):
+            columns = bucket[other : other + _ROWS_AT_ONCE]
+            near = np.bitwise_count(values[rows][:, None] ^ values[columns][None]) <= max_distance
+            for row, column in zip(*np.nonzero(near), strict=True):
+                if rows[row] < columns[column]:
+                    yield int(rows[row]), int(columns[column])
+
+
+class DisjointSets:
+    """Which of ``count`` things belong together, joined pair by pair; a set is named by its smallest member."""
+
+    def __init__(self, count: int) -> None:
+        self._parent = list(range(count))
+
+    def root(self, index: int) -> int:
+        """The smallest member of the set of ``index``."""
+        while self._parent[index] != index:
+            self._parent[index] = self._parent[self._parent[index]]
+            index = self._parent[index]
+        return index
+
+    def join(self, first: int, second: int) -> None:
+        """Make one set of two."""
+        low, high = sorted((self.root(first), self.root(second)))
+        self._parent[high] = low
 
 
 def assign_splits(
@@ -84,6 +111,7 @@ def assign_splits(
     strata: Sequence[Hashable],
     fractions: Mapping[str, float],
     seed: int = 0,
+    pinned: Mapping[Any, str] | None = None,
 ) -> list[str]:
     """The split of each id. A group is never divided; each stratum is divided as ``fractions`` say, as nearly as its
     groups allow.
@@ -96,10 +124,12 @@ def assign_splits(
         groups: which group each id belongs to (``near_duplicate_groups``).
         strata: what to balance by, e.g. ``(label, source, generator)``; a group counts for its smallest id's stratum.
         fractions: split -> share; they add up to 1.
+        pinned: groups whose split is given. They take no part in the shares of the others.
 
     Raises:
         ValueError: lengths differ, ids repeat, or shares do not add up to 1.
     """
+    pinned = pinned or {}
     if not len(ids) == len(groups) == len(strata):
         raise ValueError(f"{len(ids)} ids, {len(groups)} groups and {len(strata)} strata")
     if len(set(ids)) != len(ids):
@@ -111,12 +141,16 @@ def assign_splits(
     for index, group in enumerate(groups):
         members[group].append(index)
     by_stratum: dict[Hashable, list[tuple[bytes, list[int]]]] = defaultdict(list)
-    for indices in members.values():
+    splits = [""] * len(ids)
+    for group, indices in members.items():
+        if group in pinned:
+            for index in indices:
+                splits[index] = pinned[group]
+            continue
         first = min(indices, key=lambda index: ids[index])
         order = hashlib.sha256(f"{seed}:{ids[first]}".encode()).digest()
         by_stratum[strata[first]].append((order, indices))
 
-    splits = [""] * len(ids)
     for stratum_groups in by_stratum.values():
         filled = dict.fromkeys(fractions, 0)
         done = 0
