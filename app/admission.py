@@ -1,5 +1,9 @@
 """Admission: how many pictures are in work at a time, who waits a moment, and who is told to come back.
 
+How many are in work follows from how long they take: more than a machine can do only wait inside it, until their time
+is over and the work spent on them is lost. The limit therefore shrinks when pictures take longer than they should and
+grows while they do not and there is a queue: additive increase, multiplicative decrease (Chiu and Jain 1989).
+
 Overload is refused before a body is read, and not at once: a client that is refused at once and comes back at once
 costs more than the answer. A bounded number waits, first come first served, for a bounded time; whoever is beyond
 either bound gets 429 with ``Retry-After``. Knows no pictures and no models.
@@ -9,25 +13,42 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections import deque
 
 from app.problems import Problem
 
 
+#: Where the limit starts, and below which it never falls: one batch for each of two stages. It grows with every picture
+#: until the first one is late.
+_LEAST = 16
+#: What is left of the limit when a picture is late.
+_DECREASE = 0.8
+
+
 class Admission:
     """A counter of pictures in work with a bounded waiting room. Belongs to one event loop."""
 
-    def __init__(self, capacity: int, max_waiting: int, max_wait_s: float) -> None:
+    def __init__(self, capacity: int, max_waiting: int, max_wait_s: float, target_s: float = math.inf) -> None:
         """
         Args:
-            capacity: pictures in work at a time.
+            capacity: pictures in work at a time, at most.
             max_waiting: requests that wait for a place; 0 refuses at once.
             max_wait_s: longest wait, seconds.
+            target_s: how long a picture should take, seconds; when they take longer fewer are let in.
         """
-        self.capacity, self.max_waiting, self.max_wait_s = capacity, max_waiting, max_wait_s
+        self.capacity, self.max_waiting, self.max_wait_s, self.target_s = capacity, max_waiting, max_wait_s, target_s
         self.in_work = 0
+        self._limit = float(min(capacity, _LEAST))
+        self._late_before = False
+        self._decreased_at = -math.inf
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._seconds_per_picture = 1.0
+
+    @property
+    def limit(self) -> int:
+        """Pictures that may be in work now."""
+        return int(self._limit)
 
     async def enter(self) -> None:
         """Take one place, waiting for it if need be.
@@ -35,7 +56,7 @@ class Admission:
         Raises:
             Problem: overloaded, 429 with ``Retry-After``.
         """
-        if self.in_work < self.capacity and not self._waiting:
+        if self.in_work < self.limit and not self._waiting:
             self.in_work += 1
             return
         if len(self._waiting) >= self.max_waiting:
@@ -61,22 +82,37 @@ class Admission:
         Raises:
             Problem: overloaded, 429 with ``Retry-After``.
         """
-        if self.in_work > 1 and self.in_work + more > self.capacity:
+        if self.in_work > 1 and self.in_work + more > self.limit:
             raise self._overloaded()
         self.in_work += more
 
     def leave(self, pictures: int) -> None:
         """Give places back, to those who wait first."""
         self.in_work -= pictures
-        while self._waiting and self.in_work < self.capacity:
+        self._let_in()
+
+    def _let_in(self) -> None:
+        while self._waiting and self.in_work < self.limit:
             place = self._waiting.popleft()
             if not place.done():  # else its owner has been cancelled and is about to take it out
                 self.in_work += 1
                 place.set_result(None)
 
     def observe(self, seconds: float) -> None:
-        """Learn from a finished picture how fast places come free: an average over about twenty."""
+        """Learn from a finished picture, which took ``seconds``, how many may be in work and how fast places come
+        free.
+        """
         self._seconds_per_picture += (seconds / max(1, self.in_work) - self._seconds_per_picture) / 20
+        now = time.monotonic()
+        if seconds > self.target_s:
+            self._late_before = True
+            # those in work now came in under the old limit: only what came later tells whether it is low enough
+            if now - self._decreased_at > seconds:
+                self._limit, self._decreased_at = max(min(_LEAST, self.capacity), self._limit * _DECREASE), now
+        elif self.in_work >= self.limit:
+            step = 1 / self._limit if self._late_before else 1.0
+            self._limit = min(float(self.capacity), self._limit + step)
+            self._let_in()
 
     def _overloaded(self) -> Problem:
         ahead = self.in_work + len(self._waiting)

@@ -73,8 +73,12 @@ def environment(port: int) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(folder / "auth_token"),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DISABLE_IMPORT_WARNING": "1",
+        # ten looks a second at a handful of replicas are a twentieth of a core
+        "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
         "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
         "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
+        # replicas are what this machine runs for: Ray would start its workers at niceness 15
+        "RAY_worker_niceness": "0",
         # waiting OpenMP threads must sleep: three models share the cores
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",

@@ -32,9 +32,12 @@ class Limits(_Strict):
     max_pictures: int = Field(32, ge=1, le=256, description="pictures in one request")
     max_request_bytes: int = Field(64 * 2**20, ge=1024, description="body of one request")
     request_timeout_s: float = Field(60.0, gt=0, le=600, description="a request's whole time")
-    max_in_flight: int = Field(32, ge=1, description="pictures that an ingress replica has in work")
+    max_in_flight: int = Field(32, ge=1, description="pictures that an ingress replica has in work, at most")
+    target_s: float = Field(
+        30.0, gt=0, le=600, description="time that a picture should take; when they take longer fewer are let in"
+    )
     max_waiting: int = Field(64, ge=0, description="requests that wait for a place; beyond it answers 429")
-    max_wait_s: float = Field(2.0, ge=0, le=60, description="longest wait for a place; then it answers 429")
+    max_wait_s: float = Field(4.0, ge=0, le=60, description="longest wait for a place; then it answers 429")
     decode_threads: int = Field(2, ge=1, le=64)
 
 

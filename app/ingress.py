@@ -126,7 +126,7 @@ class Ingress:
             max_request_bytes=limits.max_request_bytes,
         )
         self.graph = Graph(limits, production, canary)
-        self.admission = Admission(limits.max_in_flight, limits.max_waiting, limits.max_wait_s)
+        self.admission = Admission(limits.max_in_flight, limits.max_waiting, limits.max_wait_s, limits.target_s)
         self._watcher: asyncio.Task[None] | None = None
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:

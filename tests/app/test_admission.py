@@ -89,3 +89,70 @@ def test_a_batch_larger_than_the_capacity_is_let_in_alone_and_only_then() -> Non
         assert admission.in_work == 4
 
     asyncio.run(run())
+
+
+def test_a_new_limit_grows_with_every_picture_that_is_in_time_while_there_is_a_queue() -> None:
+    async def run() -> None:
+        admission = Admission(64, max_waiting=4, max_wait_s=5, target_s=10)
+        start = admission.limit
+        assert start < 64
+        admission.observe(1.0)
+        assert admission.limit == start  # nobody needs more
+        for _ in range(100):
+            while admission.in_work < admission.limit:
+                await admission.enter()
+            admission.observe(1.0)
+        assert admission.limit == 64
+
+    asyncio.run(run())
+
+
+def test_late_pictures_lower_the_limit_once_for_those_who_were_let_in_under_the_old_one() -> None:
+    async def run() -> None:
+        admission = _grown_to(32)
+        for _ in range(16):
+            admission.observe(20.0)
+        assert admission.limit == 25
+
+    asyncio.run(run())
+
+
+def test_the_limit_never_falls_below_two_batches_and_rises_again_slowly() -> None:
+    async def run() -> None:
+        admission = _grown_to(32)
+        admission.target_s = 1e-9
+        for _ in range(50):
+            admission.observe(1e-6)
+        assert admission.limit == 16
+        admission.in_work, admission.target_s = 32, 10
+        for _ in range(10):
+            admission.observe(1.0)
+        assert admission.limit == 16
+        for _ in range(1000):
+            admission.observe(1.0)
+        assert admission.limit == 32
+
+    asyncio.run(run())
+
+
+def _grown_to(limit: int) -> Admission:
+    """One whose limit has grown to its capacity, with as many pictures in work."""
+    admission = Admission(limit, max_waiting=4, max_wait_s=5, target_s=10)
+    admission.in_work = limit
+    while admission.limit < limit:
+        admission.observe(1.0)
+    return admission
+
+
+def test_who_waits_is_let_in_when_the_limit_grows() -> None:
+    async def run() -> None:
+        admission = Admission(17, max_waiting=4, max_wait_s=5, target_s=10)
+        for _ in range(16):
+            await admission.enter()
+        waiter = asyncio.ensure_future(admission.enter())
+        await asyncio.sleep(0.01)
+        assert not waiter.done()
+        admission.observe(1.0)
+        await asyncio.wait_for(waiter, 1)
+
+    asyncio.run(run())
