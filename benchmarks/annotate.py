@@ -3,18 +3,19 @@
 * ``throughput``  steady state of ``python -m data.annotate`` beside a plain loop over the same three checkpoints
   (decoding included) with all cores' threads: the difference of a long and a short run, in which start-up and the
   pipeline's filling and emptying cancel out, in alternating rounds
-* ``kills``       the same photos annotated twice, once undisturbed and once with SIGKILL to the driver, to a worker
-  with a picture model and to the worker with vLLM: same ids, each once, and nearly the same answers
+* ``kills``       the same photos annotated twice, once undisturbed and once with SIGKILLs to the driver and to workers
+  of every stage: same ids, each once, and nearly the same answers
 
     python -m benchmarks.annotate --photos DIR [--parts throughput,kills]
 
 Each run is a process of its own with a Ray of its own. ``--steps bare,short`` and ``--steps bare,long`` with
-``--append`` split a round of ``throughput`` for a machine that is quiet only for minutes. Out:
-``results/annotate_PART.json``.
+``--append`` split a round of ``throughput`` for a machine that is quiet only for minutes; ``--one-step --work DIR``,
+again and again, does ``kills`` in pieces. Out: ``results/annotate_PART.json``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ class AnnotateBenchmark(BaseModel):
     rounds: int = Field(3, ge=1)
     steps: str = Field("bare,short,bare,long", description="what a round of `throughput` does, in this order")
     append: bool = Field(False, description="add to the measurements in the result file")
+    one_step: bool = Field(False, description="of `kills`, do only the next step: until the driver is killed again")
     shard_pictures: int = Field(16, ge=1)
     work: Path | None = Field(None, description="folder for photos and records; a temporary one if not given")
     options: str = Field("", description="more options for data.annotate")
@@ -98,10 +100,8 @@ class BareLoop:
         cores = os.cpu_count() or 1
         torch.set_num_threads(cores)
         self._detector, self._captioner = Detector(), Captioner()
-        self._models = {
-            "detector": self._detector.load(resolve("starter:detector")),
-            "captioner": self._captioner.load(resolve("starter:captioner")),
-        }
+        self._detects = self._detector.load(resolve("starter:detector"))
+        self._captions = self._captioner.load(resolve("starter:captioner"))
         self._tagger = OfflineTagger(resolve("starter:tagger"), TaggerSettings(threads=cores))
 
     def run(self, photos: list[Path], batch_size: int = 8, group: int = 64) -> float:
@@ -112,7 +112,7 @@ class BareLoop:
         from deployments.provenance import read_provenance
         from deployments.views import render
 
-        detector, captioner = self._models["detector"], self._models["captioner"]
+        detector, captioner = self._detects, self._captions
         started = time.perf_counter()
         for begin in range(0, len(photos), group):
             captions: list[str] = []
@@ -179,6 +179,11 @@ def throughput(config: AnnotateBenchmark, photos: list[Path], work: Path) -> dic
 
 # ------------------------------------------------------------------------------------------------------------- kills
 
+#: What is killed at which share of the shards. Whatever the driver's Ray had in work dies with the driver.
+_KILLS = ((0.15, "CaptionerStage"), (0.3, "driver"), (0.45, "TaggerStage"), (0.6, "driver"), (0.75, "DetectorStage"))
+#: The undisturbed run is made in so many pieces, each of whole shards: for a machine that is only lent for minutes.
+_PIECES = 4
+
 
 def _published(output: Path) -> int:
     return len(list((output / FOLDER).glob("*.parquet"))) if (output / FOLDER).is_dir() else 0
@@ -187,59 +192,51 @@ def _published(output: Path) -> int:
 def _worker(driver: subprocess.Popen[bytes], stage: str) -> psutil.Process | None:
     """A worker of this driver's own Ray that runs a stage."""
     for process in psutil.Process(driver.pid).children(recursive=True):
-        try:
+        with contextlib.suppress(psutil.Error):
             if stage in " ".join(process.cmdline()):
                 return process
-        except psutil.Error:
-            continue
     return None
 
 
-def undisturbed(config: AnnotateBenchmark, folder: Path, output: Path) -> float:
-    """Seconds of a run that nothing happens to."""
-    started = time.monotonic()
-    subprocess.run(command(config, folder, output), env=environment(), cwd=_ROOT, check=True)
-    return time.monotonic() - started
+def undisturbed(config: AnnotateBenchmark, photos: list[Path], work: Path) -> Iterator[float]:
+    """Runs that nothing happens to, over the same shards; yields the seconds of each that was not done before."""
+    shards = -(-len(photos) // config.shard_pictures)
+    size = -(-shards // _PIECES) * config.shard_pictures
+    for piece, first in enumerate(range(0, len(photos), size)):
+        output = work / f"undisturbed-{piece}"
+        if (output / "manifest.json").is_file():
+            continue
+        shutil.rmtree(output, ignore_errors=True)
+        folder = link(photos[first : first + size], work / f"photos-{piece}")
+        started = time.monotonic()
+        subprocess.run(command(config, folder, output), env=environment(), cwd=_ROOT, check=True)
+        yield time.monotonic() - started
 
 
-def disturbed(config: AnnotateBenchmark, folder: Path, output: Path, shards: int) -> list[dict[str, Any]]:
-    """The same with three kills, at about 20, 45 and 70 % of the shards."""
-    kills: list[dict[str, Any]] = []
-
-    def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen(command(config, folder, output), env=environment(), cwd=_ROOT)
-
-    def when(share: float, act: Callable[[], int | None], what: str) -> None:
-        while True:
+def disturbed(config: AnnotateBenchmark, folder: Path, output: Path, shards: int) -> Iterator[dict[str, Any]]:
+    """One run with SIGKILLs in it; yields after each kill of the driver, and at the end, with what was killed."""
+    killed = json.loads(_journal(output).read_text()) if _journal(output).is_file() else []
+    while not (output / "manifest.json").is_file():
+        driver = subprocess.Popen(command(config, folder, output), env=environment(), cwd=_ROOT)
+        while driver.poll() is None:
+            share, what = _KILLS[len(killed)] if len(killed) < len(_KILLS) else (2.0, "")
             done = _published(output)
-            if driver.poll() is not None:
-                raise RuntimeError(f"the run ended with {driver.returncode} before the {what} was killed")
-            if done >= share * shards and (killed := act()) is not None:
-                kills.append({"what": what, "pid": killed, "shards_done": done})
-                print(kills[-1], flush=True)
-                return
+            process = None
+            if done >= share * shards:
+                process = psutil.Process(driver.pid) if what == "driver" else _worker(driver, what)
+            if process is not None:
+                process.kill()
+                killed.append({"what": what, "pid": process.pid, "shards_done": done})
+                _journal(output).write_text(json.dumps(killed))
+                print(killed[-1], flush=True)
             time.sleep(1)
+        if driver.returncode not in (0, -signal.SIGKILL):
+            raise RuntimeError(f"the run ended with {driver.returncode}")
+        yield {"kills": killed}
 
-    def kill_driver() -> int:
-        driver.send_signal(signal.SIGKILL)
-        driver.wait()
-        return driver.pid
 
-    def kill_worker(stage: str) -> int | None:
-        process = _worker(driver, stage)
-        if process is None:
-            return None
-        process.kill()
-        return process.pid
-
-    driver = start()
-    when(0.2, kill_driver, "driver")
-    driver = start()
-    when(0.45, lambda: kill_worker("CaptionerStage"), "worker with the captioner")
-    when(0.7, lambda: kill_worker("TaggerStage"), "worker with vLLM")
-    if driver.wait() != 0:
-        raise RuntimeError(f"the run ended with {driver.returncode}")
-    return kills
+def _journal(output: Path) -> Path:
+    return output.with_suffix(".kills.json")
 
 
 def compare(wanted: list[str], plain: list[Annotation], killed: list[Annotation]) -> dict[str, Any]:
@@ -269,17 +266,22 @@ def compare(wanted: list[str], plain: list[Annotation], killed: list[Annotation]
     }
 
 
-def kills(config: AnnotateBenchmark, photos: list[Path], work: Path) -> dict[str, Any]:
-    """Annotate twice, once with kills, and compare."""
+def kills(config: AnnotateBenchmark, photos: list[Path], work: Path) -> dict[str, Any] | None:
+    """Annotate twice, once with kills, and compare; None while steps are left to do."""
     chosen = photos[: config.count]
-    folder = link(chosen, work / "photos")
-    plain, killed = work / "undisturbed", work / "killed"
-    for output in (plain, killed):
-        shutil.rmtree(output, ignore_errors=True)
-    seconds = undisturbed(config, folder, plain)
-    done = disturbed(config, folder, killed, -(-len(chosen) // config.shard_pictures))
-    compared = compare([photo.name for photo in chosen], list(read_annotations(plain)), list(read_annotations(killed)))
-    return {"kills": done, "undisturbed_s": round(seconds)} | compared
+    for seconds in undisturbed(config, chosen, work):
+        print(f"a piece without kills took {seconds:.0f} s", flush=True)
+        if config.one_step:
+            return None
+    folder, output = work / "photos", work / "killed"
+    if not folder.is_dir():
+        link(chosen, folder)
+    for _ in disturbed(config, folder, output, -(-len(chosen) // config.shard_pictures)):
+        if config.one_step and not (output / "manifest.json").is_file():
+            return None
+    plain = [record for place in sorted(work.glob("undisturbed-*")) for record in read_annotations(str(place))]
+    compared = compare([photo.name for photo in chosen], plain, list(read_annotations(str(output))))
+    return {"kills": json.loads(_journal(output).read_text())} | compared
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -293,7 +295,8 @@ def main(arguments: list[str] | None = None) -> None:
         for part, measure in (("throughput", throughput), ("kills", kills)):
             if part in config.parts.split(","):
                 result = measure(config, photos, work)
-                print(json.dumps(result, indent=1), write_result(f"annotate_{part}", result), flush=True)
+                if result is not None:
+                    print(json.dumps(result, indent=1), write_result(f"annotate_{part}", result), flush=True)
 
 
 if __name__ == "__main__":
