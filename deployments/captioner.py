@@ -60,6 +60,39 @@ class CaptionerModel:
         texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [text.strip().removeprefix(self._prompt).strip()[:512] for text in texts]
 
+    def knows(self, text: str) -> bool:
+        """Whether every word of a text is in the vocabulary."""
+        unknown = self._tokenizer.unk_token_id
+        return unknown is None or unknown not in self._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    @torch.inference_mode()
+    def log_likelihood(self, views: np.ndarray, captions: list[str]) -> np.ndarray:
+        """Log-probability of a given caption for each picture, in nats, float64 ``(n,)``: how well the model thinks a
+        sentence fits, the words known to it taken as they are. Not the prompt, but the end of the sentence, counts.
+
+        Raises:
+            ViewMismatch: another size than the checkpoint's.
+        """
+        check_views(views, (len(views), *self.views.shape))
+        pixels = self._normalise(views[:, 0]).to(self.device, self._model.dtype)
+        words = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in (self._prompt, *captions)]
+        config = getattr(self._model.config, "text_config", self._model.config)
+        begin = config.bos_token_id
+        end = getattr(config, "sep_token_id", None) or config.eos_token_id  # BLIP ends with [SEP]
+        prompt, rows = words[0], [[begin, *words[0], *caption, end] for caption in words[1:]]
+        longest = max(map(len, rows))
+        tokens = torch.full((len(rows), longest), int(self._tokenizer.pad_token_id or 0))
+        mask = torch.zeros_like(tokens)
+        for index, row in enumerate(rows):
+            tokens[index, : len(row)] = torch.tensor(row)
+            mask[index, : len(row)] = 1
+        tokens, mask = tokens.to(self.device), mask.to(self.device)
+        logits = self._model(pixel_values=pixels, input_ids=tokens, attention_mask=mask).logits
+        # some architectures (GIT) put the picture's tokens before the text's
+        chances = logits[:, -longest:].float().log_softmax(-1)[:, len(prompt) : -1]
+        said, counted = tokens[:, len(prompt) + 1 :], mask[:, len(prompt) + 1 :]
+        return (chances.gather(-1, said[..., None])[..., 0] * counted).sum(-1).double().cpu().numpy()
+
 
 class Captioner(Replica[CaptionerModel]):
     """A replica of the captioner."""

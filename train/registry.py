@@ -153,7 +153,7 @@ def promote(
     if not judgement.passed:
         lines = "\n  ".join(judgement.failures)
         raise RegistryError(f"{name} does not pass the gate ({rules}):\n  {lines}")
-    before = _aliases(client, model).get(to)
+    before = aliases_of(client, model).get(to)
     if before == str(chosen.version):
         return chosen, before
     history = _history(client, model, to)
@@ -171,7 +171,7 @@ def rollback(client: MlflowClient, model: Kind, alias: Stage = "production") -> 
     Raises:
         RegistryError: there is none to go back to.
     """
-    current = _aliases(client, model).get(alias) if _exists(client, model) else None
+    current = aliases_of(client, model).get(alias)
     if current is None:
         raise RegistryError(f"{model} has nothing in {alias}: there is nothing to roll back")
     history = _history(client, model, alias)
@@ -193,7 +193,7 @@ def table(client: MlflowClient) -> str:
         if not _exists(client, model):
             continue
         aliases: dict[str, list[str]] = {}
-        for alias, number in _aliases(client, model).items():
+        for alias, number in aliases_of(client, model).items():
             aliases.setdefault(number, []).append(alias)
         versions = sorted(client.search_model_versions(f"name='{model}'"), key=lambda each: -int(each.version))
         for each in versions:
@@ -224,7 +224,7 @@ def describe(client: MlflowClient, model: Kind, version: str, rules: Path = RULE
         lines.append("  never evaluated")
     else:
         lines += [f"  {check}" for check in judge(report, read_rules(rules)).checks]
-    aliases = _aliases(client, model)
+    aliases = aliases_of(client, model)
     for alias in ALIASES:
         if alias in aliases:
             before = [entry["version"] for entry in _history(client, model, alias)]
@@ -236,8 +236,11 @@ def _exists(client: MlflowClient, model: str) -> bool:
     return any(found.name == model for found in client.search_registered_models(f"name='{model}'"))
 
 
-def _aliases(client: MlflowClient, model: str) -> dict[str, str]:
-    """Alias -> number. MLflow's stores disagree on whether a number is text."""
+def aliases_of(client: MlflowClient, model: str) -> dict[str, str]:
+    """Alias -> number of the version; empty when there is no such model. MLflow's stores disagree on whether a number
+    is text."""
+    if not _exists(client, model):
+        return {}
     return {alias: str(number) for alias, number in client.get_registered_model(model).aliases.items()}
 
 

@@ -1,0 +1,248 @@
+"""Evaluation from end to end on small models: what is reported, what the gate says of it, what is then served."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deployments.captioner import CaptionerModel
+from deployments.checkpoints import resolve
+from deployments.detector import DetectorModel
+from deployments.images import decode
+from deployments.views import render
+from tests.train.small_models import captioned_folder, labelled_folder, noise, small_captioner, small_detector
+from train import registry, tracking
+from train.captioner_report import exchange, length_figures, meteor, repetitive
+from train.detector_report import DAMAGES, file_traits, has_people, trained_on
+from train.evaluate import main
+from train.examples import read_examples
+from train.tag_quality import open_judge
+from train.tracking import TrackingConfig
+
+EASY = """
+detector: [{figure: tiers.clean.roc_auc.value, at_least: 0.0, why: anything goes}]
+captioner: [{figure: scores.bleu1, at_least: 0.0, why: anything goes}]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Small models and data; MLflow and caches of their own."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        patch.setenv("DEEPTRUST_CACHE", str(folder / "cache"))
+        small_detector(folder / "detector")
+        small_detector(folder / "production", seed=1)
+        small_captioner(folder / "captioner")
+        labelled_folder(folder / "pictures")
+        captioned_folder(folder / "captions")
+        (folder / "ghibli").mkdir()
+        for number in range(2):
+            noise(500 + number).save(folder / "ghibli" / f"{number}.jpg")
+        (folder / "easy.yaml").write_text(EASY)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def report(folder: Path) -> dict[str, Any]:
+    """A detector registered as a candidate, evaluated beside one in production."""
+    rules = ("--rules", str(folder / "easy.yaml"))
+    data = ("--data", str(folder / "pictures"), "--resamples", "50")
+    registry.main(["register", "detector", "--checkpoint", str(folder / "production")])
+    main(["detector", *data, *rules, "--no-damages"])
+    registry.main(["promote", "detector", "--to", "production", *rules])
+    registry.main(["register", "detector", "--checkpoint", str(folder / "detector")])
+    main(
+        [
+            *("detector", *data, *rules, "--output", str(folder / "report")),
+            *("--extra", json.dumps([str(folder / "ghibli")]), "--people-by", str(folder / "captioner")),
+        ]
+    )
+    return json.loads((folder / "report" / "report.json").read_text())
+
+
+def test_figures_are_those_of_the_probabilities(folder: Path, report: dict[str, Any]) -> None:
+    model = DetectorModel(resolve(str(folder / "detector")))
+    examples = read_examples(str(folder / "pictures"), "detector").examples
+    assert set(report["probabilities"]) == {example.id for example in examples}
+    views = np.stack([render(decode(example.read()).image, model.views) for example in examples])
+    found = np.array([report["probabilities"][example.id][0] for example in examples])
+    assert np.allclose(found, model.detect(views), atol=1e-4)
+    assert np.ptp(found) > 0.05  # a model that says the same of everything would prove nothing
+    real = found[[example.label == "human" for example in examples]]
+    assert report["tiers"]["clean"]["real_accuracy"]["value"] == pytest.approx((real < 0.6).mean(), abs=1e-4)
+    answers = report["confusion"]["clean"]
+    assert sum(answers["human"].values()) == len(real)
+    assert sum(sum(row.values()) for row in answers.values()) == len(examples)
+    assert set(report["damages"]) == set(DAMAGES)
+
+
+def test_generators_that_training_did_not_see_are_named(report: dict[str, Any]) -> None:
+    seen = {name: row["trained_on"] for name, row in report["generators"].items()}
+    assert seen == {"old-generator": True, "new-generator": False}
+    unseen = report["unseen"]["clean"]["mean_over_generators"]["value"]
+    assert unseen == report["generators"]["new-generator"]["roc_auc"]["clean"]["value"]
+
+
+def test_the_model_in_production_is_compared_with(report: dict[str, Any]) -> None:
+    comparison = report["comparison"]
+    assert comparison["with"].startswith("models:/detector@production#")
+    assert comparison["clean"]["roc_auc"]["low"] <= comparison["clean"]["roc_auc"]["high"]
+    assert set(comparison) == {"with", "clean", "768_q60", "512_q40"}
+
+
+def test_slices_and_pictures_one_by_one(report: dict[str, Any]) -> None:
+    assert {"with people", "without people", "source lab", "source platform"} <= set(report["slices"]) | {
+        "with people",
+        "without people",
+    }
+    pictures = report["dataset"]["pictures"]
+    parts = [report["slices"].get(name) for name in ("with people", "without people")]
+    assert sum(part["ai"] + part["real"] for part in parts if part) == pictures
+    assert set(report["extra"]["ghibli"]) == {"0.jpg", "1.jpg"}
+
+
+def test_the_page_stands_alone_and_shows_everything(folder: Path, report: dict[str, Any]) -> None:
+    page = (folder / "report" / "report.html").read_text()
+    assert not re.search(r'(src|href)="(?!data:|#)', page)
+    for words in ("Gate", "Calibration", "Generators", "Worst errors", "Ghibli, one by one", "new-generator"):
+        assert words in page
+    assert page.count("<svg") == 3
+    assert page.count("data:image/jpeg") >= 2 + len(report["worst"])
+
+
+def test_what_was_evaluated_is_what_is_served(folder: Path, report: dict[str, Any]) -> None:
+    registry.main(["promote", "detector", "--to", "production", "--rules", str(folder / "easy.yaml")])
+    served, trained = resolve("models:/detector@production"), resolve(str(folder / "detector"))
+    assert served.revision == trained.revision == report["model"]["revision"]
+    views = np.stack([render(noise(number), DetectorModel(served).views) for number in range(8)])
+    difference = DetectorModel(served).logits(views) - DetectorModel(trained).logits(views)
+    assert np.abs(difference).max() <= 1e-4
+
+
+def test_mlflow_has_the_report_and_its_numbers(report: dict[str, Any]) -> None:
+    client = tracking.connect(TrackingConfig())
+    run = client.get_run(report["run"])
+    assert run.data.metrics["tiers.clean.roc_auc.value"] == report["tiers"]["clean"]["roc_auc"]["value"]
+    assert run.inputs.dataset_inputs[0].dataset.name == "pictures"
+    assert {entry.path for entry in client.list_artifacts(report["run"])} == {"report.html", "report.json"}
+
+
+def test_a_gate_that_is_not_passed_refuses_promotion(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "hard.yaml").write_text(EASY.replace("0.0", "1.1"))
+    rules = ("--rules", str(folder / "hard.yaml"))
+    with pytest.raises(SystemExit) as ended:
+        main(
+            [
+                *("detector", "--data", str(folder / "pictures"), "--resamples", "20", "--no-damages"),
+                *(*rules, "--strict"),
+            ]
+        )
+    assert ended.value.code == 1
+    assert "gate NOT passed" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="does not pass the gate"):
+        registry.main(["promote", "detector", "--to", "canary", *rules])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["detector", "--data", "DIR/captions", "--checkpoint", "DIR/detector"], "not labelled"),
+        (["captioner", "--data", "DIR/pictures", "--checkpoint", "DIR/captioner"], "no captions"),
+        (["detector", "--data", "DIR/nothing", "--checkpoint", "DIR/detector"], "no prepared data set"),
+        (["detector", "--data", "DIR/pictures", "--checkpoint", "DIR/captioner"], "for captioning, not a detector"),
+        (["detector", "--data", "DIR/pictures", "--checkpoint", "models:/detector@staging"], "staging"),
+        (["captioner", "--data", "DIR/captions", "--checkpoint", "DIR/captioner", "--rules", "x.yaml"], "no gate"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_said_before_anything_is(
+    folder: Path, arguments: list[str], complaint: str
+) -> None:
+    with pytest.raises(SystemExit, match=complaint):
+        main([argument.replace("DIR", str(folder)) for argument in arguments])
+
+
+def test_a_captioner_is_reported_from_end_to_end(folder: Path) -> None:
+    output = folder / "captioner-report"
+    main(
+        [
+            *("captioner", "--data", str(folder / "captions"), "--checkpoint", str(folder / "captioner")),
+            *("--resamples", "10", "--templates", "6", "--output", str(output), "--rules", str(folder / "easy.yaml")),
+        ]
+    )
+    report = json.loads((output / "report.json").read_text())
+    model = CaptionerModel(resolve(str(folder / "captioner")))
+    examples = read_examples(str(folder / "captions"), "captioner").examples
+    said = {row["id"]: row["caption"] for row in report["captions"]}
+    views = np.stack([render(decode(example.read()).image, model.views) for example in examples])
+    assert [said[example.id] for example in examples] == model.caption(views)
+    assert set(report["scores"]) == {"bleu1", "bleu2", "bleu3", "bleu4", "cider", "rouge_l", "meteor"}
+    assert report["templates"]["cases"] == 6 and report["templates"]["synonyms"] == 6
+    assert report["retrieval"]["photos"] == len(examples)
+    assert report["length"]["words_longest"] <= 8
+    page = (output / "report.html").read_text()
+    assert "Are pictures found?" in page and page.count("<svg") == 2
+
+
+def test_a_caption_fits_by_the_sum_of_its_words(folder: Path) -> None:
+    model = CaptionerModel(resolve(str(folder / "captioner")))
+    views = np.stack([render(noise(number), model.views) for number in range(3)])
+    together = model.log_likelihood(views, ["a dog runs", "the man", "a big red ball on the beach"])
+    alone = [
+        float(model.log_likelihood(views[place : place + 1], [text])[0])
+        for place, text in enumerate(["a dog runs", "the man", "a big red ball on the beach"])
+    ]
+    assert together == pytest.approx(alone, abs=1e-4)  # padding changes nothing
+    assert (together < 0).all()
+    # over everything that may come next, the chances of one word sum to one
+    words = [model.log_likelihood(views[:1], [word])[0] for word in ("a", "dog")]
+    assert np.exp(words).sum() < 1
+    assert model.knows("a dog") and not model.knows("a zebra")
+
+
+def test_generators_of_training_are_read_off_the_card(folder: Path, tmp_path: Path) -> None:
+    assert trained_on(resolve(str(folder / "detector"))) == {"old-generator"}
+    strata = {"counts": {"train": {"ai: GLIDE": 3, "ai: stable-diffusion-1.4": 2, "real: x": 4}}}
+    assert trained_on(resolve(str(small_detector(tmp_path / "a", dataset=strata)))) == {"GLIDE", "stable-diffusion-1.x"}
+    assert trained_on(resolve(str(small_detector(tmp_path / "b", dataset={})))) is None
+
+
+def test_file_traits_read_the_header_and_not_the_pixels(tmp_path: Path) -> None:
+    traits = []
+    for colour in ("red", "blue"):
+        from PIL import Image
+
+        Image.new("RGB", (64, 48), colour).save(tmp_path / "a.jpg", quality=80, subsampling=0)
+        traits.append(file_traits((tmp_path / "a.jpg").read_bytes()))
+    red, blue = traits
+    assert (red["jpeg"], red["width"], red["height"], red["sampling"]) == (1.0, 64, 48, 0)
+    assert red["luma_table"] == blue["luma_table"] > 0
+
+
+def test_people_stuttering_and_exchanged_words() -> None:
+    assert has_people("Two men play") and not has_people("a manual of birds")
+    assert repetitive("a dog dog runs") and repetitive("a man in a hat and a man in a hat")
+    assert not repetitive("a man in a red hat and a man in a blue hat")
+    assert exchange("A man walks his dog", {"dog": "cat"}) == "a man walks his cat"
+    assert exchange("A bird", {"dog": "cat"}) is None
+    figures = length_figures(["a dog", "a dog", "", "a cat cat"])
+    assert (figures["distinct"], figures["empty"], figures["repetitive"]) == (3, 0.25, 0.25)
+
+
+def test_inventions_and_meteor_need_wordnet() -> None:
+    judge = open_judge()
+    if judge is None:
+        pytest.skip("no wordnet-base here")
+    assert judge.made_up("a puppy with a frisbee", ["a dog runs", "the animal plays"]) == ["frisbee"]
+    assert judge.made_up("a dog", ["a puppy sleeps"]) == []
+    same = meteor({"1": "a dog runs on grass"}, {"1": ["a dog runs on grass"]}, judge)
+    synonym = meteor({"1": "a bike on grass"}, {"1": ["a bicycle on grass"]}, judge)
+    other = meteor({"1": "a horse on grass"}, {"1": ["a bicycle on grass"]}, judge)
+    assert same > 0.99 and synonym > other

@@ -1,0 +1,86 @@
+"""The gate: every rule is applied, what is missing fails, and a bad file of rules is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from train.gate import GateError, Rules, find, judge, main, read_rules
+
+REPORT = {
+    "kind": "detector",
+    "tiers": {"clean": {"roc_auc": {"value": 0.9, "low": 0.85}}, "768_q60": {"roc_auc": {"low": float("nan")}}},
+    "scores": {"a.b": 3, "passed": True},
+}
+
+
+def rules(*detector: dict[str, object]) -> Rules:
+    captioner = [{"figure": "scores.bleu4", "at_least": 0, "why": "x"}]
+    return Rules.model_validate({"detector": [{"why": "so", **rule} for rule in detector], "captioner": captioner})
+
+
+def test_the_projects_own_rules_are_valid() -> None:
+    read = read_rules()
+    assert {rule.figure for rule in read.detector} >= {"tiers.clean.roc_auc.low", "tiers.512_q40.roc_auc.low"}
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("tiers.clean.roc_auc.low", 0.85),
+        ("scores.a.b", 3.0),
+        ("scores.passed", 1.0),
+        ("tiers.clean.roc_auc", None),
+        ("tiers.clean.nothing", None),
+        ("tiers.clean.roc_auc.low.deeper", None),
+    ],
+)
+def test_a_figure_is_found_by_its_path(path: str, value: float | None) -> None:
+    assert find(REPORT, path) == value
+
+
+@pytest.mark.parametrize(
+    ("rule", "passed"),
+    [
+        ({"figure": "tiers.clean.roc_auc.low", "at_least": 0.85}, True),
+        ({"figure": "tiers.clean.roc_auc.low", "at_least": 0.86}, False),
+        ({"figure": "tiers.clean.roc_auc.low", "at_most": 0.8}, False),
+        ({"figure": "tiers.768_q60.roc_auc.low", "at_least": 0.1}, False),  # not a number
+        ({"figure": "comparison.clean", "at_least": -1}, False),  # not there
+        ({"figure": "comparison.clean", "at_least": -1, "optional": True}, True),
+    ],
+)
+def test_a_rule_holds_or_fails(rule: dict[str, object], passed: bool) -> None:
+    judgement = judge(REPORT, rules(rule))
+    assert judgement.passed is passed
+    assert len(judgement.failures) == (not passed)
+
+
+def test_one_failure_is_enough() -> None:
+    good = {"figure": "tiers.clean.roc_auc.low", "at_least": 0.5}
+    assert not judge(REPORT, rules(good, {"figure": "scores.a.b", "at_most": 2})).passed
+
+
+def test_a_report_of_no_kind_is_refused() -> None:
+    with pytest.raises(GateError, match="tagger"):
+        judge({"kind": "tagger"}, rules({"figure": "x", "at_least": 0}))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "detector: []", "detector: [{figure: a, why: b}]\ncaptioner: []", "{", "nonsense: 1"]
+)
+def test_bad_rules_are_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / "gate.yaml").write_text(text)
+    with pytest.raises(GateError, match=r"gate\.yaml"):
+        read_rules(tmp_path / "gate.yaml")
+    with pytest.raises(GateError, match="no gate"):
+        read_rules(tmp_path / "other.yaml")
+
+
+def test_the_command_ends_with_a_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "report.json").write_text(json.dumps(REPORT))
+    with pytest.raises(SystemExit, match="checks failed"):
+        main([str(tmp_path / "report.json")])
+    assert "FAILED tiers.512_q40.roc_auc.low >= 0.65: not in the report" in capsys.readouterr().out

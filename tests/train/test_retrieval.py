@@ -1,0 +1,83 @@
+"""Retrieval: BM25 agrees with its formula, ties are shared out, and tags that help are seen to help."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from train.retrieval import Bm25, found, human_recalls, main, recalls, retrieval, terms
+
+
+def test_bm25_follows_its_formula() -> None:
+    documents = [["dog", "ball"], ["dog", "dog", "snow", "snow"], ["cat"]]
+    scores = Bm25(documents, k1=1.2, b=0.75).scores(["dog", "unknown"])
+    idf, average = math.log(1 + (3 - 2 + 0.5) / (2 + 0.5)), 7 / 3
+    expected = [
+        idf * times * 2.2 / (times + 1.2 * (0.25 + 0.75 * length / average)) for times, length in ((1, 2), (2, 4))
+    ]
+    assert scores[:2] == pytest.approx(expected)
+    assert scores[2] == 0
+
+
+def test_terms_are_stems_without_stop_words() -> None:
+    assert terms("The dogs are running on a beach.") == terms("dog running beach")
+
+
+def test_ties_are_shared_out_and_no_common_word_is_not_found() -> None:
+    assert found(np.array([2.0, 2.0, 2.0, 1.0]), 0, 1) == pytest.approx(1 / 3)
+    assert found(np.array([3.0, 2.0, 2.0]), 1, 2) == pytest.approx(0.5)
+    assert found(np.array([3.0, 2.0, 2.0]), 1, 10) == 1.0
+    assert found(np.zeros(3), 0, 10) == 0.0
+
+
+def test_own_pictures_are_found_by_their_words() -> None:
+    documents = [f"a picture of thing{number}" for number in range(20)]
+    queries = [[f"thing{number}", "nothing of the kind"] for number in range(20)]
+    assert recalls(documents, queries) == pytest.approx(np.full((20, 2), 0.5))
+
+
+def rows(helpful: bool) -> list[dict[str, object]]:
+    # captions name a kind that four pictures share; tags name the picture, or nothing
+    return [
+        {
+            "id": str(number),
+            "caption": f"kind{number // 4}",
+            "tags": [f"name{number}" if helpful else "thing"],
+            "references": [f"kind{number // 4} name{number}", f"name{number} kind{number // 4}"],
+        }
+        for number in range(80)
+    ]
+
+
+def test_tags_that_help_are_seen_to_help_and_others_not() -> None:
+    good, useless = retrieval(rows(True), 200), retrieval(rows(False), 200)
+    assert good["systems"]["captions"]["recall_at_1"]["value"] == pytest.approx(0.25, abs=1e-3)
+    assert good["systems"]["captions_and_tags"]["recall_at_1"]["value"] == 1.0
+    assert good["tags_add"]["recall_at_1"]["low"] > 0.5
+    assert useless["tags_add"]["recall_at_1"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_human_documents_never_hold_the_query() -> None:
+    # each person uses words of their own: nobody's caption is found by another's
+    references = [[f"a{number}", f"b{number}", f"c{number}"] for number in range(12)]
+    assert human_recalls(references, together=True).sum() == 0
+    same = [[f"x{number}", f"x{number} y", f"x{number} z"] for number in range(12)]
+    assert human_recalls(same, together=False) == pytest.approx(np.ones((12, 2)))
+
+
+def test_the_command_reads_rows_that_were_kept(tmp_path: Path) -> None:
+    (tmp_path / "rows.json").write_text(json.dumps(rows(True)))
+    # the checkpoints are named in the result alone: small folders will do
+    from tests.train.small_models import small_captioner
+
+    folder = str(small_captioner(tmp_path / "captioner"))
+    output = tmp_path / "result.json"
+    arguments = ["--data", "kept", "--captioner", folder, "--tagger", "", "--rows", str(tmp_path / "rows.json")]
+    main([*arguments, "--output", str(output), "--resamples", "50"])
+    result = json.loads(output.read_text())
+    assert result["photos"] == 80 and result["queries"] == 160
+    assert result["systems"]["human_captions_together"]["recall_at_10"]["value"] == 1.0

@@ -1,0 +1,88 @@
+"""The figures agree with references, and intervals behave as intervals do."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from train.statistics import (
+    answers,
+    auc,
+    by_generator,
+    expected_calibration_error,
+    interval,
+    paired_difference,
+    reliability,
+    verdict_figures,
+)
+
+
+def test_auc_agrees_with_scikit_learn_ties_included() -> None:
+    random = np.random.default_rng(0)
+    ai, real = random.integers(0, 8, 50).astype(float), random.integers(0, 6, 70).astype(float)
+    labels = np.r_[np.ones(50), np.zeros(70)]
+    assert auc(ai, real) == pytest.approx(roc_auc_score(labels, np.r_[ai, real]))
+
+
+def test_calibration_error_is_zero_when_calibrated_and_large_when_not() -> None:
+    random = np.random.default_rng(0)
+    chances = random.random(20000)
+    labels = (random.random(20000) < chances).astype(int)
+    assert expected_calibration_error(chances, labels) < 0.02
+    assert expected_calibration_error(np.full(100, 0.95), np.repeat([0, 1], 50)) == pytest.approx(0.45)
+    assert sum(entry["pictures"] for entry in reliability(chances, labels)) == 20000
+
+
+def test_intervals_hold_the_value_and_narrow_with_more_pictures() -> None:
+    random = np.random.default_rng(0)
+    widths = []
+    for count in (30, 3000):
+        found = interval(lambda values: float(values.mean()), [random.normal(size=count)], 300, 0)
+        assert found["low"] <= found["value"] <= found["high"]
+        widths.append(found["high"] - found["low"])
+    assert widths[1] < widths[0] / 5
+
+
+def test_a_paired_difference_is_much_narrower_than_its_sides() -> None:
+    random = np.random.default_rng(0)
+    hard = random.normal(size=400)  # how hard a picture is moves both models alike
+    ours, theirs = hard + 0.1 + 0.05 * random.normal(size=400), hard
+    mean = lambda values: float(values.mean())  # noqa: E731
+    paired = paired_difference(mean, [ours], [theirs], 500, 0)
+    alone = interval(mean, [ours], 500, 0)
+    assert paired["low"] > 0 and paired["value"] == pytest.approx(0.1, abs=0.02)
+    assert paired["high"] - paired["low"] < (alone["high"] - alone["low"]) / 5
+
+
+def test_a_model_does_not_differ_from_itself() -> None:
+    values = np.random.default_rng(1).random(50)
+    assert paired_difference(auc, [values, 1 - values], [values, 1 - values], 50, 0) == {
+        "value": 0.0,
+        "low": 0.0,
+        "high": 0.0,
+    }
+
+
+def test_three_answers_share_out_everything() -> None:
+    shares = answers(np.array([0.1, 0.3, 0.5, 0.7, 0.9]), 0.3, 0.7)
+    assert shares == {"human": 0.2, "uncertain": 0.4, "ai": 0.4}
+
+
+def test_verdicts_use_the_given_threshold_and_no_other() -> None:
+    chances, labels = np.array([0.1, 0.2, 0.6, 0.4, 0.7, 0.9]), np.array([0, 0, 0, 1, 1, 1])
+    figures = verdict_figures(chances, labels, {"human_below": 0.3, "ai_above": 0.65}, 50, 0)
+    assert figures["real_accuracy"]["value"] == 1.0
+    assert figures["ai_recall"]["value"] == pytest.approx(2 / 3, abs=1e-3)
+    assert figures["ai_answers"] == {"human": 0.0, "uncertain": 0.3333, "ai": 0.6667}
+    with pytest.raises(ValueError, match="both classes"):
+        verdict_figures(chances, np.ones(6), {"human_below": 0.3, "ai_above": 0.65}, 50, 0)
+
+
+def test_generators_count_once_each_or_by_their_pictures() -> None:
+    real = np.zeros((10, 1))
+    seen_through, missed = np.ones((30, 1)), -np.ones((10, 1))
+    figures = by_generator({"easy": (seen_through, real), "hard": (missed, real)}, 0, 100, 0)
+    assert figures["mean_over_generators"]["value"] == 0.5
+    assert figures["mean_over_pictures"]["value"] == 0.75
+    assert figures["generators"]["hard"]["pictures"] == 10

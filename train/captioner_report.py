@@ -1,0 +1,382 @@
+"""How good a captioner is: agreement with people, length and repetition, behaviour, inventions, tags, retrieval.
+
+In: a checkpoint, loaded by the class that serves it, and captioned test examples. Out: the JSON-ready body of a report
+and sample pictures.
+
+* ``scores``: BLEU-1..4, CIDEr, ROUGE-L (pycocoevalcap) and METEOR (nltk's, of 2005, with WordNet's nouns as synonyms:
+  the COCO tools' METEOR 1.5 needs Java). Both sides are lower-cased, freed of punctuation and split at spaces; this is
+  not the PTB tokeniser. Intervals: bootstrap over photos.
+* ``templates``: a human caption with one word changed must fit its picture less well; with a synonym, about as well. A
+  caption's fit is its log-likelihood given the picture minus that given another picture, which takes out how common
+  its words are.
+* ``made_up``: nouns that no person used of the picture (``train.tag_quality``).
+* ``tags``, ``retrieval``: what a tagger makes of the captions, and whether pictures are found by them.
+* ``comparison``: difference to another model on the same photos, paired bootstrap.
+
+Knows no MLflow and no HTML.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from deployments.captioner import CaptionerModel
+from deployments.checkpoints import Checkpoint
+from deployments.images import ImageLimits, decode
+from deployments.views import render
+from train.captions import normalise, score_captions
+from train.detector_report import Body, Picture
+from train.examples import Example, batches
+from train.retrieval import retrieval
+from train.statistics import Interval, described
+from train.tag_quality import WORDNET, Judge, measure_tags, open_judge, share
+
+#: Words that caption writers use for the same thing.
+SYNONYMS = {
+    "bicycle": "bike",
+    "bike": "bicycle",
+    "child": "kid",
+    "children": "kids",
+    "big": "large",
+    "large": "big",
+    "little": "small",
+    "small": "little",
+    "jumps": "leaps",
+    "jumping": "leaping",
+    "lady": "woman",
+    "woman": "lady",
+    "man": "guy",
+    "ocean": "sea",
+    "road": "street",
+    "street": "road",
+    "rock": "stone",
+    "sidewalk": "pavement",
+    "photo": "picture",
+}
+#: Words whose exchange makes a caption wrong.
+CHANGES = {
+    "dog": "car",
+    "dogs": "cars",
+    "man": "horse",
+    "woman": "bus",
+    "boy": "bird",
+    "girl": "boat",
+    "children": "horses",
+    "people": "dogs",
+    "grass": "snow",
+    "snow": "grass",
+    "water": "street",
+    "beach": "street",
+    "street": "beach",
+    "red": "green",
+    "blue": "yellow",
+    "black": "white",
+    "white": "black",
+    "running": "sitting",
+    "sitting": "running",
+    "ball": "bicycle",
+}
+
+
+class CaptionerSettings(BaseModel):
+    """What is examined, beyond the scores."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    templates: int = Field(100, ge=0, description="human captions that are changed by a word; 0: none")
+    tagger: str = Field("", description="checkpoint of a tagger, e.g. starter:tagger; empty: no tags")
+    samples: int = Field(24, ge=0, le=200, description="pictures shown with their captions")
+
+
+def caption_all(checkpoint: Checkpoint, examples: Sequence[Example], batch_size: int) -> list[str]:
+    """A caption for each example, by the class that serves."""
+    model = CaptionerModel(checkpoint)
+    texts: list[str] = []
+    started = time.monotonic()
+    for group in batches(list(examples), batch_size):
+        texts += model.caption(np.stack([_view(model, example) for example in group]))
+        if len(texts) % (batch_size * 10) < batch_size or len(texts) == len(examples):
+            rate = len(texts) / (time.monotonic() - started)
+            print(f"captioned {len(texts)}/{len(examples)}, {rate:.1f}/s", flush=True)
+    return texts
+
+
+def tag_all(checkpoint: Checkpoint, captions: Sequence[str]) -> list[list[str]]:
+    """Tags of each caption, by the tagger's own engine settings, offline."""
+    from deployments.offline_tagger import OfflineTagger
+
+    # the same caption gets the same tags: asked once
+    distinct = sorted(set(captions))
+    answers = dict(zip(distinct, OfflineTagger(checkpoint).tag(distinct), strict=True))
+    return [answers[caption]["tags"] for caption in captions]
+
+
+def _view(model: CaptionerModel, example: Example) -> np.ndarray:
+    limits = ImageLimits(max_bytes=2**31, max_pixels=400_000_000, min_side_px=1)
+    return render(decode(example.read(), limits).image, model.views)
+
+
+def bootstrap(
+    sides: Sequence[Mapping[str, str]], references: Mapping[str, Sequence[str]], resamples: int, seed: int
+) -> list[dict[str, np.ndarray]]:
+    """Corpus BLEU-4 and CIDEr of each side over photos drawn with replacement, the same draws for all sides.
+
+    A photo that is drawn twice enters twice, under two names; CIDEr's document frequencies are those of the resample.
+    """
+    generator = np.random.default_rng(seed)
+    names = list(references)
+    drawn: list[dict[str, list[float]]] = [{"bleu4": [], "cider": []} for _ in sides]
+    for _ in range(resamples):
+        chosen = [names[index] for index in generator.integers(0, len(names), len(names))]
+        truths = {str(place): references[name] for place, name in enumerate(chosen)}
+        for side, values in zip(sides, drawn, strict=True):
+            scores = score_captions({str(place): side[name] for place, name in enumerate(chosen)}, truths)
+            for figure, found in values.items():
+                found.append(scores[figure])
+    return [{figure: np.array(found) for figure, found in values.items()} for values in drawn]
+
+
+def rouge_l(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> float:
+    """ROUGE-L with beta 1.2, mean over photos (Lin 2004; pycocoevalcap)."""
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    mean, _ = Rouge().compute_score(
+        {name: [normalise(text) for text in references[name]] for name in captions},
+        {name: [normalise(text)] for name, text in captions.items()},
+    )
+    return float(mean)
+
+
+class _Nouns:
+    """WordNet as nltk's METEOR asks for it, from Debian's files, nouns alone, by stems: nltk's own reader wants files
+    that Debian does not pack, and its METEOR looks synonyms of stems up."""
+
+    class _Lemma:
+        def __init__(self, name: str) -> None:
+            self._name = name
+
+        def name(self) -> str:
+            return self._name
+
+    class _Synset:
+        def __init__(self, names: list[str]) -> None:
+            self._names = names
+
+        def lemmas(self) -> list[_Nouns._Lemma]:
+            return [_Nouns._Lemma(name) for name in self._names]
+
+    def __init__(self, judge: Judge, words: set[str]) -> None:
+        self._synsets: dict[str, list[_Nouns._Synset]] = {}
+        for word in words:
+            offsets = judge.wordnet.senses.get(judge.wordnet.lemma(word) or word, [])
+            single = [[judge.stem(name) for name in judge.wordnet.words[each] if " " not in name] for each in offsets]
+            self._synsets[judge.stem(word)] = [self._Synset(names) for names in single]
+
+    def synsets(self, stem: str) -> list[_Synset]:
+        return self._synsets.get(stem, [])
+
+
+def meteor(captions: Mapping[str, str], references: Mapping[str, Sequence[str]], judge: Judge) -> float:
+    """METEOR (Banerjee & Lavie 2005), mean over photos of the best reference; words are compared by their stems."""
+    from nltk.translate.meteor_score import meteor_score
+
+    said = {name: normalise(text).split() for name, text in captions.items()}
+    nouns: Any = _Nouns(judge, {word for words in said.values() for word in words})
+
+    class AsTheyAre:
+        def stem(self, word: str) -> str:
+            return word
+
+    values = [
+        meteor_score(
+            [normalise(each).split() for each in references[name]],
+            words,
+            preprocess=judge.stem,
+            stemmer=AsTheyAre(),
+            wordnet=nouns,
+        )
+        for name, words in said.items()
+    ]
+    return float(np.mean(values))
+
+
+def repetitive(caption: str) -> bool:
+    """Whether a caption stutters: a word twice in a row, or five words that come again."""
+    words = normalise(caption).split()
+    if any(first == second for first, second in itertools.pairwise(words)):
+        return True
+    fives = [tuple(words[place : place + 5]) for place in range(len(words) - 4)]
+    return len(set(fives)) < len(fives)
+
+
+def length_figures(captions: Sequence[str]) -> dict[str, Any]:
+    """Length, repetition, variety."""
+    lengths = [len(normalise(caption).split()) for caption in captions]
+    return {
+        "words_mean": round(float(np.mean(lengths)), 2),
+        "words_shortest": int(min(lengths)),
+        "words_longest": int(max(lengths)),
+        "histogram": {str(words): count for words, count in sorted(Counter(lengths).items())},
+        "empty": round(share(length == 0 for length in lengths), 4),
+        "repetitive": round(share(repetitive(caption) for caption in captions), 4),
+        "distinct": len(set(captions)),
+        "distinct_share": round(len(set(captions)) / len(captions), 4),
+        "most_common": Counter(captions).most_common(5),
+        "words_used": len({word for caption in captions for word in normalise(caption).split()}),
+    }
+
+
+def exchange(caption: str, table: Mapping[str, str]) -> str | None:
+    """The caption with its first word of ``table`` exchanged; None when it has none."""
+    words = normalise(caption).split()
+    for place, word in enumerate(words):
+        if word in table:
+            return " ".join([*words[:place], table[word], *words[place + 1 :]])
+    return None
+
+
+def template_figures(
+    model: CaptionerModel, examples: Sequence[Example], cases: int, batch_size: int
+) -> dict[str, Any] | None:
+    """How a changed word and a synonym move the fit of human captions to their pictures; None without a caption to
+    change.
+
+    Every caption is scored with its own picture and with the picture of the next case.
+    """
+    chosen: list[tuple[Example, str, str, str | None]] = []
+    for example in examples:
+        for caption in example.captions:
+            plain, changed = normalise(caption), exchange(caption, CHANGES)
+            if changed and model.knows(plain) and model.knows(changed):
+                same = exchange(caption, SYNONYMS)
+                chosen.append((example, plain, changed, same if same and model.knows(same) else None))
+                break
+        if len(chosen) == cases:
+            break
+    if len(chosen) < 2:
+        return None
+    views = np.stack([_view(model, example) for example, *_ in chosen])
+    other = np.roll(views, -1, axis=0)
+
+    def fit(rows: list[int], texts: list[str]) -> np.ndarray:
+        values = np.zeros(len(rows))
+        for first in range(0, len(rows), batch_size):
+            part, said = rows[first : first + batch_size], texts[first : first + batch_size]
+            values[first : first + len(part)] = model.log_likelihood(views[part], said) - model.log_likelihood(
+                other[part], said
+            )
+        return values
+
+    every = list(range(len(chosen)))
+    own = fit(every, [case[1] for case in chosen])
+    loss = own - fit(every, [case[2] for case in chosen])
+    with_synonym = [row for row in every if chosen[row][3] is not None]
+    result: dict[str, Any] = {
+        "cases": len(chosen),
+        "human_caption_fits_own_picture": round(share(value > 0 for value in own), 4),
+        "changed_word_fits_worse": round(share(value > 0 for value in loss), 4),
+        "changed_word_mean_loss": round(float(loss.mean()), 4),
+        "synonyms": len(with_synonym),
+    }
+    if with_synonym:
+        moved = np.abs(own[with_synonym] - fit(with_synonym, [str(chosen[row][3]) for row in with_synonym]))
+        result["synonym_mean_shift"] = round(float(moved.mean()), 4)
+        result["synonym_moves_less_than_change"] = round(
+            share(small < large for small, large in zip(moved, np.abs(loss[with_synonym]), strict=True)), 4
+        )
+    order = np.argsort(loss)
+    result["worst"] = [
+        {"caption": chosen[row][1], "changed": chosen[row][2], "loss": round(float(loss[row]), 3)} for row in order[:5]
+    ]
+    return result
+
+
+def made_up_figures(captions: Sequence[str], examples: Sequence[Example], judge: Judge) -> dict[str, Any]:
+    """Nouns that no human caption of the picture supports: per noun, per caption, and which most."""
+    nouns = [judge.noun_lemmas(caption) for caption in captions]
+    invented = [judge.made_up(caption, example.captions) for caption, example in zip(captions, examples, strict=True)]
+    # what one person writes against the others' captions: some disagreement is no invention
+    people = [
+        judge.made_up(example.captions[0], example.captions[1:]) for example in examples if len(example.captions) > 1
+    ]
+    said = [judge.noun_lemmas(example.captions[0]) for example in examples if len(example.captions) > 1]
+    return {
+        "nouns": sum(map(len, nouns)),
+        "made_up_share": round(sum(map(len, invented)) / max(sum(map(len, nouns)), 1), 4),
+        "captions_with_one": round(share(bool(words) for words in invented), 4),
+        "people_made_up_share": round(sum(map(len, people)) / max(sum(map(len, said)), 1), 4),
+        "most": Counter(word for words in invented for word in words).most_common(12),
+    }
+
+
+def examine(
+    checkpoint: Checkpoint,
+    examples: Sequence[Example],
+    settings: CaptionerSettings,
+    against: Checkpoint | None,
+    resamples: int,
+    batch_size: int,
+    seed: int,
+    tagger: Checkpoint | None = None,
+) -> Body:
+    """All figures of a captioner on test examples."""
+    texts = caption_all(checkpoint, examples, batch_size)
+    names = [example.id for example in examples]
+    captions = dict(zip(names, texts, strict=True))
+    references = {example.id: example.captions for example in examples}
+    judge = open_judge()
+    scores: dict[str, Any] = {
+        **score_captions(captions, references),
+        "rouge_l": rouge_l(captions, references),
+        "meteor": meteor(captions, references, judge) if judge else None,
+    }
+    sides: list[Mapping[str, str]] = [captions]
+    if against is not None:
+        sides.append(dict(zip(names, caption_all(against, examples, batch_size), strict=True)))
+    drawn = bootstrap(sides, references, resamples, seed)
+    figures: dict[str, Any] = {
+        "scores": {name: None if value is None else round(value, 4) for name, value in scores.items()},
+        "intervals": {name: described(scores[name], values) for name, values in drawn[0].items()},
+        "tokenisation": "lower case, punctuation dropped, split at spaces",
+        "length": length_figures(texts),
+        "notes": [],
+    }
+    if judge is None:
+        figures["notes"].append(
+            f"METEOR, inventions and tags are not measured: they need Debian's wordnet-base ({WORDNET}) and nltk"
+        )
+    else:
+        figures["made_up"] = made_up_figures(texts, examples, judge)
+    if settings.templates:
+        figures["templates"] = template_figures(CaptionerModel(checkpoint), examples, settings.templates, batch_size)
+    rows: list[dict[str, Any]] = [
+        {"id": example.id, "caption": text, "references": list(example.captions)}
+        for example, text in zip(examples, texts, strict=True)
+    ]
+    if tagger is not None:
+        tags = tag_all(tagger, texts)
+        for row, some in zip(rows, tags, strict=True):
+            row["tags"] = some
+        if judge is not None:
+            figures["tags"] = {"tagger": tagger.name} | measure_tags(rows, tags, judge)
+    if all(len(example.captions) > 1 for example in examples):
+        figures["retrieval"] = retrieval(rows, seed=seed)
+    if against is not None:
+        theirs = score_captions(sides[1], references)
+        comparison: dict[str, Interval | str] = {"with": against.name}
+        for name in ("bleu4", "cider"):
+            comparison[name] = described(scores[name] - theirs[name], drawn[0][name] - drawn[1][name])
+        figures["comparison"] = comparison
+    figures["captions"] = rows
+    shown = [
+        Picture(f"{text} — people: {example.captions[0]}", decode(example.read()).image)
+        for example, text in list(zip(examples, texts, strict=True))[: settings.samples]
+    ]
+    return Body(figures, {"samples": shown})

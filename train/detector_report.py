@@ -1,0 +1,499 @@
+"""How good a detector is, asked the way a sceptic would: tiers of delivery, one fixed threshold, generators by name.
+
+In: a checkpoint, loaded by the class that serves it, and test examples. Out: the JSON-ready body of a report and the
+pictures that belong to it (worst errors, heat maps). The thresholds are the card's; nothing is tuned on these
+pictures.
+
+* ``tiers``: every picture three times, as uploaded, at 768 px q60 and at 512 px q40; ranking, verdicts, calibration.
+* ``damages``: the same pictures after single injuries (JPEG qualities, halving, blur, WebP, a screenshot).
+* ``generators``: each generator against all real photos; those that the card's training data do not name are
+  ``unseen``, and their mean is the figure that counts.
+* ``slices``: size, compression, source, with and without people (by captions of a captioner, if one is given).
+* ``leakage``: how well a classifier that sees no pixel does. If it is good, the data are confounded.
+* ``comparison``: the difference to another model on the same pictures, by paired bootstrap.
+
+Knows no MLflow and no HTML.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageFilter
+from pydantic import BaseModel, ConfigDict, Field
+from sklearn.metrics import roc_auc_score
+
+from deployments.captioner import CaptionerModel
+from deployments.checkpoints import Checkpoint
+from deployments.detector import DetectorModel, verdict
+from deployments.heat_map import combine, render_png
+from deployments.images import ImageLimits, decode
+from deployments.tag_rules import words_of
+from deployments.views import regions, render
+from train.aivshuman import family
+from train.damage import TIERS, Tier, deliver, reduce_to, reencode
+from train.examples import Example, batches
+from train.statistics import (
+    Interval,
+    answers,
+    auc,
+    balanced_accuracy,
+    by_generator,
+    interval,
+    paired_difference,
+    reliability,
+    verdict_figures,
+)
+
+#: Words that mean that a caption speaks of people.
+PEOPLE = frozenset(
+    """man men woman women boy boys girl girls child children kid kids baby people person persons guy guys lady ladies
+    player players crowd couple toddler family human face he she someone""".split()  # noqa: SIM905
+)
+#: Below this many pictures of a class, a slice says nothing.
+_FEWEST = 5
+
+
+def _screenshot(image: Image.Image) -> Image.Image:
+    """Shown smaller than it is on a screen, captured and saved as a sharp JPEG by another program."""
+    return reencode(reduce_to(image, 900, Image.Resampling.BILINEAR), "JPEG", 90, subsampling=0)
+
+
+def _half(image: Image.Image) -> Image.Image:
+    return image.resize((max(1, image.width // 2), max(1, image.height // 2)), Image.Resampling.BICUBIC)
+
+
+DAMAGES: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "jpeg_q95": lambda image: reencode(image, "JPEG", 95),
+    "jpeg_q80": lambda image: reencode(image, "JPEG", 80),
+    "jpeg_q60": lambda image: reencode(image, "JPEG", 60),
+    "jpeg_q40": lambda image: reencode(image, "JPEG", 40),
+    "half_size": _half,
+    "blur_1px": lambda image: image.filter(ImageFilter.GaussianBlur(1)),
+    "webp_q75": lambda image: reencode(image, "WEBP", 75),
+    "screenshot": _screenshot,
+}
+
+
+class DetectorSettings(BaseModel):
+    """What is examined, beyond the tiers."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    damages: bool = Field(True, description="also score every picture after eight single injuries")
+    people_by: str = Field(
+        "", description="checkpoint of a captioner whose captions tell pictures with people; empty: not told apart"
+    )
+    extra: list[Path] = Field([], description="folders of AI pictures that are scored one by one")
+    heat_maps: int = Field(8, ge=0, le=64, description="heat maps of the worst errors")
+    worst: int = Field(16, ge=0, le=64, description="worst errors shown as pictures")
+
+
+@dataclass
+class Picture:
+    """A picture that the report shows."""
+
+    title: str
+    image: Image.Image
+
+
+@dataclass
+class Body:
+    """A report's figures and pictures."""
+
+    figures: dict[str, Any]
+    pictures: dict[str, list[Picture]] = field(default_factory=dict)
+
+
+def score(
+    model: DetectorModel, examples: Sequence[Example], versions: Sequence[str], batch_size: int
+) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """Calibrated probabilities of AI, float64 ``(examples, versions)``, and what the files show without their pixels.
+
+    A version is a tier or a name in ``DAMAGES``.
+    """
+    chances = np.empty((len(examples), len(versions)))
+    facts = []
+    started, row = time.monotonic(), 0
+    limits = ImageLimits(max_bytes=2**31, max_pixels=400_000_000, min_side_px=1)
+    for group in batches(list(examples), batch_size):
+        views = []
+        for example in group:
+            data = example.read()
+            facts.append(file_traits(data))
+            image = decode(data, limits).image
+            views += [render(injure(image, version), model.views) for version in versions]
+        # batches of one size whatever the versions: a batch's size must not move a probability from run to run
+        rows = np.concatenate([model.detect(np.stack(part)) for part in _parts(views, batch_size)])
+        chances[row : row + len(group)] = rows.reshape(len(group), len(versions))
+        row += len(group)
+        if row % (batch_size * 10) < batch_size or row == len(examples):
+            rate = row * len(versions) / (time.monotonic() - started)
+            print(f"scored {row}/{len(examples)} pictures, {rate:.1f} views of them a second", flush=True)
+    return chances, facts
+
+
+def _parts(views: list[np.ndarray], size: int) -> list[list[np.ndarray]]:
+    return [views[first : first + size] for first in range(0, len(views), size)]
+
+
+def injure(image: Image.Image, version: str) -> Image.Image:
+    """The picture as a tier or an injury delivers it."""
+    if version in DAMAGES:
+        return DAMAGES[version](image)
+    return deliver(image, version)  # type: ignore[arg-type]
+
+
+def file_traits(data: bytes) -> dict[str, float]:
+    """What a file shows without its pixels: format, size, length, quantisation tables, chroma subsampling."""
+    from PIL import JpegImagePlugin
+
+    with Image.open(BytesIO(data)) as image:
+        tables = getattr(image, "quantization", None) or {}
+        width, height = image.size
+        sampling = JpegImagePlugin.get_sampling(image) if isinstance(image, JpegImagePlugin.JpegImageFile) else -2
+        return {
+            "jpeg": float(image.format == "JPEG"),
+            "width": width,
+            "height": height,
+            "aspect": width / height,
+            "length": len(data),
+            "bytes_per_pixel": len(data) / (width * height),
+            "luma_table": float(np.mean(tables[0])) if 0 in tables else -1.0,
+            "chroma_table": float(np.mean(tables[1])) if 1 in tables else -1.0,
+            "sampling": float(sampling),
+        }
+
+
+_TRAITS: dict[str, tuple[str, ...]] = {
+    "all": (
+        "jpeg",
+        "width",
+        "height",
+        "aspect",
+        "length",
+        "bytes_per_pixel",
+        "luma_table",
+        "chroma_table",
+        "sampling",
+    ),
+    "size": ("width", "height", "aspect"),
+    "length": ("length", "bytes_per_pixel"),
+    "compression": ("jpeg", "luma_table", "chroma_table", "sampling"),
+}
+
+
+def leakage(facts: Sequence[dict[str, float]], labels: np.ndarray, groups: Sequence[str]) -> dict[str, float]:
+    """ROC AUC of classifiers that see ``file_traits`` alone, all of them or some, by five-fold cross-validation over
+    the test pictures; pictures of one ``group`` stay in one fold."""
+    from sklearn.ensemble import RandomForestClassifier
+    from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
+
+    folds = min(5, int(np.bincount(labels).min()))
+    if folds < 2:
+        return {}
+    result = {}
+    for name, chosen in _TRAITS.items():
+        traits = np.array([[row[key] for key in chosen] for row in facts])
+        forest = RandomForestClassifier(60, min_samples_leaf=2, class_weight="balanced", random_state=0)
+        splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=0)
+        chances = cross_val_predict(
+            forest, traits, labels, groups=np.array(groups), cv=splitter, method="predict_proba"
+        )[:, 1]
+        result[name] = round(float(roc_auc_score(labels, chances)), 4)
+    return result
+
+
+def trained_on(checkpoint: Checkpoint) -> set[str] | None:
+    """Families of the generators that the card's training data name; None when the card does not say.
+
+    Read from ``dataset.generators`` (names, or a table of counts) or from the strata ``ai: NAME`` of
+    ``dataset.counts.train``.
+    """
+    dataset = checkpoint.card.dataset
+    if dataset.get("generators"):
+        return {family(str(name)) for name in dataset["generators"]} - {"photo"}
+    strata = dict(dataset.get("counts") or {}).get("train")
+    if isinstance(strata, dict):
+        return {family(name.removeprefix("ai: ")) for name in strata if name.startswith("ai: ")}
+    return None
+
+
+def has_people(caption: str) -> bool:
+    """Whether a caption speaks of people."""
+    return bool(PEOPLE & set(words_of(caption)))
+
+
+def slices(
+    examples: Sequence[Example],
+    facts: Sequence[dict[str, Any]],
+    chances: np.ndarray,
+    labels: np.ndarray,
+    above: float,
+    people: Sequence[bool] | None,
+    resamples: int,
+    seed: int,
+) -> dict[str, dict[str, Any]]:
+    """Figures of parts of the pictures: by size, compression, file format, source, people."""
+    long_side = np.array([max(fact["width"], fact["height"]) for fact in facts])
+    density = np.array([fact["bytes_per_pixel"] for fact in facts])
+    parts: dict[str, np.ndarray] = {
+        "long side up to 512 px": long_side <= 512,
+        "long side 513 to 1024 px": (long_side > 512) & (long_side <= 1024),
+        "long side above 1024 px": long_side > 1024,
+        "below 0.15 bytes a pixel": density < 0.15,
+        "0.15 to 0.4 bytes a pixel": (density >= 0.15) & (density < 0.4),
+        "above 0.4 bytes a pixel": density >= 0.4,
+        "JPEG": np.array([fact["jpeg"] == 1 for fact in facts]),
+        "other formats": np.array([fact["jpeg"] != 1 for fact in facts]),
+    }
+    for source in sorted({example.source for example in examples}):
+        parts[f"source {source}"] = np.array([example.source == source for example in examples])
+    if people is not None:
+        parts["with people"] = np.array(people)
+        parts["without people"] = ~np.array(people)
+    result = {}
+    for name, rows in parts.items():
+        ai, real = chances[rows & (labels == 1)], chances[rows & (labels == 0)]
+        if not len(ai) and not len(real):
+            continue
+        entry: dict[str, Any] = {"ai": len(ai), "real": len(real), "roc_auc": None}
+        if len(ai) >= _FEWEST and len(real) >= _FEWEST:
+            entry["roc_auc"] = interval(auc, [ai, real], resamples, seed)
+        entry["ai_recall"] = round(float((ai >= above).mean()), 4) if len(ai) else None
+        entry["real_accuracy"] = round(float((real < above).mean()), 4) if len(real) else None
+        result[name] = entry
+    return result
+
+
+def compare(
+    ours: np.ndarray,
+    theirs: np.ndarray,
+    labels: np.ndarray,
+    our_threshold: float,
+    their_threshold: float,
+    resamples: int,
+    seed: int,
+) -> dict[str, Interval]:
+    """Our figures minus theirs on the same pictures in one tier, each model at its own threshold."""
+    sides = [[chances[labels == 1], chances[labels == 0]] for chances in (ours, theirs)]
+    # one border for both sides: shifted by its own threshold, a probability is a call when it is not negative
+    shifted = [
+        [side - border for side in pair] for pair, border in zip(sides, (our_threshold, their_threshold), strict=True)
+    ]
+    result = {"roc_auc": paired_difference(auc, sides[0], sides[1], resamples, seed)}
+    figures: dict[str, Callable[..., float]] = {
+        "balanced_accuracy": lambda ai, real: balanced_accuracy(ai, real, 0.0),
+        "ai_recall": lambda ai, _: float((ai >= 0).mean()),
+        "real_accuracy": lambda _, real: float((real < 0).mean()),
+    }
+    return result | {
+        name: paired_difference(figure, shifted[0], shifted[1], resamples, seed) for name, figure in figures.items()
+    }
+
+
+def examine(
+    checkpoint: Checkpoint,
+    examples: Sequence[Example],
+    settings: DetectorSettings,
+    against: Checkpoint | None,
+    resamples: int,
+    batch_size: int,
+    seed: int,
+    captioner: Checkpoint | None = None,
+) -> Body:
+    """All figures of a detector on test examples.
+
+    Raises:
+        ValueError: only one class is among the examples.
+    """
+    model = DetectorModel(checkpoint)
+    thresholds = checkpoint.card.thresholds
+    labels = np.array([int(example.label == "ai") for example in examples])
+    tiers: list[Tier] = list(TIERS)
+    versions: list[str] = [*tiers, *(DAMAGES if settings.damages else ())]
+    chances, facts = score(model, examples, versions, batch_size)
+    column = {version: place for place, version in enumerate(versions)}
+    borders = thresholds.model_dump()
+    figures: dict[str, Any] = {
+        "tiers": {tier: verdict_figures(chances[:, column[tier]], labels, borders, resamples, seed) for tier in tiers},
+        "damages": {
+            name: {
+                "roc_auc": round(auc(chances[labels == 1, column[name]], chances[labels == 0, column[name]]), 4),
+                "ai_recall": round(float((chances[labels == 1, column[name]] >= thresholds.ai_above).mean()), 4),
+                "real_accuracy": round(float((chances[labels == 0, column[name]] < thresholds.ai_above).mean()), 4),
+            }
+            for name in versions
+            if name in DAMAGES
+        },
+        "confusion": {
+            tier: {
+                truth: {
+                    answer: sum(verdict(chance, thresholds) == answer for chance in chances[labels == number, place])
+                    for answer in ("human", "uncertain", "ai")
+                }
+                for number, truth in enumerate(("human", "ai"))
+            }
+            for place, tier in enumerate(tiers)
+        },
+        "reliability": {tier: reliability(chances[:, column[tier]], labels) for tier in tiers},
+        "leakage": leakage(facts, labels, [example.group or example.id for example in examples]),
+    }
+    families = [family(example.generator or "unknown") if example.label == "ai" else "photo" for example in examples]
+    figures |= generator_figures(families, chances[:, : len(tiers)], tiers, checkpoint, resamples, seed)
+    people = None
+    if captioner is not None:
+        people = [has_people(caption) for caption in _captions(captioner, examples, batch_size)]
+    figures["slices"] = slices(examples, facts, chances[:, 0], labels, thresholds.ai_above, people, resamples, seed)
+    figures["labels"] = {example.id: example.label for example in examples}
+    figures["probabilities"] = {
+        example.id: [round(float(value), 6) for value in row[: len(tiers)]]
+        for example, row in zip(examples, chances, strict=True)
+    }
+    if against is not None:
+        theirs, _ = score(DetectorModel(against), examples, tiers, batch_size)
+        figures["comparison"] = {"with": against.name} | {
+            tier: compare(
+                chances[:, place],
+                theirs[:, place],
+                labels,
+                thresholds.ai_above,
+                against.card.thresholds.ai_above,
+                resamples,
+                seed,
+            )
+            for place, tier in enumerate(tiers)
+        }
+    body = Body(figures)
+    figures["extra"] = {}
+    for folder in settings.extra:
+        figures["extra"][folder.name], body.pictures[f"extra: {folder.name}"] = one_by_one(model, folder, batch_size)
+    _show_errors(body, model, examples, chances[:, 0], labels, settings)
+    return body
+
+
+def generator_figures(
+    families: Sequence[str],
+    chances: np.ndarray,
+    tiers: Sequence[Tier],
+    checkpoint: Checkpoint,
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """``generators``: each one's figures, and whether training saw it; ``unseen``: means over those that it did not."""
+    known = trained_on(checkpoint)
+    names = [name for name, _ in Counter(name for name in families if name != "photo").most_common()]
+    rows = {name: np.array([each == name for each in families]) for name in [*names, "photo"]}
+    above = checkpoint.card.thresholds.ai_above
+    pairs = {name: (chances[rows[name]], chances[rows["photo"]]) for name in names}
+    table = {tier: by_generator(pairs, place, resamples, seed)["generators"] for place, tier in enumerate(tiers)}
+    generators = {
+        name: {
+            "pictures": int(rows[name].sum()),
+            "trained_on": None if known is None else name in known,
+            "roc_auc": {tier: table[tier][name] for tier in tiers},
+            "answers": {
+                tier: answers(chances[rows[name], place], checkpoint.card.thresholds.human_below, above)
+                for place, tier in enumerate(tiers)
+            },
+        }
+        for name in names
+    }
+    result: dict[str, Any] = {"generators": generators}
+    unseen = [name for name in names if known is not None and name not in known]
+    if unseen:
+        pairs = {name: (chances[rows[name]], chances[rows["photo"]]) for name in unseen}
+        result["unseen"] = {
+            tier: {
+                key: value for key, value in by_generator(pairs, place, resamples, seed).items() if key != "generators"
+            }
+            for place, tier in enumerate(tiers)
+        }
+    return result
+
+
+def one_by_one(model: DetectorModel, folder: Path, batch_size: int) -> tuple[dict[str, Any], list[Picture]]:
+    """Probability of AI of each picture of a folder and of those below it, in each tier, and its heat map."""
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
+    examples = [Example(path.name, path.name, path.read_bytes, "ai") for path in paths]
+    chances, _ = score(model, examples, list(TIERS), batch_size)
+    figures = {
+        path.name: {tier: round(float(row[place]), 4) for place, tier in enumerate(TIERS)}
+        for path, row in zip(paths, chances, strict=True)
+    }
+    thresholds = model.checkpoint.card.thresholds
+    pictures = []
+    for example, row in zip(examples, chances, strict=True):
+        image = decode(example.read()).image
+        text = f"{example.file_name}: {row[0]:.2f}, {verdict(float(row[0]), thresholds)}"
+        pictures.append(Picture(text, image))
+        if (seen := heat(model, image)) is not None:
+            pictures.append(Picture("what moved it", seen))
+    return figures, pictures
+
+
+def heat(model: DetectorModel, image: Image.Image) -> Image.Image | None:
+    """The picture under its heat map; None where the architecture gives none."""
+    try:
+        maps = model.explain(render(image, model.views))
+    except (RuntimeError, ValueError, TypeError, IndexError):  # Grad-CAM on tokens needs tokens
+        return None
+    small = reduce_to(image, 448)
+    overlay = Image.open(BytesIO(render_png(combine(maps.tolist(), regions(image.size, model.views)))))
+    return Image.alpha_composite(small.convert("RGBA"), overlay.resize(small.size)).convert("RGB")
+
+
+def _show_errors(
+    body: Body,
+    model: DetectorModel,
+    examples: Sequence[Example],
+    chances: np.ndarray,
+    labels: np.ndarray,
+    settings: DetectorSettings,
+) -> None:
+    """The pictures that were most surely judged wrong, of both classes, as uploaded."""
+    distance = np.abs(chances - labels)
+    order = [int(row) for row in np.argsort(-distance, kind="stable") if distance[row] > 0.5]
+    chosen = _alternating([row for row in order if labels[row]], [row for row in order if not labels[row]])
+    body.figures["worst"] = []
+    shown: list[Picture] = []
+    for place, row in enumerate(chosen[: settings.worst]):
+        example = examples[row]
+        truth = "AI" if labels[row] else "real"
+        origin = example.generator if labels[row] and example.generator else example.source
+        body.figures["worst"].append(
+            {
+                "id": example.id,
+                "file_name": example.file_name,
+                "label": example.label,
+                "ai_probability": round(float(chances[row]), 4),
+                "source": example.source,
+                "generator": example.generator,
+            }
+        )
+        image = decode(example.read()).image
+        shown.append(Picture(f"{truth} ({origin}), called AI with {chances[row]:.2f}", reduce_to(image, 448)))
+        if place < settings.heat_maps and (seen := heat(model, image)) is not None:
+            shown.append(Picture("what moved it", seen))
+    body.pictures["worst"] = shown
+
+
+def _alternating(first: list[int], second: list[int]) -> list[int]:
+    """Turn by turn from both, what is left of the longer at the end."""
+    mixed = [row for pair in zip(first, second, strict=False) for row in pair]
+    return mixed + first[len(second) :] + second[len(first) :]
+
+
+def _captions(checkpoint: Checkpoint, examples: Sequence[Example], batch_size: int) -> list[str]:
+    model = CaptionerModel(checkpoint)
+    texts: list[str] = []
+    for group in batches(list(examples), batch_size):
+        texts += model.caption(np.stack([render(decode(example.read()).image, model.views) for example in group]))
+    return texts

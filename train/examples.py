@@ -1,0 +1,162 @@
+"""What a model is evaluated on: the test split of a prepared data set, or of a raw folder in a Kaggle layout.
+
+In: a place: ``NAME/VERSION`` of ``data.prepare`` (local or ``s3://``), a folder with ``train.csv``, or one with
+``captions.txt``. Raw folders are split by the fixed rules of ``train.aivshuman`` and ``train.captions``, so figures on
+them stay comparable with earlier ones. Out: examples whose pictures are read one after another. Knows no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from data.errors import DataError
+from data.versions import DataVersion, open_version
+from train.gate import Kind
+
+
+@dataclass(frozen=True)
+class Example:
+    """One picture and what is known about it; ``read`` gives the file's bytes."""
+
+    id: str
+    file_name: str
+    read: Callable[[], bytes] = field(compare=False, repr=False)
+    label: str | None = None
+    captions: tuple[str, ...] = ()
+    source: str = "unknown"
+    generator: str | None = None
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class ExampleSet:
+    """The test examples of a data set version."""
+
+    name: str
+    version: str
+    uri: str
+    examples: list[Example]
+
+    def header(self) -> dict[str, Any]:
+        """For the report."""
+        return {"name": self.name, "version": self.version, "uri": self.uri, "split": "test"}
+
+
+def read_examples(place: str, kind: Kind, limit: int | None = None) -> ExampleSet:
+    """The test examples at a place, the first ``limit`` by id (of captions in the Kaggle layout: of the fixed split).
+
+    Raises:
+        DataError: nothing is there, it has no test pictures, or it is data for the other kind of model.
+    """
+    folder = Path(place).expanduser()
+    if (folder / "train.csv").is_file():
+        found = _raw_pictures(folder)
+    elif (folder / "captions.txt").is_file():
+        found = _raw_captions(folder)
+    else:
+        found = _prepared(open_version(place), limit)
+    if not found.examples:
+        raise DataError(f"{place} has no test pictures: prepare it with a share for test")
+    if kind == "detector" and any(example.label not in ("human", "ai") for example in found.examples):
+        raise DataError(f"{place} is not labelled human and ai: a detector is evaluated on the aivshuman data set")
+    if kind == "captioner" and not all(example.captions for example in found.examples):
+        raise DataError(f"{place} has no captions: a captioner is evaluated on the flickr30k data set")
+    return ExampleSet(found.name, found.version, found.uri, found.examples[:limit])
+
+
+def _prepared(version: DataVersion, limit: int | None) -> ExampleSet:
+    columns = ["id", "file_name", "source", "generator", "group"]
+    columns.append("captions" if version.manifest.name == "flickr30k" else "label")
+    examples = []
+    for path in version.files("test"):
+        rows = _Rows(version, path)
+        for number, row in enumerate(rows.table(columns).to_pylist()):
+            examples.append(
+                Example(
+                    row["id"],
+                    row["file_name"],
+                    rows.reader(number),
+                    row.get("label"),
+                    tuple(row.get("captions") or ()),
+                    row["source"],
+                    row["generator"],
+                    row["group"],
+                )
+            )
+    # chosen by id, but left in the order of the files: pictures are then read from one row group after another
+    chosen = {example.id for example in sorted(examples, key=lambda example: example.id)[:limit]}
+    kept = [example for example in examples if example.id in chosen]
+    return ExampleSet(version.manifest.name, version.manifest.version, str(version.location), kept)
+
+
+class _Rows:
+    """One parquet file; the row group of the picture asked for last stays in memory, no other."""
+
+    def __init__(self, version: DataVersion, path: str) -> None:
+        self._version, self._path = version, path
+        self._group: tuple[int, Any] | None = None
+        self._starts: list[int] | None = None
+
+    def _open(self) -> Any:
+        import pyarrow.parquet as pq
+
+        return pq.ParquetFile(self._path, filesystem=self._version.location.arrow_filesystem)
+
+    def table(self, columns: list[str]) -> Any:
+        with self._open() as file:
+            self._starts = [0]
+            for group in range(file.num_row_groups):
+                self._starts.append(self._starts[-1] + file.metadata.row_group(group).num_rows)
+            return file.read(columns=columns)
+
+    def reader(self, number: int) -> Callable[[], bytes]:
+        def read() -> bytes:
+            assert self._starts is not None
+            group = max(place for place, start in enumerate(self._starts[:-1]) if start <= number)
+            if self._group is None or self._group[0] != group:
+                with self._open() as file:
+                    self._group = group, file.read_row_group(group, columns=["image"]).column("image")
+            return self._group[1][number - self._starts[group]].as_py()
+
+        return read
+
+
+def _raw_pictures(folder: Path) -> ExampleSet:
+    from train.aivshuman import dataset_version, read_pictures
+
+    pictures, _ = read_pictures(folder)
+    examples = [
+        Example(
+            picture.id,
+            picture.path.name,
+            picture.path.read_bytes,
+            "ai" if picture.label else "human",
+            (),
+            picture.source,
+            picture.generator if picture.label else "photo",
+            str(picture.group),
+        )
+        for picture in pictures
+        if picture.split == "test"
+    ]
+    return ExampleSet(folder.name, dataset_version(pictures), str(folder), examples)
+
+
+def _raw_captions(folder: Path) -> ExampleSet:
+    from train.captions import read_captions, split_photos
+
+    photos = read_captions(folder)
+    examples = [
+        Example(photo.name, photo.name, (folder / "Images" / photo.name).read_bytes, captions=photo.captions)
+        for photo in split_photos(photos)["test"]
+    ]
+    return ExampleSet(folder.name, f"{len(photos)} photos, fixed split", str(folder), examples)
+
+
+def batches(examples: list[Example], size: int) -> Iterator[list[Example]]:
+    """The examples in groups of ``size``."""
+    for first in range(0, len(examples), size):
+        yield examples[first : first + size]

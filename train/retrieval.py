@@ -1,0 +1,183 @@
+"""Are pictures found? That is what captions and tags are for.
+
+A picture's generated caption (with or without its tags) is a document, people's captions of the picture are queries,
+BM25 ranks. Out: recall at 1 and 10 (the share of queries whose own picture is the first, among the first ten) with
+95 % bootstrap intervals over photos, for captions alone, captions with tags, and human captions as documents (one
+other person's sentence, and all the others together: what perfect captioning would reach). The paired difference says
+whether tags help.
+
+In: ``[{"id", "caption", "tags", "references": [...]}]``, or a data set and checkpoints. Knows no HTTP and no store.
+
+    python -m train.retrieval --data flickr8k-224 --output benchmarks/results/retrieval.json
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from deployments.tag_rules import _STOP, stem, words_of
+from train.statistics import described
+
+#: The cut-offs of recall.
+CUTS = (1, 10)
+
+
+class Bm25:
+    """Okapi BM25 over a fixed collection (Robertson & Zaragoza 2009), with Lucene's idf, which is never negative."""
+
+    def __init__(self, documents: Sequence[Sequence[str]], k1: float = 1.2, b: float = 0.75) -> None:
+        counts = [Counter(document) for document in documents]
+        lengths = np.array([sum(count.values()) for count in counts], dtype=float)
+        norm = k1 * (1 - b + b * lengths / max(float(lengths.mean()), 1e-9))
+        holding = Counter(word for count in counts for word in count)
+        self._size = len(counts)
+        postings: dict[str, list[tuple[int, int]]] = {}
+        for place, count in enumerate(counts):
+            for word, number in count.items():
+                postings.setdefault(word, []).append((place, number))
+        self._weights: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        for word, entries in postings.items():
+            places = np.array([place for place, _ in entries])
+            times = np.array([number for _, number in entries], dtype=float)
+            idf = math.log(1 + (self._size - holding[word] + 0.5) / (holding[word] + 0.5))
+            self._weights[word] = places, idf * times * (k1 + 1) / (times + norm[places])
+
+    def scores(self, query: Sequence[str]) -> np.ndarray:
+        """A score for each document, float64 ``(documents,)``."""
+        total = np.zeros(self._size)
+        for word in query:
+            if word in self._weights:
+                places, weights = self._weights[word]
+                total[places] += weights
+        return total
+
+
+def terms(text: str) -> list[str]:
+    """What is indexed and asked for: stems without stop words."""
+    return [stem(word) for word in words_of(text) if word not in _STOP]
+
+
+def found(scores: np.ndarray, own: int, cut: int) -> float:
+    """The chance that document ``own`` is among the first ``cut`` when ties are broken at random; a document that
+    shares no word with the query is not found."""
+    if scores[own] <= 0:
+        return 0.0
+    above = int((scores > scores[own]).sum())
+    tied = int((scores == scores[own]).sum())
+    return min(max(cut - above, 0) / tied, 1.0)
+
+
+def recalls(documents: Sequence[str], queries: Sequence[Sequence[str]]) -> np.ndarray:
+    """Mean recall of each photo's queries at each cut, float64 ``(photos, cuts)``."""
+    index = Bm25([terms(document) for document in documents])
+    result = np.zeros((len(documents), len(CUTS)))
+    for own, asked in enumerate(queries):
+        for query in asked:
+            scores = index.scores(terms(query))
+            result[own] += [found(scores, own, cut) for cut in CUTS]
+        result[own] /= len(asked)
+    return result
+
+
+def human_recalls(references: Sequence[Sequence[str]], together: bool) -> np.ndarray:
+    """The same with people's captions as documents: for each query one other caption, or all others together."""
+    fewest = min(map(len, references))
+    result = np.zeros((len(references), len(CUTS)))
+    for asked in range(fewest):
+        documents = [
+            " ".join(text for place, text in enumerate(texts) if place != asked)
+            if together
+            else texts[(asked + 1) % fewest]
+            for texts in references
+        ]
+        result += recalls(documents, [[texts[asked]] for texts in references]) / fewest
+    return result
+
+
+def retrieval(rows: Sequence[Mapping[str, Any]], resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
+    """All figures of pictures with ``caption``, ``references`` (two or more) and, if they have them, ``tags``."""
+    references = [list(row["references"]) for row in rows]
+    systems = {"captions": recalls([row["caption"] for row in rows], references)}
+    if all(row.get("tags") is not None for row in rows):
+        systems["captions_and_tags"] = recalls([" ".join([row["caption"], *row["tags"]]) for row in rows], references)
+        systems["tags"] = recalls([" ".join(row["tags"]) for row in rows], references)
+    systems["human_caption"] = human_recalls(references, together=False)
+    systems["human_captions_together"] = human_recalls(references, together=True)
+    random = np.random.default_rng(seed)
+    drawn = random.integers(len(rows), size=(resamples, len(rows)))
+
+    def figures(values: np.ndarray) -> dict[str, Any]:
+        return {
+            f"recall_at_{cut}": described(float(values[:, place].mean()), values[drawn, place].mean(1))
+            for place, cut in enumerate(CUTS)
+        }
+
+    result: dict[str, Any] = {
+        "photos": len(rows),
+        "queries": sum(map(len, references)),
+        "systems": {name: figures(values) for name, values in systems.items()},
+    }
+    if "captions_and_tags" in systems:
+        result["tags_add"] = figures(systems["captions_and_tags"] - systems["captions"])
+    return result
+
+
+class RetrievalConfig(BaseModel):
+    """Settings of a run."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    data: str = Field(description="captioned pictures: NAME/VERSION of data.prepare, or a folder with captions.txt")
+    captioner: str = Field("starter:captioner", description="checkpoint whose captions are searched")
+    tagger: str = Field("starter:tagger", description="checkpoint whose tags are searched; empty: captions alone")
+    photos: int = Field(1000, ge=10, description="test photos")
+    batch_size: int = Field(16, ge=1)
+    resamples: int = Field(2000, ge=10, description="bootstrap resamples of photos")
+    rows: Path | None = Field(
+        None, description="JSON with captions, tags and references: read if it exists, else written"
+    )
+    output: Path = Field(description="JSON file for the result")
+    seed: int = 0
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Caption, tag, search, write."""
+    from pydantic_settings import CliApp
+
+    from deployments.checkpoints import resolve
+    from train.captioner_report import caption_all, tag_all
+    from train.examples import read_examples
+
+    config = CliApp.run(RetrievalConfig, cli_args=arguments)
+    if config.rows and config.rows.is_file():
+        rows = json.loads(config.rows.read_text())
+    else:
+        examples = read_examples(config.data, "captioner", config.photos)
+        captions = caption_all(resolve(config.captioner), examples.examples, config.batch_size)
+        tags = tag_all(resolve(config.tagger), captions) if config.tagger else [None] * len(captions)
+        rows = [
+            {"id": example.id, "caption": caption, "tags": some, "references": list(example.captions)}
+            for example, caption, some in zip(examples.examples, captions, tags, strict=True)
+        ]
+        if config.rows:
+            config.rows.write_text(json.dumps(rows, indent=0))
+    result = {
+        "captioner": resolve(config.captioner).name,
+        "tagger": resolve(config.tagger).name if config.tagger else None,
+        "data": Path(config.data).name,
+    } | retrieval(rows, config.resamples, config.seed)
+    config.output.parent.mkdir(parents=True, exist_ok=True)
+    config.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
