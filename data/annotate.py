@@ -164,13 +164,17 @@ class _Progress:
     def __init__(self, pictures: int, done: int, every_s: float) -> None:
         self._pictures, self._done, self._every_s = pictures, done, every_s
         self._printed = time.monotonic()
-        # when how much was done; the first entry is from before the models were loaded and goes as soon as it can
+        # when how much was done; the first entry is from before the models were loaded
         self._seen = deque([(self._printed, done)])
+        self._loading = True
 
     def add(self, pictures: int) -> None:
         self._done += pictures
         now = time.monotonic()
         self._seen.append((now, self._done))
+        if self._loading and len(self._seen) > 2:
+            self._loading = False
+            self._seen.popleft()
         while len(self._seen) > 2 and (len(self._seen) > _RATE_SHARDS or now - self._seen[0][0] > _RATE_WINDOW_S):
             self._seen.popleft()
         if now - self._printed >= self._every_s or self._done == self._pictures:

@@ -211,7 +211,7 @@ def _read_plan(output: Location) -> Plan | None:
     file = output / PLAN
     try:
         text = file.read_text()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         if output.is_file():
             raise DataError(f"{output} is a file: --output takes a folder") from None
         # a first start that was killed may have left the list of shards, or a part of it

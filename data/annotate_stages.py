@@ -111,7 +111,7 @@ class Reader:
     def _files(self, row: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         for name in row["names"]:
             location = self._place / name
-            yield name, lambda location=location: _fetch(location, self._limits.max_bytes)
+            yield name, lambda location=location: _fetch(location, self._place, self._limits.max_bytes)
 
     def _parquet_rows(self, row: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         name, first = row["names"][0], row["first"]
@@ -138,8 +138,9 @@ class Reader:
             path = posixpath.normpath(path)
             if path.startswith(".."):
                 return _Content.missing("its path leads out of the folder of the parquet file")
-            return _fetch(folder / path, self._limits.max_bytes)
-        return _fetch(Location.of(path), self._limits.max_bytes)
+            return _fetch(folder / path, folder, self._limits.max_bytes)
+        location = Location.of(path)
+        return _fetch(location, location.parent, self._limits.max_bytes)
 
 
 @dataclass(frozen=True)
@@ -157,16 +158,18 @@ class _Content:
         return cls(None, hashlib.sha256().hexdigest(), "unreadable", detail)
 
 
-def _fetch(location: Location, max_bytes: int) -> _Content:
+def _fetch(location: Location, folder: Location, max_bytes: int) -> _Content:
     """A file's bytes. One that is too large is hashed and not kept.
 
     Raises:
-        DataError: the whole place does not answer, which is no fault of the picture.
+        DataError: the whole folder is gone or does not answer, which is no fault of the picture.
     """
     try:
         with location.filesystem.open(location.path, "rb") as file:
             return _take(file, max_bytes)
     except (FileNotFoundError, IsADirectoryError):
+        if not folder.exists():
+            raise DataError(f"{folder} is not there any more: bring it back and run the same again") from None
         return _Content.missing("the file is not there any more")
     except PermissionError as error:
         if not location.is_local and as_data_error(error, str(location)) is None:
