@@ -1,14 +1,15 @@
 """Settings of the application: what ``build`` takes as ``args``, and a strict reading of Serve configuration files.
 
-Ray validates the top of a Serve configuration and lets unknown keys of a deployment pass; ``read_serve_config`` does
-not. Knows no torch, starts nothing.
+Ray lets unknown keys pass in most parts of a Serve configuration; ``read_serve_config`` does not. Which keys there are
+it reads off Ray's own models. Knows no torch, starts nothing.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -67,61 +68,6 @@ class ConfigError(ValueError):
     """A configuration file is not valid; the message names the key."""
 
 
-_DEPLOYMENT_KEYS = frozenset(
-    {
-        "name",
-        "num_replicas",
-        "max_ongoing_requests",
-        "max_queued_requests",
-        "backpressure_config",
-        "user_config",
-        "autoscaling_config",
-        "graceful_shutdown_wait_loop_s",
-        "graceful_shutdown_timeout_s",
-        "health_check_period_s",
-        "health_check_timeout_s",
-        "ray_actor_options",
-        "placement_group_bundles",
-        "placement_group_strategy",
-        "max_replicas_per_node",
-        "request_router_config",
-        "logging_config",
-        "rolling_update_percentage",
-        "max_surge_percent",
-    }
-)
-_AUTOSCALING_KEYS = frozenset(
-    {
-        "min_replicas",
-        "initial_replicas",
-        "max_replicas",
-        "target_ongoing_requests",
-        "metrics_interval_s",
-        "look_back_period_s",
-        "smoothing_factor",
-        "upscale_delay_s",
-        "downscale_delay_s",
-        "downscale_to_zero_delay_s",
-        "upscaling_factor",
-        "downscaling_factor",
-        "aggregation_function",
-        "policy",
-    }
-)
-_ACTOR_KEYS = frozenset(
-    {
-        "num_cpus",
-        "num_gpus",
-        "memory",
-        "resources",
-        "accelerator_type",
-        "runtime_env",
-        "label_selector",
-        "fallback_strategy",
-    }
-)
-
-
 def read_serve_config(path: Path) -> dict[str, Any]:
     """A Serve configuration, checked key by key, ready to be deployed. ``PORT`` overrides the HTTP port.
 
@@ -139,23 +85,20 @@ def read_serve_config(path: Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read {path}: {error}") from error
     if not isinstance(config, dict) or not config.get("applications"):
         raise ConfigError(f"{path}: expected a mapping with `applications`")
+    _known(config, ServeDeploySchema, f"{path}")
+    config["http_options"] = config.get("http_options") or {}
     if port := os.environ.get("PORT"):
-        config.setdefault("http_options", {})["port"] = _port(port)
-    _known(config, frozenset(ServeDeploySchema.model_fields), f"{path}")
+        config["http_options"]["port"] = _port(port)
     known = {"Ingress", *MODELS.values(), *CANARIES.values()}
     for application in config["applications"]:
         where = f"{path}: application {application.get('name')!r}"
-        for deployment in application.get("deployments", []):
+        for deployment in application.get("deployments") or []:
             name = deployment.get("name")
             if name not in known:
                 raise ConfigError(f"{where}: no deployment {name!r}; there are {', '.join(sorted(known))}")
-            here = f"{where}: deployment {name!r}"
-            _known(deployment, _DEPLOYMENT_KEYS, here)
-            _known(deployment.get("autoscaling_config") or {}, _AUTOSCALING_KEYS, f"{here}: autoscaling_config")
-            _known(deployment.get("ray_actor_options") or {}, _ACTOR_KEYS, f"{here}: ray_actor_options")
-            user_config = deployment.get("user_config")
-            if user_config is not None:
-                _validate(IngressConfig if name == "Ingress" else ReplicaConfig, user_config, f"{here}: user_config")
+            if (user_config := deployment.get("user_config")) is not None:
+                model = IngressConfig if name == "Ingress" else ReplicaConfig
+                _validate(model, user_config, f"{where}: deployment {name!r}: user_config")
         _validate(AppArgs, application.get("args") or {}, f"{where}: args")
     _validate(ServeDeploySchema, config, f"{path}")
     return config
@@ -167,12 +110,51 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def _known(mapping: dict[str, Any], allowed: frozenset[str], where: str) -> None:
-    unknown = set(mapping) - allowed
+def _known(value: Any, schema: type[BaseModel], where: str) -> None:
+    """Every key of a mapping, and of the mappings in it, is one that Ray's own model of it has.
+
+    Raises:
+        ConfigError: one is not; the message says where, and what there is.
+    """
+    from ray.runtime_env import RuntimeEnv
+    from ray.serve.config import AutoscalingConfig
+
+    if not isinstance(value, dict):
+        raise ConfigError(f"{where}: expected a mapping")
+    _no_others(value, schema.model_fields, where)
+    for key, inner in value.items():
+        here = f"{where}: {key}"
+        if inner is None:
+            continue
+        if key == "runtime_env":
+            if not isinstance(inner, dict):
+                raise ConfigError(f"{here}: expected a mapping")
+            _no_others(inner, {name for name in RuntimeEnv.known_fields if not name.startswith("_")}, here)
+        elif key == "autoscaling_config":  # Ray's model says that it may be any mapping, too
+            _known(inner, AutoscalingConfig, here)
+            _validate(AutoscalingConfig, inner, here)
+        elif (model := _model_in(schema.model_fields[key].annotation)) is not None:
+            if not isinstance(inner, list):
+                _known(inner, model, here)
+                continue
+            for position, item in enumerate(inner):
+                name = item.get("name") if isinstance(item, dict) else None
+                _known(item, model, f"{here}: {position if name is None else repr(name)}")
+
+
+def _no_others(mapping: dict[str, Any], allowed: Iterable[str], where: str) -> None:
+    unknown = set(mapping) - set(allowed)
     if unknown:
         raise ConfigError(
             f"{where}: unknown key {', '.join(sorted(map(repr, unknown)))}; known: {', '.join(sorted(allowed))}"
         )
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model that a field holds, itself, optionally or in a list; None when it holds something else."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_in, get_args(annotation))), None)
 
 
 def _validate(model: type[BaseModel], value: Any, where: str) -> None:

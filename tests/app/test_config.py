@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -50,6 +53,54 @@ def _deployment(config: dict, name: str) -> dict:
 def test_a_mistake_is_named(tmp_path: Path, change, complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         read_serve_config(_with(tmp_path, change))
+
+
+def _mappings(node: Any, path: tuple[str | int, ...] = ()) -> Iterator[tuple[str | int, ...]]:
+    """Where mappings lie in a document."""
+    if isinstance(node, dict):
+        yield path
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, child in children:
+        yield from _mappings(child, (*path, key))
+
+
+@pytest.mark.parametrize("name", ["serve_config.yaml", "serve_config.cpu.yaml"])
+def test_an_unknown_key_anywhere_is_named(tmp_path: Path, name: str) -> None:
+    document = yaml.safe_load((ROOT / name).read_text())
+    places = [path for path in _mappings(document) if path[-1:] != ("env_vars",)]  # whose names are anybody's
+    assert len(places) > 25
+    for path in places:
+        changed = copy.deepcopy(document)
+        target = changed
+        for key in path:
+            target = target[key]
+        target["surprise"] = 1
+        file = tmp_path / "config.yaml"
+        file.write_text(yaml.safe_dump(changed))
+        with pytest.raises(ConfigError, match="surprise"):
+            read_serve_config(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda c: c.update(http_options=[8000]), "http_options: 0: expected a mapping"),
+        (lambda c: c.update(applications=["deeptrust"]), "applications: 0: expected a mapping"),
+        (lambda c: c.update(applications={"deeptrust": {}}), "applications: "),
+        (lambda c: _deployment(c, "Detector").update(ray_actor_options="cpu"), "ray_actor_options: expected a mapping"),
+        (lambda c: _deployment(c, "Detector").update(user_config="detector"), "user_config: "),
+        (lambda c: _deployment(c, "Detector")["autoscaling_config"].update(max_replicas=0), "max_replicas"),
+        (lambda c: _deployment(c, "Detector").update(backpressure_config={"retry": 1}), "unknown key 'retry'"),
+    ],
+)
+def test_a_part_of_another_kind_is_named(tmp_path: Path, change, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        read_serve_config(_with(tmp_path, change))
+
+
+def test_an_empty_part_is_as_good_as_none(tmp_path: Path) -> None:
+    config = read_serve_config(_with(tmp_path, lambda c: c.update(http_options=None, logging_config=None)))
+    assert config["applications"]
 
 
 def test_port_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
