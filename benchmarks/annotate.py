@@ -5,6 +5,8 @@
   pipeline's filling and emptying cancel out, in alternating rounds
 * ``kills``       the same photos annotated twice, once undisturbed and once with SIGKILLs to the driver and to workers
   of every stage: same ids, each once, and nearly the same answers
+* ``llm``         the tagger's stage alone beside ``ray.data.llm`` with the same engine arguments, prompt and grammar,
+  over the captions of an annotation (``--captions``), in alternating rounds, as a difference of two runs too
 
     python -m benchmarks.annotate --photos DIR [--parts throughput,kills]
 
@@ -30,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
 from benchmarks.report import RESULTS, write_result
@@ -55,6 +58,7 @@ class AnnotateBenchmark(BaseModel):
     append: bool = Field(False, description="add to the measurements in the result file")
     one_step: bool = Field(False, description="of `kills`, do only the next step: until the driver is killed again")
     shard_pictures: int = Field(16, ge=1)
+    captions: Path | None = Field(None, description="folder of an annotation, for `llm`")
     work: Path | None = Field(None, description="folder for photos and records; a temporary one if not given")
     options: str = Field("", description="more options for data.annotate")
 
@@ -284,6 +288,112 @@ def kills(config: AnnotateBenchmark, photos: list[Path], work: Path) -> dict[str
     return {"kills": json.loads(_journal(output).read_text())} | compared
 
 
+# --------------------------------------------------------------------------------------------------------------- llm
+
+
+def _own_stage(captions: list[str], shard: int) -> list[list[str]]:
+    """Tags by the stage of bulk annotation."""
+    import numpy as np
+    import ray
+    from ray.data import ActorPoolStrategy
+
+    from data.annotate_stages import ModelName, TaggerStage
+    from deployments.annotation import Caption
+    from deployments.checkpoints import resolve
+    from deployments.tagger import TaggerSettings
+
+    checkpoint = resolve("starter:tagger")
+    records = [
+        Annotation(id=f"{index:06}", sha256="0" * 64, caption=Caption(text=text)).model_dump_json()
+        for index, text in enumerate(captions)
+    ]
+    blocks = [pa.table({"record": records[first : first + shard]}) for first in range(0, len(records), shard)]
+    stream = ray.data.from_blocks(blocks).map_batches(
+        TaggerStage,
+        fn_constructor_args=(
+            ModelName(checkpoint.uri, checkpoint.revision),
+            TaggerSettings(threads=os.cpu_count() or 1),
+        ),
+        compute=ActorPoolStrategy(size=1, max_tasks_in_flight_per_actor=2),
+        batch_size=None,
+        batch_format="numpy",
+        num_cpus=0.5,
+    )
+    tagged = [
+        Annotation.model_validate_json(text)
+        for batch in stream.iter_batches(batch_size=None)
+        for text in np.asarray(batch["record"])
+    ]
+    return [record.tags or [] for record in sorted(tagged, key=lambda record: record.id)]
+
+
+def _ray_data_llm(captions: list[str], batch: int) -> list[list[str]]:
+    """Tags by ``ray.data.llm``."""
+    import ray
+    from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+
+    from deployments.checkpoints import resolve
+    from deployments.tag_rules import clean_tags
+    from deployments.tagger import ANSWER, TaggerSettings, engine_arguments, engine_environment, load_prompt
+
+    settings = TaggerSettings(threads=os.cpu_count() or 1)
+    prompt = load_prompt()
+    share = {"num_cpus": 0.1}
+    processor = build_processor(
+        vLLMEngineProcessorConfig(
+            model_source=str(resolve("starter:tagger").folder),
+            engine_kwargs=engine_arguments(settings) | {"distributed_executor_backend": "mp"},
+            runtime_env={"env_vars": engine_environment(settings)},
+            placement_group_config={"bundle_per_worker": {"CPU": 0.5}},
+            batch_size=batch,
+            concurrency=1,
+            log_engine_metrics=False,
+            chat_template_stage={"enabled": True, **share},
+            tokenize_stage={"enabled": True, **share},
+            detokenize_stage={"enabled": True, **share},
+        ),
+        preprocess=lambda row: {
+            "messages": prompt.messages(row["caption"]),
+            "sampling_params": {
+                "temperature": 0,
+                "max_tokens": settings.max_tokens,
+                "structured_outputs": {"regex": ANSWER},
+            },
+        },
+        postprocess=lambda row: {"index": row["index"], "tags": clean_tags(row["generated_text"], row["caption"])},
+        preprocess_map_kwargs=share,
+        postprocess_map_kwargs=share,
+    )
+    rows = [{"index": index, "caption": text} for index, text in enumerate(captions)]
+    blocks = [pa.Table.from_pylist(rows[first : first + batch]) for first in range(0, len(rows), batch)]
+    tagged = processor(ray.data.from_blocks(blocks)).take_all()
+    return [list(row["tags"]) for row in sorted(tagged, key=lambda row: row["index"])]
+
+
+def llm(config: AnnotateBenchmark, photos: list[Path], work: Path) -> dict[str, Any]:
+    """Both ways over the same captions, in alternating rounds."""
+    from data.session import RaySettings, ray_session
+
+    assert config.captions, "--captions names the folder of an annotation"
+    captions = [record.caption.text for record in read_annotations(str(config.captions)) if record.caption]
+    ways = {"stage": _own_stage, "ray_data_llm": _ray_data_llm}
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    tags: dict[str, list[list[str]]] = {}
+    with ray_session(RaySettings()):
+        for _ in range(config.rounds):
+            for name, way in ways.items():
+                seconds = []
+                for count in (config.short, config.long):
+                    started = time.perf_counter()
+                    tags[name] = way(captions[:count], 64)
+                    seconds.append(time.perf_counter() - started)
+                rates[name].append((config.long - config.short) / (seconds[1] - seconds[0]))
+                print(name, [round(value, 1) for value in seconds], f"{rates[name][-1]:.2f}/s", flush=True)
+    same = sum(a == b for a, b in zip(*tags.values(), strict=True)) / config.long
+    medians = {name: round(statistics.median(values), 2) for name, values in rates.items()}
+    return {"per_s": medians, "by_round": rates, "same_tags": same, "captions": [config.short, config.long]}
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the chosen parts and write ``results/annotate_PART.json``."""
     from pydantic_settings import CliApp
@@ -292,7 +402,7 @@ def main(arguments: list[str] | None = None) -> None:
     photos = sorted(path for path in config.photos.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
     with tempfile.TemporaryDirectory() as temporary:
         work = config.work or Path(temporary)
-        for part, measure in (("throughput", throughput), ("kills", kills)):
+        for part, measure in (("throughput", throughput), ("kills", kills), ("llm", llm)):
             if part in config.parts.split(","):
                 result = measure(config, photos, work)
                 if result is not None:
