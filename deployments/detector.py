@@ -15,6 +15,7 @@ from transformers import AutoModelForImageClassification
 
 from deployments.checkpoints import Checkpoint, CheckpointError, Thresholds
 from deployments.detector_model import ClipBlocksConfig
+from deployments.engines import open_engine
 from deployments.pixels import Normalisation, check_views
 from deployments.replica import DeadlineExceeded, Replica, alive
 from deployments.views import ViewSpec
@@ -30,9 +31,14 @@ def verdict(ai_probability: float, thresholds: Thresholds) -> Verdict:
 
 
 class DetectorModel:
-    """A detector loaded for inference."""
+    """A detector loaded for inference.
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    Args:
+        engine: use the fastest engine that the card admits for this device; PyTorch otherwise. Heat maps are PyTorch's
+            in any case.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, engine: bool = True) -> None:
         self.checkpoint = checkpoint
         card = checkpoint.card
         self.views = ViewSpec.from_processor(checkpoint.folder)
@@ -48,8 +54,15 @@ class DetectorModel:
         if "ai" not in names:
             raise CheckpointError(f"{checkpoint.uri}: none of its labels {labels} is `ai`: not a detector")
         self._ai = names.index("ai")
+        self.engine = open_engine(checkpoint, self.device) if engine else None
 
-    def _pixels(self, views: np.ndarray) -> torch.Tensor:
+    @property
+    def network(self) -> Any:
+        """The network as PyTorch has it."""
+        return self._model
+
+    def pixels(self, views: np.ndarray) -> torch.Tensor:
+        """What the network reads of uint8 views: normalised, without the axis of views where there is one only."""
         check_views(views, (len(views), *self.views.shape))
         pixels = self._normalise(views).to(self.device, self._model.dtype)
         return pixels if len(self.views.views) > 1 else pixels[:, 0]
@@ -57,7 +70,9 @@ class DetectorModel:
     @torch.inference_mode()
     def logits(self, views: np.ndarray) -> np.ndarray:
         """Uncalibrated logits, float32 ``(n, labels)``, of uint8 views ``(n, V, S, S, 3)``."""
-        return self._model(pixel_values=self._pixels(views)).logits.float().cpu().numpy()
+        if self.engine is not None:
+            return self.engine[1](np.ascontiguousarray(self.pixels(views).numpy()))
+        return self._model(pixel_values=self.pixels(views)).logits.float().cpu().numpy()
 
     def detect(self, views: np.ndarray) -> np.ndarray:
         """Calibrated probability of `ai`, float ``(n,)``: softmax of the logits over the card's temperature.
@@ -65,7 +80,11 @@ class DetectorModel:
         Raises:
             ViewMismatch: other views than the checkpoint's.
         """
-        scaled = self.logits(views) / self.checkpoint.card.temperature
+        return self.calibrated(self.logits(views))
+
+    def calibrated(self, logits: np.ndarray) -> np.ndarray:
+        """Probability of `ai`, float ``(n,)``, of logits ``(n, labels)``."""
+        scaled = logits / self.checkpoint.card.temperature
         exponent = np.exp(scaled - scaled.max(axis=1, keepdims=True))
         return exponent[:, self._ai] / exponent.sum(axis=1)
 
@@ -80,7 +99,7 @@ class DetectorModel:
             ViewMismatch: other views than the checkpoint's.
         """
         with torch.enable_grad():
-            answer = self._model(pixel_values=self._pixels(views[None]), output_hidden_states=True)
+            answer = self._model(pixel_values=self.pixels(views[None]), output_hidden_states=True)
             own = isinstance(self._model.config, ClipBlocksConfig)
             states = answer.hidden_states if own else answer.hidden_states[-2:-1]
             gradients = torch.autograd.grad(answer.logits[0, self._ai], states)

@@ -1,0 +1,134 @@
+"""Exported engines: admitted by parity and speed alone, used where the card says so, and answering as PyTorch does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deployments import engines
+from deployments.checkpoints import CheckpointError, resolve
+from deployments.detector import DetectorModel
+from deployments.engines import usable
+from deployments.views import render
+from tests.train.small_models import noise, small_detector
+from train.export import ExportConfig, export, main, table
+
+pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("export")
+    small_detector(folder / "detector")
+    (folder / "photos").mkdir()
+    for number in range(20):
+        noise(number).save(folder / "photos" / f"{number:02d}.png")
+    (folder / "photos" / "broken.jpg").write_bytes(b"no picture")
+    return folder
+
+
+def settings(folder: Path, output: str, **changes: object) -> ExportConfig:
+    values = {
+        "checkpoint": str(folder / "detector"),
+        "photos": folder / "photos",
+        "output": folder / output,
+        "engines": ["onnxruntime-float32", "onnxruntime-int8"],
+        "rounds": 1,
+        "least_speed": 0,
+        "threads": 1,
+        **changes,
+    }
+    return ExportConfig.model_validate(values)
+
+
+def views(model: DetectorModel) -> np.ndarray:
+    return np.stack([render(noise(100 + number), model.views) for number in range(6)])
+
+
+def test_an_admitted_engine_serves_and_answers_as_pytorch_does(folder: Path) -> None:
+    measured = export(settings(folder, "exported", engines=["onnxruntime-float32"]))
+    assert measured["onnxruntime-float32"]["admitted"] and measured["pytorch-float32"]["max_difference"] == 0
+    exported = resolve(str(folder / "exported"))
+    model, plain = DetectorModel(exported), DetectorModel(exported, engine=False)
+    assert model.engine is not None and model.engine[0].engine == "onnxruntime"
+    assert plain.engine is None
+    assert np.abs(model.logits(views(plain)) - plain.logits(views(plain))).max() <= 1e-4
+    assert np.ptp(model.detect(views(plain))) > 0
+    assert model.explain(views(plain)[0]).max() == pytest.approx(1.0)  # heat maps need PyTorch
+    assert exported.revision != resolve(str(folder / "detector")).revision
+    assert "onnxruntime-float32" in table(measured)
+
+
+def test_what_differs_too_much_or_is_no_faster_is_left_out(folder: Path) -> None:
+    measured = export(settings(folder, "strict", most_difference=1e-9))
+    assert not measured["onnxruntime-int8"]["admitted"]
+    assert measured["onnxruntime-int8"]["why"] == "differs too much"
+    assert not (folder / "strict" / "detector.int8.onnx").exists()
+    slow = export(settings(folder, "slow", least_speed=1e9, engines=["onnxruntime-float32"]))
+    assert slow["onnxruntime-float32"]["why"] == "not faster than PyTorch"
+    assert not list((folder / "slow").glob("*.onnx"))
+    assert DetectorModel(resolve(str(folder / "slow"))).engine is None
+
+
+def test_openvino_reads_the_same_file(folder: Path) -> None:
+    pytest.importorskip("openvino")
+    measured = export(settings(folder, "openvino", engines=["openvino-float32"]))
+    assert measured["openvino-float32"]["max_difference"] <= 1e-4
+    model = DetectorModel(resolve(str(folder / "openvino")))
+    assert model.engine is not None and model.engine[0].engine == "openvino"
+    plain = DetectorModel(resolve(str(folder / "detector")))
+    assert np.abs(model.detect(views(plain)) - plain.detect(views(plain))).max() <= 0.02
+
+
+def entry(**changes: object) -> dict[str, object]:
+    plain = {"engine": "onnxruntime", "precision": "float32", "file": "a.onnx", "pictures": 9, "max_difference": 0.0}
+    return {**plain, "speed": 2.0, **changes}
+
+
+def test_the_fastest_that_fits_this_machine_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = [
+        entry(file="slow.onnx", speed=1.2),
+        entry(file="fast.onnx", speed=3.0),
+        entry(file="elsewhere.onnx", speed=9.0, needs=["an-instruction-set-of-tomorrow"]),
+    ]
+    folder = small_detector(tmp_path / "many", engines=listed)
+    for each in listed:
+        (folder / str(each["file"])).write_bytes(b"")
+    found = resolve(str(folder))
+    assert [each.file for each in usable(found, "cpu")] == ["fast.onnx", "slow.onnx"]
+    assert usable(found, "cuda") == []
+    monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
+    assert usable(found, "cpu") == []  # not installed
+
+
+def test_an_engine_that_cannot_be_loaded_leaves_pytorch(tmp_path: Path) -> None:
+    folder = small_detector(tmp_path / "damaged", engines=[entry()])
+    (folder / "a.onnx").write_bytes(b"this is no network")
+    assert DetectorModel(resolve(str(folder))).engine is None
+
+
+@pytest.mark.parametrize(
+    ("listed", "complaint"),
+    [
+        ([entry()], "a.onnx, which is not there"),
+        ([entry(file="../../a.onnx")], "engines that are none"),
+        ([{}], "none"),
+    ],
+)
+def test_a_card_that_lies_is_refused(tmp_path: Path, listed: list[dict[str, object]], complaint: str) -> None:
+    folder = small_detector(tmp_path / "lies", engines=listed)
+    with pytest.raises(CheckpointError, match=complaint):
+        usable(resolve(str(folder)), "cpu")
+
+
+def test_errors_say_what_to_do(folder: Path, tmp_path: Path) -> None:
+    for arguments, complaint in (
+        (["--photos", str(tmp_path), "--output", str(tmp_path / "x")], "fewer than two"),
+        (["--photos", str(folder / "photos"), "--output", str(folder / "photos")], "there already"),
+    ):
+        with pytest.raises(SystemExit, match=complaint):
+            main(["--checkpoint", str(folder / "detector"), *arguments])
+    assert json.loads((folder / "detector" / "card.json").read_text())["task"] == "detection"

@@ -1,0 +1,309 @@
+"""Export a detector for faster serving: the same network for OpenVINO and ONNX Runtime, admitted by a parity gate.
+
+In: a checkpoint, and pictures on which to compare. Out: the checkpoint's folder again with the engine files that pass
+in it, listed in its card; ``deployments.engines`` takes the fastest that is valid for a replica's device. What does not
+pass is left out, and the table says why. Parity: the largest difference of the calibrated probability from PyTorch's
+in float32. Speed is measured in turn with PyTorch's, batch after batch.
+
+On GPUs nothing is exported: there PyTorch serves in bfloat16. Knows no MLflow and no Ray.
+
+    python -m train.export --checkpoint starter:detector --photos DIR --output FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from deployments.checkpoints import Checkpoint, CheckpointError, publish, resolve, scratch_folder
+from deployments.detector import DetectorModel, verdict
+from deployments.engines import EngineFile, Logits, load_engine, processor_flags
+from deployments.images import ImageError, decode
+from deployments.views import render
+
+Candidate = Literal["openvino-float32", "openvino-bfloat16", "openvino-int8", "onnxruntime-float32", "onnxruntime-int8"]
+#: Processors without these emulate bfloat16, more slowly than they compute float32.
+_BFLOAT16 = ["avx512_bf16", "amx_bf16", "bf16"]
+
+
+class ExportConfig(BaseModel):
+    """Settings of an export."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    checkpoint: str = Field("starter:detector", description="checkpoint URI of a detector")
+    photos: Path = Field(description="folder of pictures on which engines are compared, searched recursively")
+    output: Path = Field(description="folder that is written: the checkpoint with its engine files; must not exist")
+    engines: list[Candidate] = Field(
+        ["openvino-float32", "openvino-bfloat16", "onnxruntime-float32", "onnxruntime-int8"],
+        description="what is tried",
+    )
+    count: int = Field(200, ge=2, description="pictures compared")
+    batch_size: int = Field(8, ge=1)
+    rounds: int = Field(5, ge=1, description="timed rounds, all engines in turn in each")
+    most_difference: float = Field(0.02, ge=0, description="of a probability, for an engine to be admitted")
+    least_speed: float = Field(1.05, ge=0, description="times PyTorch's float32, for an engine to be worth its file")
+    threads: int = Field(2, ge=1, description="CPU threads of every engine")
+
+
+class _Logits(torch.nn.Module):
+    """A model that answers its logits alone."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values=pixel_values).logits
+
+
+def export_onnx(model: DetectorModel, file: Path) -> None:
+    """The network as ONNX in float32, any batch size.
+
+    Raises:
+        CheckpointError: it holds something that the exporter does not know.
+    """
+    shape = model.views.shape
+    pixels = torch.zeros((2, *(shape[:1] if shape[0] > 1 else ()), 3, shape[1], shape[2]))
+    axes = {"pixel_values": {0: "batch"}, "logits": {0: "batch"}}
+    names = {"input_names": ["pixel_values"], "output_names": ["logits"]}
+    try:
+        with torch.no_grad():
+            torch.onnx.export(
+                _Logits(model.network).eval(),
+                (pixels,),
+                str(file),
+                dynamic_axes=axes,
+                opset_version=18,
+                dynamo=False,
+                **names,  # type: ignore[arg-type]
+            )
+    except Exception as error:  # the exporter raises whatever a module's tracing raises
+        raise CheckpointError(f"{model.checkpoint.uri} cannot be exported to ONNX: {error}") from error
+
+
+def quantise(source: Path, target: Path) -> None:
+    """Matrix products in int8: weights for each channel, activations as they come."""
+    import logging
+
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    logging.getLogger("root").setLevel(logging.ERROR)
+    quantize_dynamic(
+        source,
+        target,
+        weight_type=QuantType.QInt8,
+        per_channel=True,
+        # seven bits: processors without VNNI add products of eight up in sixteen, which overflows
+        reduce_range=True,
+        op_types_to_quantize=["MatMul", "Gemm"],
+    )
+
+
+def read_views(model: DetectorModel, folder: Path, count: int) -> np.ndarray:
+    """The views of the first pictures of a folder that decode, uint8 ``(n, V, S, S, 3)``.
+
+    Raises:
+        CheckpointError: there are fewer than two.
+    """
+    views = []
+    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp")):
+        try:
+            views.append(render(decode(path.read_bytes()).image, model.views))
+        except ImageError:
+            continue
+        if len(views) == count:
+            break
+    if len(views) < 2:
+        raise CheckpointError(f"{folder} holds fewer than two pictures that decode; name another with --photos")
+    return np.stack(views)
+
+
+def batches_of(model: DetectorModel, views: np.ndarray, size: int) -> list[np.ndarray]:
+    """What every engine reads: normalised float32 pixels."""
+    return [
+        np.ascontiguousarray(model.pixels(views[first : first + size]).numpy()) for first in range(0, len(views), size)
+    ]
+
+
+def parity(
+    model: DetectorModel, runners: Mapping[str, Logits], batches: Sequence[np.ndarray]
+) -> dict[str, dict[str, float]]:
+    """For each runner the largest and mean difference of a probability from the first one's, and how many verdicts
+    it changes."""
+    result: dict[str, dict[str, float]] = {}
+    reference: np.ndarray | None = None
+    thresholds = model.checkpoint.card.thresholds
+    for name, run in runners.items():
+        chances = np.concatenate([model.calibrated(run(batch)) for batch in batches])
+        reference = chances if reference is None else reference
+        pairs = zip(chances, reference, strict=True)
+        result[name] = {
+            "max_difference": float(np.abs(chances - reference).max()),
+            "mean_difference": float(np.abs(chances - reference).mean()),
+            "verdicts_changed": sum(verdict(a, thresholds) != verdict(b, thresholds) for a, b in pairs),
+        }
+    return result
+
+
+def speed(runners: Mapping[str, Logits], batches: Sequence[np.ndarray], rounds: int) -> dict[str, dict[str, float]]:
+    """Pictures a second of each runner: in every round all are timed in turn on the same batches."""
+    for run in runners.values():
+        run(batches[0])
+    rates: dict[str, list[float]] = {name: [] for name in runners}
+    for _ in range(rounds):
+        for name, run in runners.items():
+            begun = time.perf_counter()
+            for batch in batches:
+                run(batch)
+            rates[name].append(sum(map(len, batches)) / (time.perf_counter() - begun))
+    return {
+        name: {
+            "pictures_per_s": float(np.median(values)),
+            "slowest_round": min(values),
+            "fastest_round": max(values),
+        }
+        for name, values in rates.items()
+    }
+
+
+def torch_runner(model: DetectorModel, dtype: torch.dtype = torch.float32) -> Logits:
+    """PyTorch, eager, in a number format; weights of float32 are the model's own."""
+    network: Any = model.network
+    if dtype is not torch.float32:
+        import copy
+
+        network = copy.deepcopy(network).to(dtype)
+
+    @torch.inference_mode()
+    def run(pixels: np.ndarray) -> np.ndarray:
+        return network(pixel_values=torch.from_numpy(pixels).to(dtype)).logits.float().numpy()
+
+    return run
+
+
+def candidates(
+    model: DetectorModel, wanted: list[Candidate], folder: Path, threads: int
+) -> dict[str, tuple[Path, Logits]]:
+    """The wanted engines, loaded from files written to ``folder``; one that cannot be loaded is said and left out."""
+    plain, small = folder / "detector.onnx", folder / "detector.int8.onnx"
+    export_onnx(model, plain)
+    if any(name.endswith("int8") for name in wanted):
+        quantise(plain, small)
+    found: dict[str, tuple[Path, Logits]] = {}
+    for name in wanted:
+        engine, precision = name.split("-")
+        file = small if precision == "int8" else plain
+        try:
+            found[name] = file, load_engine(file, engine, precision, threads)
+        except Exception as error:  # of a C++ runtime, or the package is not installed
+            print(
+                f"{name}: not available here ({type(error).__name__}: {str(error).splitlines()[0][:160]})", flush=True
+            )
+    return found
+
+
+def export(config: ExportConfig) -> dict[str, dict[str, Any]]:
+    """Write the folder; returns what was measured of every engine, PyTorch included.
+
+    Raises:
+        CheckpointError: no detector, no pictures, or the output exists.
+    """
+    if config.output.exists():
+        raise CheckpointError(f"{config.output} is there already: name another --output, or remove it")
+    checkpoint: Checkpoint = resolve(config.checkpoint)
+    torch.set_num_threads(config.threads)
+    model = DetectorModel(checkpoint, engine=False)
+    if model.device != "cpu":
+        raise CheckpointError("engines are exported for CPUs; on this machine the detector runs on a GPU in bfloat16")
+    views = read_views(model, config.photos, config.count)
+    build = scratch_folder(config.output)
+    try:
+        for path in checkpoint.folder.iterdir():
+            if path.is_file() and not path.name.startswith(".") and not path.name.endswith(".onnx"):
+                shutil.copyfile(path, build / path.name)
+        found = candidates(model, config.engines, build, config.threads)
+        runners = {"pytorch-float32": torch_runner(model)} | {name: run for name, (_, run) in found.items()}
+        batches = batches_of(model, views, config.batch_size)
+        rates = speed(runners, batches[:3], config.rounds)
+        measured: dict[str, dict[str, Any]] = {
+            name: {**row, **rates[name]} for name, row in parity(model, runners, batches).items()
+        }
+        base = measured["pytorch-float32"]["pictures_per_s"]
+        admitted = []
+        for name, (file, _) in found.items():
+            figures = measured[name]
+            figures["speed"] = figures["pictures_per_s"] / base
+            agrees = figures["max_difference"] <= config.most_difference
+            figures["admitted"] = agrees and figures["speed"] >= config.least_speed
+            figures["why"] = (
+                "" if figures["admitted"] else "differs too much" if not agrees else "not faster than PyTorch"
+            )
+            if figures["admitted"]:
+                engine, precision = name.split("-")
+                admitted.append(
+                    EngineFile(
+                        engine=engine,  # type: ignore[arg-type]
+                        precision=precision,  # type: ignore[arg-type]
+                        file=file.name,
+                        needs=_BFLOAT16 if precision == "bfloat16" else _int8_needs(precision),
+                        pictures=len(views),
+                        max_difference=figures["max_difference"],
+                        speed=round(figures["speed"], 3),
+                    )
+                )
+        for file in build.glob("*.onnx"):
+            if file.name not in {each.file for each in admitted}:
+                file.unlink()
+        card = json.loads((build / "card.json").read_text()) if (build / "card.json").is_file() else {}
+        card["engines"] = [each.model_dump() for each in admitted]
+        (build / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+        build.chmod(0o755)
+        publish(build, config.output)
+    finally:
+        shutil.rmtree(build, ignore_errors=True)
+    return measured
+
+
+def _int8_needs(precision: str) -> list[str]:
+    """Dynamic int8 was timed on this processor; one with other instructions may be slower than float32."""
+    if precision != "int8":
+        return []
+    return sorted(processor_flags() & {"avx512_vnni", "avx_vnni", "amx_int8", "avx512bw", "avx2", "asimddp"})[:1]
+
+
+def table(measured: dict[str, dict[str, Any]]) -> str:
+    """For people."""
+    lines = [f"{'engine':22}{'pictures/s':>12}{'x float32':>11}{'max |dp|':>11}"]
+    base = measured["pytorch-float32"]["pictures_per_s"]
+    for name, row in measured.items():
+        verdict = "" if "admitted" not in row else "admitted" if row["admitted"] else f"refused: {row['why']}"
+        rate, difference = row["pictures_per_s"], row["max_difference"]
+        lines.append(f"{name:22}{rate:12.2f}{rate / base:11.2f}{difference:11.5f}   {verdict}")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    from pydantic_settings import CliApp
+
+    config = CliApp.run(ExportConfig, cli_args=arguments)
+    try:
+        measured = export(config)
+    except CheckpointError as error:
+        sys.exit(f"error: {error}")
+    print(table(measured))
+    print(f"written to {config.output}")
+
+
+if __name__ == "__main__":
+    main()
