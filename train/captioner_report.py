@@ -19,7 +19,6 @@ Knows no MLflow and no HTML.
 from __future__ import annotations
 
 import itertools
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,11 +28,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from deployments.captioner import CaptionerModel
 from deployments.checkpoints import Checkpoint
-from deployments.images import ImageLimits, decode
-from deployments.views import render
+from deployments.images import decode
 from train.captions import normalise, score_captions
 from train.detector_report import Body, Picture
-from train.examples import Example, batches
+from train.examples import Example
+from train.generate import caption_all, tag_all, view_of
 from train.retrieval import retrieval
 from train.statistics import Interval, described
 from train.tag_quality import WORDNET, Judge, measure_tags, open_judge, share
@@ -93,34 +92,6 @@ class CaptionerSettings(BaseModel):
     templates: int = Field(100, ge=0, description="human captions that are changed by a word; 0: none")
     tagger: str = Field("", description="checkpoint of a tagger, e.g. starter:tagger; empty: no tags")
     samples: int = Field(24, ge=0, le=200, description="pictures shown with their captions")
-
-
-def caption_all(checkpoint: Checkpoint, examples: Sequence[Example], batch_size: int) -> list[str]:
-    """A caption for each example, by the class that serves."""
-    model = CaptionerModel(checkpoint)
-    texts: list[str] = []
-    started = time.monotonic()
-    for group in batches(list(examples), batch_size):
-        texts += model.caption(np.stack([_view(model, example) for example in group]))
-        if len(texts) % (batch_size * 10) < batch_size or len(texts) == len(examples):
-            rate = len(texts) / (time.monotonic() - started)
-            print(f"captioned {len(texts)}/{len(examples)}, {rate:.1f}/s", flush=True)
-    return texts
-
-
-def tag_all(checkpoint: Checkpoint, captions: Sequence[str]) -> list[list[str]]:
-    """Tags of each caption, by the tagger's own engine settings, offline."""
-    from deployments.offline_tagger import OfflineTagger
-
-    # the same caption gets the same tags: asked once
-    distinct = sorted(set(captions))
-    answers = dict(zip(distinct, OfflineTagger(checkpoint).tag(distinct), strict=True))
-    return [answers[caption]["tags"] for caption in captions]
-
-
-def _view(model: CaptionerModel, example: Example) -> np.ndarray:
-    limits = ImageLimits(max_bytes=2**31, max_pixels=400_000_000, min_side_px=1)
-    return render(decode(example.read(), limits).image, model.views)
 
 
 def bootstrap(
@@ -262,14 +233,14 @@ def template_figures(
             break
     if len(chosen) < 2:
         return None
-    views = np.stack([_view(model, example) for example, *_ in chosen])
-    other = np.roll(views, -1, axis=0)
+    own_views = np.stack([view_of(model, example) for example, *_ in chosen])
+    other = np.roll(own_views, -1, axis=0)
 
     def fit(rows: list[int], texts: list[str]) -> np.ndarray:
         values = np.zeros(len(rows))
         for first in range(0, len(rows), batch_size):
             part, said = rows[first : first + batch_size], texts[first : first + batch_size]
-            values[first : first + len(part)] = model.log_likelihood(views[part], said) - model.log_likelihood(
+            values[first : first + len(part)] = model.log_likelihood(own_views[part], said) - model.log_likelihood(
                 other[part], said
             )
         return values

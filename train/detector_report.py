@@ -30,7 +30,6 @@ from PIL import Image, ImageFilter
 from pydantic import BaseModel, ConfigDict, Field
 from sklearn.metrics import roc_auc_score
 
-from deployments.captioner import CaptionerModel
 from deployments.checkpoints import Checkpoint
 from deployments.detector import DetectorModel, verdict
 from deployments.heat_map import combine, render_png
@@ -40,6 +39,7 @@ from deployments.views import regions, render
 from train.aivshuman import family
 from train.damage import TIERS, Tier, deliver, reduce_to, reencode
 from train.examples import Example, batches
+from train.generate import caption_all
 from train.statistics import (
     Interval,
     answers,
@@ -172,7 +172,7 @@ def file_traits(data: bytes) -> dict[str, float]:
         }
 
 
-_TRAITS: dict[str, tuple[str, ...]] = {
+TRAITS: dict[str, tuple[str, ...]] = {
     "all": (
         "jpeg",
         "width",
@@ -200,7 +200,7 @@ def leakage(facts: Sequence[dict[str, float]], labels: np.ndarray, groups: Seque
     if folds < 2:
         return {}
     result = {}
-    for name, chosen in _TRAITS.items():
+    for name, chosen in TRAITS.items():
         traits = np.array([[row[key] for key in chosen] for row in facts])
         forest = RandomForestClassifier(60, min_samples_leaf=2, class_weight="balanced", random_state=0)
         splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=0)
@@ -350,7 +350,7 @@ def examine(
     figures |= generator_figures(families, chances[:, : len(tiers)], tiers, checkpoint, resamples, seed)
     people = None
     if captioner is not None:
-        people = [has_people(caption) for caption in _captions(captioner, examples, batch_size)]
+        people = [has_people(caption) for caption in caption_all(captioner, examples, batch_size)]
     figures["slices"] = slices(examples, facts, chances[:, 0], labels, thresholds.ai_above, people, resamples, seed)
     figures["labels"] = {example.id: example.label for example in examples}
     figures["probabilities"] = {
@@ -489,11 +489,3 @@ def _alternating(first: list[int], second: list[int]) -> list[int]:
     """Turn by turn from both, what is left of the longer at the end."""
     mixed = [row for pair in zip(first, second, strict=False) for row in pair]
     return mixed + first[len(second) :] + second[len(first) :]
-
-
-def _captions(checkpoint: Checkpoint, examples: Sequence[Example], batch_size: int) -> list[str]:
-    model = CaptionerModel(checkpoint)
-    texts: list[str] = []
-    for group in batches(list(examples), batch_size):
-        texts += model.caption(np.stack([render(decode(example.read()).image, model.views) for example in group]))
-    return texts

@@ -153,8 +153,8 @@ def main(arguments: list[str] | None = None) -> None:
     from pydantic_settings import CliApp
 
     from deployments.checkpoints import resolve
-    from train.captioner_report import caption_all, tag_all
     from train.examples import read_examples
+    from train.generate import caption_all, tag_all
 
     config = CliApp.run(RetrievalConfig, cli_args=arguments)
     if config.rows and config.rows.is_file():

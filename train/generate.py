@@ -1,0 +1,88 @@
+"""Captions and tags of examples, by the classes that serve.
+
+In: a checkpoint and examples. Out: texts, in the order of the examples. Knows no figures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from deployments import captioner, images, pixels, views
+from deployments.captioner import CaptionerModel
+from deployments.checkpoints import Checkpoint, cache_root
+from deployments.images import ImageLimits, decode
+from deployments.views import render
+from train.examples import Example
+
+
+def caption_all(checkpoint: Checkpoint, examples: Sequence[Example], batch_size: int) -> list[str]:
+    """A caption for each example, by the class that serves.
+
+    What was captioned is kept in the cache, so that a killed evaluation goes on and a second one need not caption
+    again. The key is everything that a caption depends on: the checkpoint's files, the picture's bytes, the code.
+    """
+    kept = _Kept(cache_root() / "captions" / f"{checkpoint.revision}-{_code_digest()}.jsonl")
+    keys = [hashlib.sha256(example.read()).hexdigest()[:24] for example in examples]
+    missing = [place for place, key in enumerate(keys) if key not in kept.values]
+    model = CaptionerModel(checkpoint) if missing else None
+    started, last = time.monotonic(), 0.0
+    for first in range(0, len(missing), batch_size):
+        assert model is not None
+        places = missing[first : first + batch_size]
+        texts = model.caption(np.stack([view_of(model, examples[place]) for place in places]))
+        kept.add({keys[place]: text for place, text in zip(places, texts, strict=True)})
+        now, done = time.monotonic(), first + len(places)
+        if now - last > 20 or done == len(missing):
+            last = now
+            print(f"captioned {done}/{len(missing)}, {done / (now - started):.1f}/s", flush=True)
+    return [kept.values[key] for key in keys]
+
+
+class _Kept:
+    """A file of key and text, one pair a line, that is only added to; a line that was cut off is ignored."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        self.values: dict[str, str] = {}
+        for line in file.read_text().splitlines() if file.is_file() else ():
+            with contextlib.suppress(ValueError):
+                key, text = json.loads(line)
+                self.values[key] = text
+
+    def add(self, values: Mapping[str, str]) -> None:
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        with self._file.open("a") as file:
+            # begins with a line break: whatever a kill left behind ends there
+            file.write("".join(f"\n{json.dumps([key, text])}" for key, text in values.items()))
+        self.values.update(values)
+
+
+def _code_digest() -> str:
+    """Of the modules that a caption depends on."""
+    digest = hashlib.sha256()
+    for module in (captioner, images, pixels, views):
+        digest.update(Path(str(module.__file__)).read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def tag_all(checkpoint: Checkpoint, captions: Sequence[str]) -> list[list[str]]:
+    """Tags of each caption, by the tagger's own engine settings, offline."""
+    from deployments.offline_tagger import OfflineTagger
+
+    # the same caption gets the same tags: asked once
+    distinct = sorted(set(captions))
+    answers = dict(zip(distinct, OfflineTagger(checkpoint).tag(distinct), strict=True))
+    return [answers[caption]["tags"] for caption in captions]
+
+
+def view_of(model: CaptionerModel, example: Example) -> np.ndarray:
+    """What the captioner sees of an example."""
+    limits = ImageLimits(max_bytes=2**31, max_pixels=400_000_000, min_side_px=1)
+    return render(decode(example.read(), limits).image, model.views)
