@@ -38,15 +38,9 @@ from PIL import (
 )
 from pydantic import BaseModel, ConfigDict, Field
 
-from deployments.containers import (
-    EXIF_ORIENTATION,
-    ContainerError,
-    Format,
-    pixels_only,
-    read_exif,
-    read_metadata,
-    sniff,
-)
+from deployments.containers import Format, pixels_only, read_metadata, sniff
+from deployments.metadata import ContainerError
+from deployments.tiff import EXIF_ORIENTATION, read_exif
 
 ImageErrorCode = Literal["empty_body", "too_large", "not_an_image", "truncated", "too_small", "too_many_pixels"]
 

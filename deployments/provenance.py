@@ -31,7 +31,8 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any, Literal
 
 from deployments.annotation import Provenance, Signal
-from deployments.containers import (
+from deployments.containers import FORMATS, Format, read_metadata
+from deployments.tiff import (
     EXIF_ARTIST,
     EXIF_COPYRIGHT,
     EXIF_DESCRIPTION,
@@ -39,10 +40,7 @@ from deployments.containers import (
     EXIF_MODEL,
     EXIF_SOFTWARE,
     EXIF_USER_COMMENT,
-    FORMATS,
-    Format,
     read_exif,
-    read_metadata,
 )
 
 if TYPE_CHECKING:
