@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import io
 import json
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
+from hypothesis import HealthCheck, Phase, given, settings
 from PIL import Image
 
 from deployments.annotation import Annotation
+from tests.app.drawn import drawn_requests
+from tests.app.malformed import HOSTILE_NAMES, MalformedRequest, bombs, real_files, requests
 
 pytestmark = pytest.mark.application
 SAMPLES = Path(__file__).parents[2] / "samples"
@@ -97,16 +104,57 @@ def test_a_heat_map_on_request_as_png_and_as_grid(client, photos) -> None:
     assert max(map(max, grid)) == pytest.approx(1) and min(map(min, grid)) >= 0
 
 
-@pytest.mark.parametrize("picture_format", ["PNG", "WEBP", "GIF", "TIFF", "AVIF", "HEIF"])
-def test_every_format_is_answered(client, photos, picture_format: str) -> None:
-    import pillow_heif
+def test_every_format_mode_and_oddity_is_answered(client) -> None:
+    names = list(real_files())
+    for first in range(0, len(names), 16):
+        some = names[first : first + 16]
+        # a wrong extension, and a type that is none
+        files = [("file", ("picture.txt", real_files()[name], "text/plain")) for name in some]
+        items = client.post("/v1/detect", files=files).json()["items"]
+        assert {name: item.get("code") for name, item in zip(some, items, strict=True)} == dict.fromkeys(some)
+        assert all(0 <= item["detection"]["ai_probability"] <= 1 for item in items)
 
-    pillow_heif.register_heif_opener()
-    buffer = io.BytesIO()
+
+def test_the_way_up_is_read_from_exif_and_the_answer_is_that_of_the_upright_picture(client, photos) -> None:
     with Image.open(io.BytesIO(photos[0])) as image:
-        image.convert("RGB").resize((200, 150)).save(buffer, picture_format)
-    answer = client.post("/v1/analyze", params={"tasks": "caption"}, content=buffer.getvalue())
-    assert answer.status_code == 200 and answer.json()["caption"]
+        upright = image.convert("RGB").resize((320, 240))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by a quarter
+    plain, turned = io.BytesIO(), io.BytesIO()
+    upright.save(plain, "PNG")
+    upright.transpose(Image.Transpose.ROTATE_90).save(turned, "PNG", exif=exif)
+    answers = [client.post("/v1/analyze", content=file.getvalue()).json() for file in (plain, turned)]
+    assert answers[0]["caption"] == answers[1]["caption"] and answers[0]["tags"] == answers[1]["tags"]
+    first, second = (answer["detection"]["ai_probability"] for answer in answers)
+    assert first == pytest.approx(second, abs=0.02)
+
+
+def test_corrupt_exif_around_a_sound_picture_changes_no_answer(client) -> None:
+    sound = real_files()["jpeg-grey"]
+    garbage = b"Exif\0\0II*\0" + b"\xff" * 60
+    segment = b"\xff\xe1" + (len(garbage) + 2).to_bytes(2, "big") + garbage
+    answers = [client.post("/v1/detect", content=data).json() for data in (sound, sound[:2] + segment + sound[2:])]
+    assert answers[0]["sha256"] != answers[1]["sha256"]
+    assert answers[0]["detection"]["ai_probability"] == pytest.approx(
+        answers[1]["detection"]["ai_probability"], abs=0.01
+    )
+
+
+def test_hostile_file_names_are_never_used(client) -> None:
+    picture = real_files()["png"]
+    answers = [client.post("/v1/detect", files={"file": (name or "x", picture)}) for name in HOSTILE_NAMES]
+    assert {answer.status_code for answer in answers} == {200}
+    for name, answer in zip(HOSTILE_NAMES, answers, strict=True):
+        assert len(name) < 3 or name not in answer.text
+
+
+def test_what_a_file_declares_stands_beside_the_verdict(client) -> None:
+    declared = client.post("/v1/detect", content=real_files()["png"]).json()["detection"]["provenance"]
+    assert declared["c2pa"] == "absent" and declared["declared_ai"] is True
+    kinds = {signal["kind"] for signal in declared["signals"]}
+    assert {"png_text", "xmp"} <= kinds
+    silent = client.post("/v1/detect", content=real_files()["png-palette"]).json()["detection"]["provenance"]
+    assert silent == {"c2pa": "absent", "declared_ai": None, "signals": []}
 
 
 def test_the_models_and_their_state_are_told(client) -> None:
@@ -126,6 +174,9 @@ def test_the_models_and_their_state_are_told(client) -> None:
         ("POST", "/v1/analyze", b"hello", 415, "not_an_image"),
         ("POST", "/v1/analyze?tasks=paint", b"x", 422, "unknown_task"),
         ("POST", "/v1/analyze?explain=loudly", b"x", 422, "bad_parameter"),
+        ("POST", "/v1/analyze", real_files()["jpeg"][:400], 422, "truncated"),
+        ("POST", "/v1/analyze", bombs()["png-huge"], 413, "too_many_pixels"),
+        ("POST", "/v1/analyze", b"\x89PNG\r\n\x1a\n" + bytes(20 * 2**20), 413, "too_large"),
         ("GET", "/v1/analyze", b"", 405, "method_not_allowed"),
         ("GET", "/v1/nothing", b"", 404, "not_found"),
         ("GET", "/samples/..%2f..%2fpyproject.toml", b"", 404, "not_found"),
@@ -135,6 +186,25 @@ def test_errors_are_problems_with_a_code(client, method: str, path: str, body: b
     answer = client.request(method, path, content=body)
     assert (answer.status_code, answer.json()["code"]) == (status, code)
     assert answer.headers["content-type"] == "application/problem+json"
+
+
+def test_pictures_below_sixteen_pixels_bad_base64_and_too_many_files_are_refused(client) -> None:
+    small = io.BytesIO()
+    Image.new("RGB", (64, 15)).save(small, "PNG")
+    refused = [
+        client.post("/v1/analyze", content=small.getvalue()),
+        client.post("/v1/analyze", json={"image": "no base64"}),
+        client.post("/v1/analyze", files=[("file", ("a.png", b"x"))] * 33),
+        client.post("/v1/analyze", content=b"x", headers={"content-type": "text/plain"}),
+        client.delete("/v1/analyze"),
+    ]
+    assert [(answer.status_code, answer.json()["code"]) for answer in refused] == [
+        (422, "too_small"),
+        (400, "bad_base64"),
+        (413, "too_many_pictures"),
+        (415, "unsupported_media_type"),
+        (405, "method_not_allowed"),
+    ]
 
 
 def test_protective_headers_are_on_every_answer(client) -> None:
@@ -169,14 +239,68 @@ def test_a_client_that_goes_away_frees_its_place(client, photos, application) ->
     assert client.post("/v1/analyze", content=photos[0]).status_code == 200
 
 
-def test_malformed_requests_are_never_our_fault(application) -> None:
-    from tests.app.malformed import requests
+@contextlib.contextmanager
+def _somebody_else(url: str, photo: bytes) -> Iterator[list[httpx.Response]]:
+    """A client with a good photo, over and over, beside whatever else happens."""
+    answers: list[httpx.Response] = []
+    over = threading.Event()
 
-    with httpx.Client(base_url=application.url, timeout=60) as client:
-        for bad in requests(seed=2, count=300):
+    def ask() -> None:
+        while not over.is_set():
+            answers.append(httpx.post(f"{url}/v1/analyze", content=photo, timeout=120))
+            over.wait(0.2)
+
+    client = threading.Thread(target=ask)
+    client.start()
+    try:
+        yield answers
+    finally:
+        over.set()
+        client.join()
+
+
+def _send_malformed(url: str, photo: bytes, bad_requests: Iterable[MalformedRequest]) -> Counter[int]:
+    """How often each status was answered. No 5xx, the service stays ready and answers others completely."""
+    statuses: Counter[int] = Counter()
+    with _somebody_else(url, photo) as others, httpx.Client(base_url=url, timeout=60) as client:
+        for bad in bad_requests:
             answer = client.request(bad.method, bad.path, headers=list(bad.headers), content=bad.body)
             assert answer.status_code < 500, (bad, answer.text)
-    assert httpx.get(f"{application.url}/readyz").json()["ready"]
+            if answer.status_code >= 400:
+                assert answer.headers["content-type"] == "application/problem+json", bad
+                assert answer.json()["status"] == answer.status_code, bad
+            statuses[answer.status_code] += 1
+    assert {answer.status_code for answer in others} == {200}
+    assert not [errors for answer in others if (errors := answer.json()["errors"])]
+    assert httpx.get(f"{url}/readyz").json()["ready"]
+    return statuses
+
+
+def test_malformed_requests_are_never_our_fault_and_hurt_nobody_else(application, photos) -> None:
+    statuses = _send_malformed(application.url, photos[0], requests(seed=2, count=150))
+    assert {400, 415, 422} <= set(statuses)
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(3000)
+def test_thousands_of_malformed_requests_are_never_our_fault(application, photos) -> None:
+    drawn: list[MalformedRequest] = []
+
+    @settings(
+        max_examples=1000,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(drawn_requests())
+    def draw(request: MalformedRequest) -> None:
+        drawn.append(request)
+
+    draw()
+    statuses = _send_malformed(application.url, photos[0], [*requests(seed=3, count=2000), *drawn])
+    print(dict(statuses))
+    assert sum(statuses.values()) >= 2900 and {400, 413, 415, 422} <= set(statuses)
 
 
 def test_the_api_documentation_needs_no_other_host(client) -> None:
