@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from typing import Any
 
@@ -57,6 +58,8 @@ _SHARDS_A_STREAM = 4096
 _SHARE_A_THREAD = 0.35
 #: The rate is that of the last shards, and of not more than the last minutes.
 _RATE_SHARDS, _RATE_WINDOW_S = 1000, 300.0
+#: Shards that are read at a time at the end, to check and count them.
+_READ_BACK = 16
 
 
 class _Strict(BaseModel):
@@ -68,7 +71,9 @@ class PictureStage(_Strict):
 
     uri: str = Field(description="checkpoint, see deployments.checkpoints")
     batch_size: int = Field(8, ge=1, le=1024)
-    actors: int = Field(0, ge=0, description="0: enough for every CPU of the cluster; with GPUs, one for each share")
+    actors: int = Field(
+        0, ge=0, description="0: enough for every CPU of the cluster; with `num_gpus`, one for each GPU"
+    )
     threads: int = Field(0, ge=0, description="of an actor on a CPU; 0: one, more on machines with more than 8 cores")
     num_gpus: float = Field(0, ge=0, description="GPU, or fraction of one, of each actor")
 
@@ -77,7 +82,7 @@ class TagStage(_Strict):
     """The tagger."""
 
     uri: str = "starter:tagger"
-    actors: int = Field(1, ge=1)
+    actors: int = Field(0, ge=0, description="0: one; on GPUs, one for each (or each `tensor_parallel` of them)")
     engine: TaggerSettings = Field(TaggerSettings(), description="vLLM's settings, those of serving")
 
 
@@ -257,6 +262,7 @@ def pipeline(
     import ray
     from ray.data import ActorPoolStrategy, ExecutionResources, TaskPoolStrategy
 
+    gpus = int(ray.cluster_resources().get("GPU", 0))
     readers = settings.readers or max(2, cpus // 2)
     whole: dict[str, Any] = {"batch_size": None, "batch_format": "numpy"}
     # a shard is one block from end to end: no stage may cut or join
@@ -281,7 +287,7 @@ def pipeline(
             if task not in settings.tasks:
                 continue
             threads = config.threads or max(1, cpus // 8)
-            actors = config.actors or max(1, cpus // threads)
+            actors = config.actors or max(1, gpus if config.num_gpus else cpus // threads)
             under_way += 2 * actors
             stream = stream.map_batches(
                 kind,
@@ -293,11 +299,12 @@ def pipeline(
             )
         if "tag" in settings.tasks:
             engine = settings.tagger.engine
-            under_way += 2 * settings.tagger.actors
+            actors = settings.tagger.actors or max(1, gpus // engine.tensor_parallel if engine.device == "gpu" else 1)
+            under_way += 2 * actors
             stream = stream.map_batches(
                 TaggerStage,
                 fn_constructor_args=(models.name("tagger"), engine),
-                compute=ActorPoolStrategy(size=settings.tagger.actors, max_tasks_in_flight_per_actor=2),
+                compute=ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),
                 num_cpus=0.2 if engine.device == "cpu" else engine.num_cpus,
                 num_gpus=engine.num_gpus * engine.tensor_parallel if engine.device == "gpu" else None,
                 **whole,
@@ -324,17 +331,13 @@ def _finish(plan: Plan, output: Location) -> dict[str, Any]:
         return json.loads(file.read_text())
     remove_partial_files(output)
     pictures, verdicts, errors = 0, Counter[str](), Counter[str]()
-    for shard in range(plan.shards):
-        location = output / FOLDER / shard_name(shard)
-        try:
-            with location.open() as opened:
-                table = pq.read_table(opened, columns=["detection", "errors"])
-        except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"{location} cannot be read ({error}): remove it and run the same again") from error
-        pictures += table.num_rows
-        labels = pc.struct_field(table["detection"], "label")
-        verdicts.update(label for label in labels.to_pylist() if label is not None)
-        errors.update(f"{error['stage']}: {error['code']}" for row in table["errors"].to_pylist() for error in row)
+    with ThreadPoolExecutor(_READ_BACK, thread_name_prefix="read-back") as threads:
+        for first in range(0, plan.shards, 64 * _READ_BACK):
+            part = range(first, min(first + 64 * _READ_BACK, plan.shards))
+            for rows, labels, codes in threads.map(_read_back, (output / FOLDER / shard_name(shard) for shard in part)):
+                pictures += rows
+                verdicts += labels
+                errors += codes
     if pictures != plan.pictures:
         raise DataError(f"{output} holds {pictures} records of {plan.pictures} pictures: remove it and begin anew")
     manifest = plan.model_dump() | {
@@ -348,6 +351,18 @@ def _finish(plan: Plan, output: Location) -> dict[str, Any]:
         if counts:
             print(f"{name}: {', '.join(f'{key} {count:,}' for key, count in sorted(counts.items()))}", flush=True)
     return manifest
+
+
+def _read_back(location: Location) -> tuple[int, Counter[str], Counter[str]]:
+    """Rows, verdicts and errors of a shard."""
+    try:
+        with location.open() as opened:
+            table = pq.read_table(opened, columns=["detection", "errors"])
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"{location} cannot be read ({error}): remove it and run the same again") from error
+    labels = pc.struct_field(table["detection"], "label").to_pylist()
+    codes = (f"{error['stage']}: {error['code']}" for row in table["errors"].to_pylist() for error in row)
+    return table.num_rows, Counter(label for label in labels if label is not None), Counter(codes)
 
 
 def main(arguments: list[str] | None = None) -> None:
