@@ -34,7 +34,9 @@ def _filesystem(scheme: str, process: int) -> fsspec.AbstractFileSystem:
     """One file system a process: s3fs keeps an event loop thread, which does not survive a fork."""
     if scheme == "file":
         return fsspec.filesystem("file", use_listings_cache=False)
-    options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
+    # only AWS answers a part of an object without the checksum of the whole; what is read is checked by its own hash
+    checksums = {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
+    options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True, "config_kwargs": checksums}
     if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
         options["endpoint_url"] = endpoint
     return fsspec.filesystem("s3", **options)

@@ -7,7 +7,9 @@ in the first pass and one shard in the second, for each worker.
 What is done stays done: each block of particulars and each shard is a file that appears whole, under a name that
 follows from the input alone, and a run that finds it there does not do it again.
 
-Blocks hold 256 pictures: Ray Data hands out work every tenth of a second, so a block has to last for seconds.
+Blocks hold 256 pictures: Ray Data hands out work every tenth of a second, so a block has to last for seconds. A long
+stream has workers of its own, which take the next block while one is in work; a short one is over before they have
+started, so it goes to whatever worker is there.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ from data.locations import Location
 from deployments.images import ImageError, ImageLimits
 
 BLOCK_PICTURES = 256
+#: Blocks for each worker from which on workers of the stream's own are worth their start.
+_LONG_STREAM = 8
 #: A shard of large photos has fewer than that.
 SHARD_BYTES = 64 * 2**20
 
@@ -287,15 +291,14 @@ def _stream(
         return
     import ray.data
 
-    size = min(workers, len(blocks))
-    dataset = ray.data.from_blocks(blocks).map_batches(
-        worker,
-        fn_constructor_kwargs=arguments,
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=size, max_tasks_in_flight_per_actor=2),
-        num_cpus=1,
-    )
+    dataset = ray.data.from_blocks(blocks)
+    how: dict[str, Any] = {"batch_size": None, "batch_format": "pyarrow", "num_cpus": 1}
+    if len(blocks) >= _LONG_STREAM * workers:
+        pool = ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2)
+        dataset = dataset.map_batches(worker, fn_constructor_kwargs=arguments, compute=pool, **how)
+    else:
+        tasks = ray.data.TaskPoolStrategy(size=workers)
+        dataset = dataset.map_batches(_once, fn_kwargs={"worker": worker, "arguments": arguments}, compute=tasks, **how)
     try:
         for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             timing.began = min(timing.began, table["_began"][0].as_py())
@@ -307,6 +310,11 @@ def _stream(
         if found is None:
             raise
         raise found from error
+
+
+def _once(block: pa.Table, worker: type, arguments: dict[str, Any]) -> pa.Table:
+    """A block in a worker that is made for it."""
+    return worker(**arguments)(block)
 
 
 class _Progress:

@@ -151,12 +151,8 @@ class DataVersion:
         files = self.files(split)
         if not files:
             raise DataError(f"split {split} of {self.location} is empty: prepare it with a share for {split}")
-        return ray.data.read_parquet(
-            files,
-            filesystem=self.location.arrow_filesystem,
-            columns=list(columns) if columns is not None else None,
-            partitioning=None,
-        )
+        dataset = ray.data.read_parquet(files, filesystem=self.location.arrow_filesystem, partitioning=None)
+        return dataset if columns is None else dataset.select_columns(list(columns))
 
 
 def open_version(place: str | Path | Location) -> DataVersion:

@@ -108,7 +108,8 @@ def test_defects_of_caption_lists(tmp_path: Path) -> None:
     touch(tmp_path, "flickr30k_images/flickr30k_images/1.jpg", "flickr30k_images/1.jpg", "flickr30k_images/4.jpg")
     touch(tmp_path, "flickr30k_images/3.jpg")
     tmp_path.joinpath("results.csv").write_text(
-        "image_name| comment_number| comment\n1.jpg| 0| A cat .\n1.jpg| 4   A dog runs .\n2.jpg| 0| Gone .\n3.jpg| 0| .\n"
+        "image_name| comment_number| comment\n"
+        "1.jpg| 0| A cat .\n1.jpg| 4   A dog runs .\n2.jpg| 0| Gone .\n3.jpg| 0| .\n"
     )
     listed = read_flickr30k(raw(tmp_path))
     assert [(row.file_name, row.captions) for row in listed.rows] == [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,7 +50,7 @@ def test_other_places_are_refused(text: str, message: str) -> None:
 
 def test_a_relative_path_is_refused_inside_a_job_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
-    assert Location.of("out").path == f"{os.getcwd()}/out"
+    assert Location.of("out").path == str(Path.cwd() / "out")
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     with pytest.raises(DataError, match=r"'out' is a relative path.*absolute path"):
         Location.of("out")
