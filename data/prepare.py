@@ -15,6 +15,7 @@ killed goes on where it was when it is started again; one that finds its version
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -113,6 +114,8 @@ class Prepared:
     """Whether this run made it; false: it was there already."""
     identified: Timing = field(default_factory=Timing)
     written: Timing = field(default_factory=Timing)
+    decided_s: float = 0.0
+    """Seconds between the passes: duplicates, groups, splits."""
 
 
 def prepare(config: AivshumanConfig | Flickr30kConfig | SourceConfig) -> Prepared:
@@ -153,6 +156,7 @@ def _from_raw(config: AivshumanConfig | Flickr30kConfig) -> Prepared:
         workers = config.workers or cpus
         names = sorted(listed.entries)
         particulars, identified = take_particulars(listed.raw, names, limits, work, workers, _say)
+        decided = time.perf_counter()
         candidates, rejects = _joined(listed, particulars)
         kept, repeated = remove_duplicates(candidates)
         pins: dict[str, Split] = {}
@@ -162,6 +166,7 @@ def _from_raw(config: AivshumanConfig | Flickr30kConfig) -> Prepared:
             numbers = published or starter_captioner_splits(listed.rows)
             pins = {c.particulars.id: numbers[c.row.photo] for c in kept if c.row.photo and c.row.photo in numbers}
         pictures, torn = divide(kept, config, pins, [known for version in others for known in _known(version)])
+        decided_s = time.perf_counter() - decided
         content = Content(
             name=name,
             pictures=pictures,
@@ -177,7 +182,7 @@ def _from_raw(config: AivshumanConfig | Flickr30kConfig) -> Prepared:
     work.remove()
     if not work.parent.folders():
         work.parent.remove()
-    return Prepared(version, fresh, identified, written)
+    return Prepared(version, fresh, identified, written, decided_s)
 
 
 def _from_versions(config: SourceConfig) -> Prepared:
