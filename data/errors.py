@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from pydantic import ValidationError
+
 #: Exit status of a job that ends with a ``DataError``.
 EXIT_STATUS = 2
 
@@ -89,6 +91,15 @@ def explained(place: str) -> Iterator[None]:
         if found is None:
             raise
         raise found from error
+
+
+def as_settings_error(error: ValidationError) -> DataError:
+    """What a command line says wrong, by its flags."""
+    found = []
+    for problem in error.errors():
+        parts = [part for part in problem["loc"] if isinstance(part, str)]
+        found.append(f"--{parts[-1].replace('_', '-')}: {problem['msg']}" if len(parts) > 1 else problem["msg"])
+    return DataError("; ".join(found) + " (see --help)")
 
 
 def end(error: BaseException) -> NoReturn:

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import CliSubCommand
 
 from data.captions import photo_number
@@ -35,7 +35,7 @@ from data.curate import (
     starter_detector_splits,
 )
 from data.download import download
-from data.errors import DataError, end
+from data.errors import DataError, as_settings_error, end
 from data.identify import Particulars
 from data.layouts import RawList, Reject, read_aivshuman, read_flickr30k
 from data.locations import Location
@@ -312,7 +312,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Prepare the data set that the command line names, and say where it lies."""
     from pydantic_settings import CliApp, get_subcommand
 
-    command = CliApp.run(Prepare, cli_args=None if arguments is None else [*arguments])
+    try:
+        command = CliApp.run(Prepare, cli_args=None if arguments is None else [*arguments])
+    except ValidationError as error:
+        end(as_settings_error(error))
     config = get_subcommand(command)
     assert isinstance(config, AivshumanConfig | Flickr30kConfig | SourceConfig)
     try:
