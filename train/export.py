@@ -202,6 +202,10 @@ def candidates(
     found: dict[str, tuple[Path, Logits]] = {}
     for name in wanted:
         engine, precision = name.split("-")
+        if precision == "bfloat16" and not processor_flags() & set(_BFLOAT16):
+            # OpenVINO would quietly compute in float32, and what was measured would be true of no other machine
+            print(f"{name}: this processor has no bfloat16", flush=True)
+            continue
         file = small if precision == "int8" else plain
         try:
             found[name] = file, load_engine(file, engine, precision, threads)
@@ -278,7 +282,9 @@ def _int8_needs(precision: str) -> list[str]:
     """Dynamic int8 was timed on this processor; one with other instructions may be slower than float32."""
     if precision != "int8":
         return []
-    return sorted(processor_flags() & {"avx512_vnni", "avx_vnni", "amx_int8", "avx512bw", "avx2", "asimddp"})[:1]
+    flags = processor_flags()
+    best_first = ("amx_int8", "avx512_vnni", "avx_vnni", "asimddp", "avx512bw", "avx2")
+    return [flag for flag in best_first if flag in flags][:1]
 
 
 def table(measured: dict[str, dict[str, Any]]) -> str:
