@@ -145,7 +145,7 @@ def throughput(config: AnnotateBenchmark, photos: list[Path], work: Path) -> dic
     steps = config.steps.split(",")
     loop = BareLoop() if "bare" in steps else None
     if loop:
-        loop.run(photos[:16])
+        loop.run(photos[:8])
     for _ in range(config.rounds):
         for step in steps:
             if step == "bare":
@@ -157,9 +157,7 @@ def throughput(config: AnnotateBenchmark, photos: list[Path], work: Path) -> dic
                 folder, output = link(chosen, work / step), work / f"{step}-records"
                 shutil.rmtree(output, ignore_errors=True)
                 started = time.perf_counter()
-                subprocess.run(
-                    command(config, folder, output), env=environment(), cwd=_ROOT, check=True, stderr=subprocess.DEVNULL
-                )
+                subprocess.run(command(config, folder, output), env=environment(), cwd=_ROOT, check=True)
                 seconds = time.perf_counter() - started
             measured.append({"step": step, "photos": len(chosen), "seconds": round(seconds, 2)})
             print(measured[-1], flush=True)

@@ -25,7 +25,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from data.annotate_plan import (
@@ -41,7 +40,7 @@ from data.annotate_plan import (
     unfinished,
 )
 from data.annotate_stages import CaptionerStage, DetectorStage, ModelName, Publisher, Reader, TaggerStage
-from data.annotations import FOLDER
+from data.annotations import FOLDER, read_shard
 from data.errors import DataError, end
 from data.locations import Location
 from data.session import RaySettings, ray_session
@@ -356,8 +355,7 @@ def _finish(plan: Plan, output: Location) -> dict[str, Any]:
 def _read_back(location: Location) -> tuple[int, Counter[str], Counter[str]]:
     """Rows, verdicts and errors of a shard."""
     try:
-        with location.open() as opened:
-            table = pq.read_table(opened, columns=["detection", "errors"])
+        table = read_shard(location, ["detection", "errors"])
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{location} cannot be read ({error}): remove it and run the same again") from error
     labels = pc.struct_field(table["detection"], "label").to_pylist()

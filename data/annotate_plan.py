@@ -285,9 +285,8 @@ def remove_partial_files(output: Location) -> None:
 
 def unfinished(output: Location, done: set[int], at_most: int) -> Iterator[pa.Table]:
     """What is left to do, in tables of at most ``at_most`` shards, one row each."""
-    with (output / SHARDS).open() as file:
-        parquet = pq.ParquetFile(file)
-        for batch in parquet.iter_batches(batch_size=at_most):
-            left = [index for index, shard in enumerate(batch.column("shard").to_pylist()) if shard not in done]
-            if left:
-                yield pa.Table.from_batches([batch]).take(left)
+    parquet = pq.ParquetFile(pa.BufferReader((output / SHARDS).read_bytes()))
+    for batch in parquet.iter_batches(batch_size=at_most):
+        left = [index for index, shard in enumerate(batch.column("shard").to_pylist()) if shard not in done]
+        if left:
+            yield pa.Table.from_batches([batch]).take(left)

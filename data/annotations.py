@@ -14,7 +14,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.errors import explained
 from data.locations import Location
 from deployments.annotation import Annotation
 
@@ -59,6 +58,17 @@ def from_row(row: dict[str, Any]) -> Annotation:
     return Annotation.model_validate(row | mappings)
 
 
+def read_shard(location: Location, columns: list[str] | None = None) -> pa.Table:
+    """One file of records.
+
+    From memory: Arrow's threads may hold a Python file until after the interpreter is gone, and then abort the program.
+
+    Raises:
+        ArrowInvalid: it is damaged.
+    """
+    return pq.ParquetFile(pa.BufferReader(location.read_bytes())).read(columns=columns)
+
+
 def read_annotations(place: str | Location) -> Iterator[Annotation]:
     """Every record of an annotation's folder, shard after shard.
 
@@ -68,6 +78,4 @@ def read_annotations(place: str | Location) -> Iterator[Annotation]:
     records = Location.of(place) / FOLDER
     for entry in records.files():
         if entry.name.endswith(".parquet"):
-            with explained(str(records / entry.name)), (records / entry.name).open() as file:
-                table = pq.read_table(file)
-            yield from map(from_row, table.to_pylist())
+            yield from map(from_row, read_shard(records / entry.name).to_pylist())
