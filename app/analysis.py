@@ -29,6 +29,7 @@ from app.problems import Problem
 from deployments.annotation import Annotation, Provenance, Stage, Task
 from deployments.heat_map import heat_map
 from deployments.images import decode
+from deployments.pixels import ViewMismatch
 from deployments.provenance import read_provenance
 from deployments.replica import DeadlineExceeded, ModelInfo
 from deployments.views import Box, ViewSpec, regions, render
@@ -39,6 +40,8 @@ _MODEL_STAGES: tuple[Stage, ...] = ("detector", "captioner", "tagger")
 
 #: An idle stage is asked this often what it runs, a starting one that often.
 _REFRESH_S, _REFRESH_STARTING_S = 5.0, 1.0
+#: What Serve calls a deployment whose replicas are well.
+_HEALTHY = frozenset(("HEALTHY", "UPSCALING", "DOWNSCALING"))
 #: How long a replica may take to say what it runs before it counts as not answering.
 _INFO_TIMEOUT_S = 3.0
 
@@ -56,8 +59,9 @@ class ModelRoute:
 
 @dataclass
 class Prepared:
-    """What is left of an upload once it has been decoded: small arrays."""
+    """What is left of an upload once it has been decoded: its bytes and small arrays."""
 
+    data: bytes
     provenance: Provenance
     views: dict[ViewSpec, np.ndarray]
     regions: dict[ViewSpec, list[Box]]
@@ -98,7 +102,10 @@ class Graph:
             route.info = await self._info(route.production)
             route.message = ""
         except Exception as error:  # whatever keeps a model from answering is what readiness reports
-            route.info, route.message = None, await asyncio.to_thread(_deployment_message, route.production, error)
+            message, healthy = await asyncio.to_thread(_deployment_message, route.production, error)
+            if route.info is not None and healthy and isinstance(error, (TimeoutError, BackPressureError)):
+                return  # busy and not gone: what it runs is known
+            route.info, route.message = None, message
         if route.canary is not None and getattr(self.shares, stage) > 0:
             with contextlib.suppress(Exception):
                 route.canary_info = await self._info(route.canary)
@@ -169,15 +176,27 @@ class Graph:
         picture = decode(data, self.limits.picture)
         size = picture.image.size
         return picture.sha256, Prepared(
+            data,
             read_provenance(data, picture.format),
             {spec: render(picture.image, spec) for spec in set(specs)},
             {spec: regions(size, spec) for spec in set(specs)},
         )
 
+    async def _views(self, prepared: Prepared, spec: ViewSpec) -> np.ndarray:
+        """The views that a model asks for. Another revision with other views may have come into service since the
+        picture was decoded: then it is decoded once more.
+        """
+        if spec not in prepared.views:
+            loop = asyncio.get_running_loop()
+            _, again = await loop.run_in_executor(self._threads, self._prepare, prepared.data, [spec])
+            prepared.views |= again.views
+            prepared.regions |= again.regions
+        return prepared.views[spec]
+
     async def _detect(self, progress: _Progress, prepared: Prepared, explain: Explain | None) -> None:
         async def request(handle: DeploymentHandle, info: ModelInfo) -> tuple[dict[str, Any], Any]:
             assert info.views is not None
-            views = prepared.views[info.views]
+            views = await self._views(prepared, info.views)
             verdict = await _await(handle.detect.remote(views, progress.deadline), progress.deadline)
             if explain is None:
                 return verdict, None
@@ -192,7 +211,8 @@ class Graph:
     async def _describe(self, progress: _Progress, prepared: Prepared, tag: bool) -> None:
         async def caption(handle: DeploymentHandle, info: ModelInfo) -> dict[str, Any]:
             assert info.views is not None
-            return await _await(handle.caption.remote(prepared.views[info.views], progress.deadline), progress.deadline)
+            views = await self._views(prepared, info.views)
+            return await _await(handle.caption.remote(views, progress.deadline), progress.deadline)
 
         captioned = await self._stage(progress, "captioner", caption)
         if captioned is None:
@@ -216,8 +236,10 @@ class Graph:
         stage: Stage,
         request: Callable[[DeploymentHandle, ModelInfo], Awaitable[Any]],
     ) -> Any:
-        """One stage's answer, or None and an entry in ``errors``. A replica that dies under a request is asked again,
-        once.
+        """One stage's answer, or None and an entry in ``errors``.
+
+        A stage is asked again, once, when a replica dies under a request, or has just taken a revision into service
+        that reads other views.
         """
         route, started = self.routes[stage], time.perf_counter()
         handle, info = route.production, route.info
@@ -241,6 +263,12 @@ class Graph:
                 progress.annotation.failed(stage, "timeout", "the request's time was over")
             except BackPressureError:
                 progress.annotation.failed(stage, "overloaded", "the model's queue is full")
+            except ViewMismatch:
+                if attempt == 1:
+                    await self.refresh(stage)
+                    info = route.canary_info if handle is route.canary else route.info
+                    continue
+                progress.annotation.failed(stage, "unavailable", "the model is being exchanged")
             except (RayActorError, DeploymentUnavailableError):
                 if attempt == 1 and time.time() < progress.deadline:
                     handle, info = route.production, route.info
@@ -283,8 +311,8 @@ def _no_answer(record: Annotation) -> Problem:
     return Problem("internal_error", detail)
 
 
-def _deployment_message(handle: DeploymentHandle, error: Exception) -> str:
-    """What Serve's controller says of a deployment that does not answer."""
+def _deployment_message(handle: DeploymentHandle, error: Exception) -> tuple[str, bool]:
+    """What Serve's controller says of a deployment that does not answer, and whether it takes it for healthy."""
     from ray import serve
 
     with contextlib.suppress(Exception):
@@ -292,5 +320,6 @@ def _deployment_message(handle: DeploymentHandle, error: Exception) -> str:
             status = application.deployments.get(handle.deployment_name)
             if status is not None:
                 lines = (status.message or "").strip().splitlines()
-                return f"{status.status.value.lower()}" + (f": {lines[-1][:300]}" if lines else "")
-    return f"no answer: {type(error).__name__}"
+                told = f"{status.status.value.lower()}" + (f": {lines[-1][:300]}" if lines else "")
+                return told, status.status.value in _HEALTHY
+    return f"no answer: {type(error).__name__}", False

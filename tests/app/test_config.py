@@ -117,3 +117,18 @@ def test_beyond_loopback_it_refuses_to_start(tmp_path: Path) -> None:
     path = _with(tmp_path, lambda c: c["http_options"].update(host="0.0.0.0"))
     with pytest.raises(StartError, match="loopback"):
         prepare(ServeSettings(config=path))
+
+
+@pytest.mark.parametrize(
+    ("uri", "complaint"),
+    [
+        ("/nowhere/detector", r"no such checkpoint: '/nowhere/detector'\. Expected a folder that exists, starter:NAME"),
+        ("starter:painter", r"no starter model 'painter'; there are detector, captioner, tagger"),
+    ],
+)
+def test_a_model_that_is_missing_stops_the_start_and_says_which(tmp_path: Path, uri: str, complaint: str) -> None:
+    from app.serve import ServeSettings, StartError, prepare
+
+    path = _with(tmp_path, lambda c: _deployment(c, "Captioner")["user_config"].update(uri=uri))
+    with pytest.raises(StartError, match=complaint):
+        prepare(ServeSettings(config=path))

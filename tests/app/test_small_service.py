@@ -1,0 +1,248 @@
+"""The whole application with tiny models: starting, exchange of models under load, canaries, stages that fail or are
+late, clients that go away, and the end of it all.
+
+The tests share one application and stand in the order of its life.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from app import cluster
+from tests.app.small_service import REQUEST_TIMEOUT_S, ROOT, TAGGER_REQUESTS, SmallService, small_service
+from tests.train.small_models import noise
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+CLIENTS = 8
+#: One for all threads: making a client takes longer than an answer does.
+_HTTP = httpx.Client(limits=httpx.Limits(max_connections=None))
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallService]:
+    with small_service(tmp_path_factory.mktemp("service")) as running:
+        yield running
+
+
+def picture(number: int) -> bytes:
+    """A picture of its own for every number."""
+    buffer = io.BytesIO()
+    noise(number, (64, 48)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def post(service: SmallService, number: int, path: str = "/v1/analyze", timeout: float = 120) -> httpx.Response:
+    return _HTTP.post(f"{service.url}{path}", content=picture(number), timeout=timeout)
+
+
+class Load:
+    """Clients that post one picture after another until told to stop."""
+
+    def __init__(self, service: SmallService, path: str) -> None:
+        self.service, self.path = service, path
+        self.answers: list[httpx.Response] = []
+        self._over = threading.Event()
+        self._pool = ThreadPoolExecutor(CLIENTS)
+
+    def __enter__(self) -> Load:
+        self._running = [self._pool.submit(self._client, number) for number in range(CLIENTS)]
+        return self
+
+    def _client(self, number: int) -> None:
+        turn = 0
+        while not self._over.is_set():
+            self.answers.append(post(self.service, number * 100_000 + turn, self.path))
+            turn += 1
+
+    def wait_for(self, condition: Any, timeout_s: float = 120) -> None:
+        """Go on until an answer fulfils it."""
+        limit, seen = time.monotonic() + timeout_s, 0
+        while time.monotonic() < limit:
+            for answer in self.answers[seen:]:
+                seen += 1
+                if condition(answer.json()):
+                    return
+            time.sleep(0.05)
+        raise AssertionError(f"none of {seen} answers in {timeout_s} s was the one waited for")
+
+    def __exit__(self, *failure: object) -> None:
+        self._over.set()
+        for client in self._running:
+            client.result()
+        self._pool.shutdown()
+
+
+def test_while_the_models_load_the_page_is_there_and_each_stage_says_how_far_it_is(service: SmallService) -> None:
+    told = [state for status, state in service.while_starting if status == 200 and not state["ready"]]
+    assert told, "nothing was answered before all stages were ready"
+    for state in told:
+        assert set(state["stages"]) == {"detector", "captioner", "tagger"}
+        assert {stage["status"] for stage in state["stages"].values()} <= {"starting", "ready"}
+    # vLLM takes longest by far: the others are told to be ready before it is
+    assert any(state["stages"]["tagger"]["status"] == "starting" for state in told)
+    assert all(status == 200 for status, _ in service.while_starting)
+
+
+def test_every_stage_answers(service: SmallService) -> None:
+    answer = post(service, 1)
+    assert answer.status_code == 200, answer.text
+    record = answer.json()
+    assert record["errors"] == []
+    assert record["detection"] and record["caption"] and record["tags"] is not None
+    assert {stage: name.split("#")[0].rsplit("/", 1)[1] for stage, name in record["models"].items() if "#" in name} == {
+        "detector": "detector-0",
+        "captioner": "captioner-0",
+        "tagger": "tagger",
+    }
+
+
+def test_models_are_exchanged_under_load_and_no_request_is_lost(service: SmallService) -> None:
+    before = {name: service.replicas(name) for name in ("Detector", "Captioner")}
+    with Load(service, "/v1/analyze?tasks=detect,caption") as load:
+        load.wait_for(lambda record: True)
+        for model in ("detector", "captioner"):
+            name = model.capitalize()
+            service.deployment(name)["user_config"]["uri"] = str(service.folder / f"{model}-1")
+            service.redeploy()
+            load.wait_for(lambda record, model=model: f"/{model}-1#" in record["models"].get(model, ""))
+    assert {answer.status_code for answer in load.answers} == {200}
+    records = [answer.json() for answer in load.answers]
+    assert [record["errors"] for record in records if record["errors"]] == []
+    for model in ("detector", "captioner"):
+        served = {record["models"][model].split("#")[0].rsplit("/", 1)[1] for record in records}
+        assert served == {f"{model}-0", f"{model}-1"}
+    assert {name: service.replicas(name) for name in before} == before, "exchanged in place: no replica was replaced"
+    late = post(service, 2, "/v1/analyze?tasks=detect,caption").json()
+    assert "/detector-1#" in late["models"]["detector"] and "/captioner-1#" in late["models"]["captioner"]
+
+
+def test_a_canary_gets_its_share_by_the_picture_and_the_same_picture_the_same_model(service: SmallService) -> None:
+    share = 0.3
+
+    def has_canary() -> dict[str, Any]:
+        return _HTTP.get(f"{service.url}/v1/models", timeout=60).json()["detector"].get("canary") or {}
+
+    assert service.replicas("DetectorCanary") == []
+    service.deployment("Ingress")["user_config"]["canary"]["detector"] = share
+    with Load(service, "/v1/detect") as load:
+        service.redeploy()
+        load.wait_for(lambda record: "/detector-2#" in record["models"]["detector"])
+        assert has_canary()["share"] == share and has_canary()["uri"].endswith("/detector-2")
+    assert {answer.status_code for answer in load.answers} == {200}
+    assert [answer.json()["errors"] for answer in load.answers if answer.json()["errors"]] == []
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        first, again = (
+            list(pool.map(lambda number: post(service, number, "/v1/detect").json(), range(150))) for _ in "ab"
+        )
+    on_canary = 0
+    for record, twin in zip(first, again, strict=True):
+        chosen = "/detector-2#" in record["models"]["detector"]
+        assert chosen == (int(record["sha256"][:8], 16) / 2**32 < share)
+        assert twin["models"] == record["models"]
+        assert twin["detection"]["ai_probability"] == pytest.approx(record["detection"]["ai_probability"], abs=1e-3)
+        on_canary += chosen
+    assert 0.15 < on_canary / len(first) < 0.45
+    assert all("/captioner" not in record["models"] for record in first)
+
+    service.deployment("Ingress")["user_config"]["canary"]["detector"] = 0.0
+    with Load(service, "/v1/detect") as load:
+        service.redeploy()
+        limit = time.monotonic() + 60
+        while has_canary() and time.monotonic() < limit:
+            time.sleep(0.2)
+    assert {answer.status_code for answer in load.answers} == {200}
+    assert "/detector-1#" in post(service, int(on_canary)).json()["models"]["detector"]
+
+
+@pytest.fixture
+def halted_engine(service: SmallService) -> Iterator[None]:
+    """vLLM's processes stand still: they are there, and answer nothing."""
+    engines = service.engines()
+    assert engines
+    for engine in engines:
+        engine.suspend()
+    yield
+    for engine in engines:
+        engine.resume()
+
+
+def test_a_stage_that_is_late_is_null_and_the_others_answer_in_time(service: SmallService, halted_engine: None) -> None:
+    started = time.monotonic()
+    answer = post(service, 3)
+    assert answer.status_code == 200, answer.text
+    record = answer.json()
+    assert record["detection"] and record["caption"] and record["tags"] is None
+    assert [(error["stage"], error["code"]) for error in record["errors"]] == [("tagger", "timeout")]
+    assert record["timings_ms"]["total"] < (REQUEST_TIMEOUT_S + 5) * 1000
+    assert time.monotonic() - started < REQUEST_TIMEOUT_S + 30
+
+
+def test_a_client_that_goes_away_takes_its_work_with_it(service: SmallService, halted_engine: None) -> None:
+    def leave(number: int) -> bool:
+        try:
+            post(service, 10 + number, timeout=3)
+        except httpx.TimeoutException:
+            return True
+        return False
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        assert all(pool.map(leave, range(TAGGER_REQUESTS)))
+        # those who left filled the tagger: were their work still in it, others would be refused as `overloaded`
+        records = [answer.json() for answer in pool.map(lambda n: post(service, 20 + n), range(TAGGER_REQUESTS))]
+    assert [error["code"] for record in records for error in record["errors"]] == ["timeout"] * TAGGER_REQUESTS
+
+
+def test_after_a_standstill_it_goes_on(service: SmallService) -> None:
+    limit = time.monotonic() + 120
+    while (record := post(service, 30).json())["errors"] and time.monotonic() < limit:
+        time.sleep(1)
+    assert record["errors"] == [] and record["tags"] is not None
+
+
+def test_a_stage_that_has_died_is_null_with_its_error_and_comes_back(service: SmallService) -> None:
+    for engine in service.engines():
+        engine.send_signal(signal.SIGKILL)
+    record = post(service, 40).json()
+    assert record["detection"] and record["caption"] and record["tags"] is None
+    (error,) = record["errors"]
+    assert error["stage"] == "tagger" and error["code"] in {"failed", "unavailable", "timeout"}
+    limit = time.monotonic() + 300
+    while (record := post(service, 41).json())["errors"] and time.monotonic() < limit:
+        assert record["detection"] and record["caption"]
+        time.sleep(1)
+    assert record["errors"] == [] and record["tags"] is not None
+
+
+def test_stop_leaves_no_process_no_port_and_no_file(service: SmallService) -> None:
+    ports, processes = service.listening(), cluster.processes(service.port)
+    assert service.port in ports and service.engines()
+    command = [sys.executable, "-m", "app.stop"]
+    environment = os.environ | {"PORT": str(service.port)}
+    ended = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.startswith("stopped ")
+    assert service.process.wait(60) is not None, "the command in the foreground ends as well"
+    assert cluster.processes(service.port) == []
+    assert [process for process in processes if process.is_running() and process.status() != "zombie"] == []
+    for port in ports:
+        with socket.socket() as client:
+            assert client.connect_ex(("127.0.0.1", port)) != 0, f"port {port} is still open"
+    assert not Path(cluster.instance_folder(service.port)).exists()
+    again = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert (again.returncode, again.stdout.strip()) == (0, f"nothing with port {service.port} was running")
