@@ -1,4 +1,5 @@
-"""Caption data in the Kaggle layout of Flickr30k, its text rules, its split by photo, and BLEU and CIDEr.
+"""Caption data in the Kaggle layout of Flickr30k, and its split by photo; text rules and scores are those of
+``data.captions``.
 
 In: a folder with ``Images/`` and ``captions.txt`` (header ``image,caption``, one row a caption). Out: a
 ``CaptionedPhoto`` for each picture, in a fixed split. Knows no model.
@@ -8,16 +9,18 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Split = Literal["train", "val", "test"]
+from data.captions import clean_caption as normalise
+from data.captions import score_captions
 
-_NOT_A_WORD = re.compile(r"[^a-z0-9' ]+")
+__all__ = ["CaptionedPhoto", "Split", "normalise", "read_captions", "score_captions", "split_photos"]
+
+Split = Literal["train", "val", "test"]
 
 
 @dataclass(frozen=True)
@@ -26,13 +29,6 @@ class CaptionedPhoto:
 
     name: str
     captions: tuple[str, ...]
-
-
-def normalise(caption: str, max_words: int = 30) -> str:
-    """Lower case, no punctuation, single spaces, at most ``max_words`` words: the form that is learnt and scored."""
-    text = _NOT_A_WORD.sub(" ", caption.lower().replace("-", " "))
-    words = [word for word in (piece.strip("'") for piece in text.split()) if word and word != "s"]
-    return " ".join(words[:max_words])
 
 
 def read_captions(folder: Path) -> list[CaptionedPhoto]:
@@ -73,24 +69,3 @@ def split_photos(
 
     ordered = sorted(photos, key=key)
     return {"test": ordered[:test], "val": ordered[test : test + val], "train": ordered[test + val :]}
-
-
-def score_captions(generated: Mapping[str, str], references: Mapping[str, Iterable[str]]) -> dict[str, float]:
-    """Corpus BLEU-1..4 and CIDEr of one generated caption a photo against its human captions.
-
-    Tokenisation is ``normalise`` on both sides (lower case, punctuation dropped, split at spaces), not the PTB
-    tokeniser of the COCO tools. Scorers: pycocoevalcap (Papineni et al. 2002; Vedantam et al. 2015).
-
-    Raises:
-        ValueError: the two do not name the same photos.
-    """
-    from pycocoevalcap.bleu.bleu import Bleu
-    from pycocoevalcap.cider.cider import Cider
-
-    if set(generated) != set(references):
-        raise ValueError("generated captions and references are of different photos")
-    hypotheses = {name: [normalise(text)] for name, text in generated.items()}
-    truths = {name: [normalise(text) for text in texts] for name, texts in references.items()}
-    bleu, _ = Bleu(4).compute_score(truths, hypotheses, verbose=0)
-    cider, _ = Cider().compute_score(truths, hypotheses)
-    return {f"bleu{order}": float(value) for order, value in enumerate(bleu, 1)} | {"cider": float(cider)}
