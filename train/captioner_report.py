@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from data.captions import clean_caption, score_captions
 from deployments.captioner import CaptionerModel
 from deployments.checkpoints import Checkpoint
 from deployments.images import decode
-from train.captions import normalise, score_captions
 from train.detector_report import Body, Picture
 from train.examples import Example
 from train.generate import caption_all, tag_all, view_of
@@ -119,8 +119,8 @@ def rouge_l(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]
     from pycocoevalcap.rouge.rouge import Rouge
 
     mean, _ = Rouge().compute_score(
-        {name: [normalise(text) for text in references[name]] for name in captions},
-        {name: [normalise(text)] for name, text in captions.items()},
+        {name: [clean_caption(text) for text in references[name]] for name in captions},
+        {name: [clean_caption(text)] for name, text in captions.items()},
     )
     return float(mean)
 
@@ -158,7 +158,7 @@ def meteor(captions: Mapping[str, str], references: Mapping[str, Sequence[str]],
     """METEOR (Banerjee & Lavie 2005), mean over photos of the best reference; words are compared by their stems."""
     from nltk.translate.meteor_score import meteor_score
 
-    said = {name: normalise(text).split() for name, text in captions.items()}
+    said = {name: clean_caption(text).split() for name, text in captions.items()}
     nouns: Any = _Nouns(judge, {word for words in said.values() for word in words})
 
     class AsTheyAre:
@@ -167,7 +167,7 @@ def meteor(captions: Mapping[str, str], references: Mapping[str, Sequence[str]],
 
     values = [
         meteor_score(
-            [normalise(each).split() for each in references[name]],
+            [clean_caption(each).split() for each in references[name]],
             words,
             preprocess=judge.stem,
             stemmer=AsTheyAre(),
@@ -180,7 +180,7 @@ def meteor(captions: Mapping[str, str], references: Mapping[str, Sequence[str]],
 
 def repetitive(caption: str) -> bool:
     """Whether a caption stutters: a word twice in a row, or five words that come again."""
-    words = normalise(caption).split()
+    words = clean_caption(caption).split()
     if any(first == second for first, second in itertools.pairwise(words)):
         return True
     fives = [tuple(words[place : place + 5]) for place in range(len(words) - 4)]
@@ -189,7 +189,7 @@ def repetitive(caption: str) -> bool:
 
 def length_figures(captions: Sequence[str]) -> dict[str, Any]:
     """Length, repetition, variety."""
-    lengths = [len(normalise(caption).split()) for caption in captions]
+    lengths = [len(clean_caption(caption).split()) for caption in captions]
     return {
         "words_mean": round(float(np.mean(lengths)), 2),
         "words_shortest": int(min(lengths)),
@@ -200,13 +200,13 @@ def length_figures(captions: Sequence[str]) -> dict[str, Any]:
         "distinct": len(set(captions)),
         "distinct_share": round(len(set(captions)) / len(captions), 4),
         "most_common": Counter(captions).most_common(5),
-        "words_used": len({word for caption in captions for word in normalise(caption).split()}),
+        "words_used": len({word for caption in captions for word in clean_caption(caption).split()}),
     }
 
 
 def exchange(caption: str, table: Mapping[str, str]) -> str | None:
     """The caption with its first word of ``table`` exchanged; None when it has none."""
-    words = normalise(caption).split()
+    words = clean_caption(caption).split()
     for place, word in enumerate(words):
         if word in table:
             return " ".join([*words[:place], table[word], *words[place + 1 :]])
@@ -224,7 +224,7 @@ def template_figures(
     chosen: list[tuple[Example, str, str, str | None]] = []
     for example in examples:
         for caption in example.captions:
-            plain, changed = normalise(caption), exchange(caption, CHANGES)
+            plain, changed = clean_caption(caption), exchange(caption, CHANGES)
             if changed and model.knows(plain) and model.knows(changed):
                 same = exchange(caption, SYNONYMS)
                 chosen.append((example, plain, changed, same if same and model.knows(same) else None))
