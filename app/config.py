@@ -130,6 +130,9 @@ def _known(value: Any, schema: type[BaseModel], where: str) -> None:
             if not isinstance(inner, dict):
                 raise ConfigError(f"{here}: expected a mapping")
             _no_others(inner, {name for name in RuntimeEnv.known_fields if not name.startswith("_")}, here)
+        elif key == "fallback_strategy":
+            for position, item in enumerate(inner):
+                _no_others(item, {"label_selector"}, f"{here}: {position}")
         elif key == "autoscaling_config":  # Ray's model says that it may be any mapping, too
             _known(inner, AutoscalingConfig, here)
             _validate(AutoscalingConfig, inner, here)
