@@ -31,12 +31,12 @@ _EXAMPLE = {
 }
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _IMAGE_TYPES = ("jpeg", "png", "webp", "gif", "tiff", "avif", "heic")
-_ENCODED = {"type": "string", "minLength": 4, "description": "base64, or a data URL"}
-_ID = {"type": "string", "minLength": 1, "maxLength": 128}
+_ENCODED = {"type": "string", "description": "base64, or a data URL"}
+_ID = {"type": "string", "minLength": 1, "maxLength": 128, "description": "the caller's own, printable"}
 _ONE = {
     "type": "object",
     "required": ["image"],
-    "properties": {"image": _ENCODED, "id": _ID},
+    "properties": {"image": _ENCODED, "id": {**_ID, "type": ["string", "null"]}},
     "additionalProperties": False,
 }
 

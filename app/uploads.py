@@ -65,8 +65,8 @@ async def read_uploads(request: Request, limits: UploadLimits) -> list[Upload]:
     their order) or from the JSON items.
 
     Raises:
-        Problem: the request as a whole is at fault, or its only picture is. Among several pictures, one's own fault
-            becomes its `problem`.
+        Problem: the request as a whole is at fault (its form, an id, a name that is not known), or its only picture is.
+            Among several pictures, the fault of one (no bytes, too large, not base64) becomes its `problem`.
     """
     kind, boundary = _content_type(request)
     if request.headers.get("content-encoding", "identity").strip().lower() not in ("", "identity"):
@@ -251,16 +251,9 @@ async def _read_multipart(request: Request, boundary: bytes, limits: UploadLimit
     if len(parts.ids) != len(parts.pictures):
         raise Problem("bad_parameter", "Send as many fields id as pictures, or none.")
     return [
-        _with_id(value, limits, upload.data, upload.problem)
+        Upload(_check_id(value, limits), upload.data, upload.problem)
         for value, upload in zip(parts.ids, parts.pictures, strict=True)
     ]
-
-
-def _with_id(value: object, limits: UploadLimits, data: bytes | None, problem: Problem | None) -> Upload:
-    try:
-        return Upload(_check_id(value, limits), data if problem is None else None, problem)
-    except Problem as fault:
-        return Upload(None, None, fault)
 
 
 # ---------------------------------------------------------------------------------------------------------------- JSON
@@ -286,6 +279,8 @@ def _parse_json(body: bytes, limits: UploadLimits) -> list[Upload]:
         raise Problem("bad_request", "The JSON body must be an object with image or images.")
     if ("image" in document) == ("images" in document):
         raise Problem("bad_request", "The JSON body must have either image or images.")
+    if "images" in document:
+        _known_names(document, frozenset({"images"}))
     items = [document] if "image" in document else document["images"]
     if not isinstance(items, list) or not items:
         raise Problem("bad_request", "images must be a list of at least one object.")
@@ -294,13 +289,18 @@ def _parse_json(body: bytes, limits: UploadLimits) -> list[Upload]:
     return [_json_upload(item, limits) for item in items]
 
 
+def _known_names(document: dict[str, Any], known: frozenset[str]) -> None:
+    """A name that nobody reads is a mistake of the caller's: `tasks` in the body, say, which belongs into the query."""
+    if unknown := set(document) - known:
+        raise Problem("bad_parameter", f"{len(unknown)} unknown names in the JSON; known: {', '.join(sorted(known))}.")
+
+
 def _json_upload(item: object, limits: UploadLimits) -> Upload:
-    picture_id = None
+    if not isinstance(item, dict) or not isinstance(item.get("image"), str):
+        raise Problem("bad_request", "A picture is an object whose image is a string.")
+    _known_names(item, frozenset({"image", "id"}))
+    picture_id = None if item.get("id") is None else _check_id(item["id"], limits)
     try:
-        if not isinstance(item, dict) or not isinstance(item.get("image"), str):
-            raise Problem("bad_request", "A picture is an object whose image is a string.")
-        if item.get("id") is not None:
-            picture_id = _check_id(item["id"], limits)
         return _upload(picture_id, _decode_base64(item["image"], limits))
     except Problem as fault:
         return Upload(picture_id, None, fault)

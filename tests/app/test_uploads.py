@@ -196,9 +196,7 @@ def test_multipart_ids_belong_to_the_pictures_in_their_order() -> None:
     uploads = read(*form(("id", b"a"), ("file", b"1"), ("file", b"2"), ("id", "é".encode())))
     assert uploads == [Upload("a", b"1"), Upload("é", b"2")]
     assert code_of(*form(("file", b"1"), ("file", b"2"), ("id", b"a"))) == "bad_parameter"
-    faulty, sound = read(*form(("id", b"\0"), ("file", b"1"), ("file", b"2"), ("id", b"b")))
-    assert faulty.problem is not None and faulty.problem.code == "bad_parameter" and faulty.id is None
-    assert sound == Upload("b", b"2")
+    assert code_of(*form(("id", b"\0"), ("file", b"1"), ("file", b"2"), ("id", b"b"))) == "bad_parameter"
 
 
 def test_an_empty_part_is_that_pictures_problem() -> None:
@@ -282,11 +280,24 @@ def test_json_structure_is_bounded_before_it_is_built() -> None:
 
 
 def test_among_several_json_pictures_one_fault_is_its_own() -> None:
-    images = [{"image": "eA=="}, {"image": "%"}, {"image": "eA==", "id": "\n"}]
-    sound, bad, unnamed = read(*document({"images": images}))
+    sound, bad, empty = read(*document({"images": [{"image": "eA=="}, {"image": "%", "id": "b"}, {"image": ""}]}))
     assert sound == Upload(None, b"x")
-    assert bad.problem is not None and bad.problem.code == "bad_base64"
-    assert unnamed.problem is not None and unnamed.problem.code == "bad_parameter"
+    assert bad.id == "b" and bad.problem is not None and bad.problem.code == "bad_base64"
+    assert empty.problem is not None and empty.problem.code == "empty_body"
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [({"image": "eA==", "id": "\n"}, "bad_parameter"), ({"image": 1}, "bad_request"), ([], "bad_request"),
+     ({"image": "eA==", "tasks": ["tag"]}, "bad_parameter")],
+)  # fmt: skip
+def test_among_several_a_fault_of_form_is_the_whole_request_s(fault: object, code: str) -> None:
+    assert code_of(*document({"images": [{"image": "eA=="}, fault]})) == code
+
+
+@pytest.mark.parametrize("body", [{"image": "eA==", "tasks": "tag"}, {"images": [{"image": "eA=="}], "explain": True}])
+def test_a_name_that_nobody_reads_is_refused_and_not_ignored(body: object) -> None:
+    assert code_of(*document(body)) == "bad_parameter"
 
 
 @pytest.mark.parametrize("value", ["", "a\nb", "x" * 129, 1, [], True, "\ud800", "\u202e"])
