@@ -109,6 +109,8 @@ def start(port: int, num_cpus: int, object_store_bytes: int) -> Instance:
         *("--dashboard-host=127.0.0.1", f"--dashboard-port={instance.dashboard_port}"),
         *(f"--dashboard-agent-listen-port={free_port()}", f"--dashboard-agent-grpc-port={free_port()}"),
         *(f"--runtime-env-agent-port={free_port()}", f"--metrics-export-port={free_port()}"),
+        # this one is opened so that others may open it as well: two instances would answer for each other
+        f"--ray-client-server-port={free_port()}",
         *(f"--object-store-memory={object_store_bytes}", "--disable-usage-stats"),
     ]
     with (folder / "ray-start.log").open("w") as log:
