@@ -111,8 +111,8 @@ def chart(title: str, draw: Callable[[Any], None], alt: str, width: float = 6.4,
 
     # text stays text, and the same chart is the same bytes
     style: dict[str, Any] = {"svg.fonttype": "none", "svg.hashsalt": title, "font.size": 9, "axes.unicode_minus": False}
-    style |= {name: TEXT for name in ("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor")}
-    style |= {name: QUIET for name in ("axes.edgecolor", "xtick.color", "ytick.color")}
+    style |= dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), TEXT)
+    style |= dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), QUIET)
     style |= {"grid.color": LINE, "axes.axisbelow": True, "legend.frameon": False, "axes.titlesize": 9}
     with matplotlib.rc_context(style):
         drawing = Figure(figsize=(width, height), layout="constrained")
