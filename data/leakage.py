@@ -5,8 +5,8 @@ file length, never a pixel, and a verdict. If such a classifier is good the data
 them can learn the files instead of the pictures, and figures on a test split of the same data do not show it.
 
 Two probes. ``class``: the label. ``sources``: which source a *real* photo comes from; where sources can be told apart
-and classes are not the same in each, a source is a short cut to the class. Both by five-fold cross-validation that keeps
-each group of near-duplicates and twins in one fold. Knows no files.
+and classes are not the same in each, a source is a short cut to the class. Both by five-fold cross-validation that
+keeps each group of near-duplicates and twins in one fold. Knows no files.
 """
 
 from __future__ import annotations
@@ -156,8 +156,8 @@ def _source_probe(frame: pd.DataFrame, seed: int) -> dict[str, Any]:
     auc = float(np.mean([row["auc"] for row in found.values()])) if found else None
     kind = verdict(auc)
     meaning = {
-        "confounded": "Sources of real photos can be told apart by their files. A class that comes from few sources can "
-        "be recognised by its source: balance sources within classes, and report figures by source.",
+        "confounded": "Sources of real photos can be told apart by their files. A class that comes from few sources "
+        "can be recognised by its source: balance sources within classes, and report figures by source.",
         "traces": "Files say something about the source of a real photo.",
         "clean": "Sources of real photos look alike as files.",
         "not measurable": f"Fewer than two sources have {_LEAST_OF_SOURCE} real photos or more.",
