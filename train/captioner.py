@@ -1,410 +1,595 @@
-"""Train a BLIP captioner on a frozen image tower: Ray Train runs it, Lightning is the loop.
+"""Fine-tune a captioner of BLIP's kind on a prepared data set.
 
-In: photos with captions (``train.captions``). Out: a checkpoint folder (``config.json``, ``model.safetensors``,
-tokenizer and processor files, ``card.json``) that ``deployments.captioner`` serves as it serves
-``Salesforce/blip-image-captioning-base``.
+In: a prepared version of ``flickr30k`` and a checkpoint that ``AutoModelForImageTextToText`` loads (BLIP, GIT, the
+starter), or ``--model new``: CLIP's tower under a decoder of its own from nothing. Out: a checkpoint folder that
+``deployments.captioner`` serves.
 
-The tower never changes, so its features are computed once (``train.features``); an epoch then costs the text decoder
-alone. All captions of a photo are packed into one sequence with a block-diagonal causal mask, so that cross-attention
-projects the photo's 197 tokens once for its five captions and no padding is computed between them.
+    python -m train.captioner --data ~/data/flickr30k --output ~/models/captioner [--model Salesforce/... ...]
 
-    python -m train.captioner --data DIR --output DIR [--epochs N ...]
+A photo is augmented as in BLIP's fine-tuning; of its captions one is drawn in each epoch. ``--freeze tower`` computes
+the tower's tokens once and trains the decoder alone, on all captions of a photo packed into one sequence with a
+block-diagonal causal mask, so that cross-attention projects the photo once. ``--objective cider`` goes on from a
+trained captioner and rewards sampled captions by their CIDEr (self-critical training, Rennie et al. 2017, with the
+mean of the other samples as baseline, Luo 2020).
+
+Validation generates as serving does; the checkpoint with the highest CIDEr + BLEU-4 is kept.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import random
-import subprocess
-from collections import Counter
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
+from torch import nn
 from torch.nn import functional
-from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipTextConfig
 
+from data.locations import Location
+from data.versions import DataVersion, open_version
 from deployments.captioner import GENERATION
-from deployments.towers import CLIP_MEAN, CLIP_STD, blip_vision_config, blip_vision_state, clip_state
-from train.captions import CaptionedPhoto, Split, normalise, read_captions, score_captions, split_photos
-from train.features import cached_features
+from deployments.checkpoints import Checkpoint, cache_root, resolve
+from deployments.pixels import Normalisation
+from deployments.views import ViewSpec
+from train.augment import BlipAugment
+from train.captions import score_captions
+from train.cider import CiderReward
+from train.command import TrainCommand, end, launch, tell
+from train.detector import absolute, pictures_of, training_of
+from train.features import Features, compute_features
+from train.module import Optimisation, TrainedModule, TrainingError
+from train.new_captioner import NewDecoder, write_new_captioner
+from train.stream import Batch, Deliver, Pictures, Source
+from train.tracking import RunReference, code_commit
 
-SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+#: Targets that are not learnt.
+_IGNORED = -100
+PROMPT = "a picture of"
 
 
-class CaptionerConfig(BaseModel):
-    """Settings of one training run."""
+class CaptionerTraining(TrainCommand):
+    """Fine-tune a captioner."""
 
     model_config = ConfigDict(extra="forbid")
 
-    data: Path = Field(description="folder with Images/ and captions.txt")
-    output: Path = Field(description="where the checkpoint folder is written")
-    cache: Path = Field(Path("~/.cache/deeptrust/features"), description="where features of the frozen tower are kept")
-    storage: Path = Field(Path("~/.cache/deeptrust/runs"), description="where Ray Train keeps the run")
-    name: str = Field("captioner", description="name of the run; the same name resumes it")
-    epochs: int = Field(4, ge=1)
-    photos_per_batch: int = Field(16, ge=1, description="photos in a step, each with all its captions")
-    learning_rate: float = Field(6e-4, gt=0)
-    weight_decay: float = Field(0.05, ge=0)
-    warmup_steps: int = Field(200, ge=0)
-    label_smoothing: float = Field(0.1, ge=0, lt=1)
-    dropout: float = Field(0.15, ge=0, lt=1)
+    model: str = Field(
+        "",
+        description="checkpoint to start from, or `new`; unset: Salesforce/blip-image-captioning-base where there is a "
+        "GPU, starter:captioner elsewhere",
+    )
+    new: NewDecoder = Field(NewDecoder(), description="the decoder of `--model new`")
+    name: str = Field("captioner", description="name of the run; the same name in the same storage goes on with it")
+    learning_rate: float = Field(1e-5, gt=0, description="at its highest")
+    objective: Literal["likelihood", "cider"] = Field(
+        "likelihood",
+        description="likelihood of the human captions, or the CIDEr of sampled ones (for a trained captioner)",
+    )
+    freeze: Literal["none", "tower"] = Field(
+        "none", description="tower: train the decoder alone, on tokens computed once"
+    )
+    cache: str = Field(
+        "~/.cache/deeptrust/features", description="where tokens of a frozen tower are kept; seen by all nodes"
+    )
     keep_patches: float = Field(
-        0.4, gt=0, le=1, description="share of image tokens a step sees: regularises, saves time"
+        1.0, gt=0, le=1, description="share of a frozen tower's patch tokens that a step sees: regularises, saves time"
     )
-    length_penalty: float = Field(
-        0.5, description="of the beams, written into the card; below 1 favours short captions, which score better"
+    augment: bool = Field(True, description="random crop, flip and RandAugment; off with a frozen tower")
+    prompt: str | None = Field(
+        None, description="words that every caption begins with; unset: the checkpoint's, or BLIP's `a picture of`"
     )
-    hidden_size: int = Field(384, multiple_of=64)
-    layers: int = Field(4, ge=1)
-    min_word_count: int = Field(4, ge=1, description="rarer words of the training captions are unknown words")
-    threads: int = Field(2, ge=1, description="CPU threads of the worker")
-    test_photos: int = Field(1000, ge=1, description="photos held out for evaluation")
-    validation_photos: int = Field(500, ge=1, description="photos held out and captioned after each epoch")
-    seed: int = 20260101
-
-
-def build_tokenizer(photos: list[CaptionedPhoto], min_count: int, folder: Path) -> BertTokenizer:
-    """A BERT tokenizer whose vocabulary is the words of the training captions; ``[DEC]`` and ``[ENC]`` come last, as
-    in BLIP.
-    """
-    counts = Counter(word for photo in photos for caption in photo.captions for word in normalise(caption).split())
-    words = sorted(word for word, count in counts.items() if count >= min_count)
-    folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = folder / "vocab.txt"
-    vocabulary.write_text("\n".join([*SPECIAL_TOKENS, *words, "[DEC]", "[ENC]"]) + "\n", encoding="utf-8")
-    return load_tokenizer(folder)
-
-
-def load_tokenizer(folder: Path) -> BertTokenizer:
-    """The tokenizer of a ``vocab.txt``, with BLIP's two extra tokens registered."""
-    return BertTokenizer(
-        vocab=str(folder / "vocab.txt"),
-        do_lower_case=True,
-        bos_token="[DEC]",  # noqa: S106
-        additional_special_tokens=["[ENC]"],
+    max_words: int = Field(30, ge=4, description="longer captions are cut")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    dropout: float | None = Field(
+        None, ge=0, lt=1, description="every dropout of the model; unset: as its configuration says"
+    )
+    samples_per_photo: int = Field(5, ge=2, description="captions that --objective cider draws for each photo")
+    validation_photos: int = Field(
+        500, ge=0, description="validation photos that are captioned, the first by id; 0: all"
+    )
+    length_penalty: float | None = Field(
+        None, description="of the beams, written into the card; below 1 favours short captions; unset: the checkpoint's"
     )
 
+    def start_from(self) -> str:
+        return self.model or (
+            "Salesforce/blip-image-captioning-base" if torch.cuda.is_available() else "starter:captioner"
+        )
 
-def captioner_config(vocab_size: int, hidden_size: int, layers: int, dropout: float = 0.0) -> BlipConfig:
-    """BLIP with CLIP ViT-B/16's tower (``deployments.towers``) and a small text decoder over an own vocabulary."""
-    text = BlipTextConfig(
-        vocab_size=vocab_size,
-        hidden_size=hidden_size,
-        intermediate_size=4 * hidden_size,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden_size // 64,
-        max_position_embeddings=64,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-        pad_token_id=0,
-        bos_token_id=vocab_size - 2,
-        eos_token_id=3,
-        sep_token_id=3,
+
+def load_captioner(checkpoint: Checkpoint, dropout: float | None = None) -> Any:
+    """The model in float32."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    if dropout is not None:
+        for part in (config, getattr(config, "text_config", None), getattr(config, "vision_config", None)):
+            for name in vars(part) if part is not None else ():
+                if name.endswith(("dropout", "dropout_prob")):
+                    setattr(part, name, dropout)
+    return AutoModelForImageTextToText.from_pretrained(
+        checkpoint.folder, config=config, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
     )
-    return BlipConfig(text_config=text.to_dict(), vision_config=blip_vision_config().to_dict())
 
 
-class PackedCaptions(torch.utils.data.Dataset[dict[str, Any]]):
-    """A photo's image tokens and all its captions as one token sequence."""
-
-    def __init__(
-        self,
-        photos: list[CaptionedPhoto],
-        rows: dict[str, int],
-        features: np.ndarray,
-        tokenizer: BertTokenizer,
-        keep: float,
-    ) -> None:
-        self.photos, self.rows, self.features, self.keep = photos, rows, features, keep
-        begin, end, unknown = tokenizer.bos_token_id, tokenizer.sep_token_id, tokenizer.unk_token_id
-        self.sequences: list[tuple[list[int], list[int], list[int], list[int]]] = []
-        for photo in photos:
-            tokens: list[int] = []
-            targets: list[int] = []
-            positions: list[int] = []
-            segments: list[int] = []
-            for segment, caption in enumerate(photo.captions):
-                words = tokenizer.convert_tokens_to_ids(normalise(caption).split())
-                tokens += [begin, *words]
-                # an unknown word is read but never taught: the model would learn to write [UNK]
-                targets += [-100 if word == unknown else word for word in words] + [end]
-                positions += range(len(words) + 1)
-                segments += [segment] * (len(words) + 1)
-            self.sequences.append((tokens, targets, positions, segments))
-
-    def __len__(self) -> int:
-        return len(self.photos)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        image = self.features[self.rows[self.photos[index].name]]
-        if self.keep < 1:
-            patches = random.sample(range(1, len(image)), int(self.keep * (len(image) - 1)))
-            image = image[[0, *sorted(patches)]]
-        tokens, targets, positions, segments = self.sequences[index]
-        return {"image": image, "tokens": tokens, "targets": targets, "positions": positions, "segments": segments}
+# -------------------------------------------------------------------------------------------------------- captions
 
 
-def collate(items: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """Pad packed captions to the longest; ``mask`` is additive, (n, 1, length, length), 0 within a caption's past."""
-    length = max(len(item["tokens"]) for item in items)
+@dataclass(frozen=True)
+class Vocabulary:
+    """What turns captions into tokens as the checkpoint's own tokenizer and configuration have it."""
 
-    def pad(key: str, value: int) -> torch.Tensor:
-        return torch.tensor([item[key] + [value] * (length - len(item[key])) for item in items])
+    tokenizer: Any
+    words: dict[str, int]
+    begin: int
+    end: int
+    pad: int
+    unknown: int | None
+    prompt: tuple[int, ...]
 
-    segments = pad("segments", -1)
-    visible = (segments[:, :, None] == segments[:, None, :]) & torch.ones(length, length, dtype=torch.bool).tril()
+    @classmethod
+    def of(cls, tokenizer: Any, model: Any, prompt: str) -> Vocabulary:
+        text = getattr(model.config, "text_config", model.config)
+        begin = text.bos_token_id
+        end = getattr(text, "sep_token_id", None) or text.eos_token_id  # BLIP ends with [SEP]
+        words = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
+        return cls(
+            tokenizer, tokenizer.get_vocab(), begin, end, text.pad_token_id or 0, tokenizer.unk_token_id, tuple(words)
+        )
+
+    def encode(self, caption: str, max_words: int) -> list[int]:
+        """Tokens of a caption without begin, prompt and end."""
+        found: list[int] = []
+        for word in caption.split()[:max_words]:
+            # the tokenizer would tear words with an apostrophe apart, known ones too
+            known = self.words.get(word)
+            found += [known] if known is not None else self.tokenizer(word, add_special_tokens=False)["input_ids"]
+        return found
+
+    def sequence(self, words: list[int]) -> tuple[list[int], list[int]]:
+        """What is read and what is to be said next: the prompt is given, and an unknown word is read but never taught,
+        or the model would learn to write it."""
+        tokens = [self.begin, *self.prompt, *words]
+        said = (
+            [_IGNORED] * len(self.prompt) + [_IGNORED if word == self.unknown else word for word in words] + [self.end]
+        )
+        return tokens, said
+
+
+def pad(sequences: list[list[int]], value: int) -> torch.Tensor:
+    """Sequences filled up to the longest."""
+    longest = max(map(len, sequences))
+    return torch.tensor([sequence + [value] * (longest - len(sequence)) for sequence in sequences])
+
+
+def pack(captions: list[list[list[int]]], vocabulary: Vocabulary) -> dict[str, torch.Tensor]:
+    """All captions of each photo as one sequence: ``tokens``, ``targets``, ``positions`` ``(n, length)`` and the
+    additive ``mask`` ``(n, 1, length, length)``, 0 within a caption's past."""
+    tokens, targets, positions, segments = [], [], [], []
+    for texts in captions:
+        packed: tuple[list[int], list[int], list[int], list[int]] = ([], [], [], [])
+        for number, words in enumerate(texts):
+            read, said = vocabulary.sequence(words)
+            for whole, part in zip(packed, (read, said, range(len(read)), [number] * len(read)), strict=True):
+                whole.extend(part)
+        for all_, own in zip((tokens, targets, positions, segments), packed, strict=True):
+            all_.append(own)
+    owner = pad(segments, -1)
+    length = owner.shape[1]
+    visible = (owner[:, :, None] == owner[:, None, :]) & torch.ones(length, length, dtype=torch.bool).tril()
     return {
-        "image": torch.from_numpy(np.stack([item["image"] for item in items])).float(),
-        "tokens": pad("tokens", 0),
-        "targets": pad("targets", -100),
-        "positions": pad("positions", 0),
+        "tokens": pad(tokens, vocabulary.pad),
+        "targets": pad(targets, _IGNORED),
+        "positions": pad(positions, 0),
         "mask": torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)[:, None],
     }
 
 
-class CaptionerModule(pl.LightningModule):
-    """The text decoder under training; validation captions photos with it as serving does."""
+class CaptionerModule(TrainedModule):
+    """A captioner under training."""
+
+    metric: ClassVar[str] = "val_selection"
 
     def __init__(
         self,
-        config: CaptionerConfig,
-        vocab_size: int,
+        model: Any,
+        normalisation: Normalisation,
+        config: Optimisation,
         total_steps: int,
-        val_photos: list[CaptionedPhoto],
-        val_features: np.ndarray,
-        tokenizer: BertTokenizer,
+        vocabulary: Vocabulary,
+        train: list[list[str]],
+        val: list[list[str]],
+        generation: dict[str, Any],
+        settings: CaptionerTraining,
     ) -> None:
-        super().__init__()
-        self.config, self.total_steps = config, total_steps
-        self.val_photos, self.val_features, self.tokenizer = val_photos, val_features, tokenizer
-        blip = captioner_config(vocab_size, config.hidden_size, config.layers, config.dropout)
-        self.decoder = BlipForConditionalGeneration(blip).text_decoder
+        super().__init__(model, normalisation, config, total_steps)
+        self.vocabulary, self.generation, self.settings = vocabulary, generation, settings
+        self.train_captions, self.val_captions = train, val
+        self.tokens = [[vocabulary.encode(caption, settings.max_words) for caption in captions] for captions in train]
+        self.reward = CiderReward(train) if settings.objective == "cider" else None
 
-    def training_step(self, batch: dict[str, torch.Tensor], _: int) -> torch.Tensor:
-        logits = self.decoder(
-            input_ids=batch["tokens"],
-            attention_mask=batch["mask"],
-            position_ids=batch["positions"],
-            encoder_hidden_states=batch["image"],
+    # ------------------------------------------------------------------------------------------------- batches
+
+    def prepare(self, batch: Batch) -> dict[str, torch.Tensor]:
+        prepared = self.prepare_judged(batch)
+        rows, epochs = batch["row"].tolist(), batch["epoch"].tolist()
+        if "features" in batch:
+            if self.settings.keep_patches < 1:
+                prepared["features"] = some_patches(prepared["features"], self.settings.keep_patches)
+            prepared["features"] = prepared["features"].float()
+            if self.reward is None:
+                prepared |= pack([self.tokens[row] for row in rows], self.vocabulary)
+        elif self.reward is None:
+            drawn = [
+                self.vocabulary.sequence(choose(self.tokens[row], self.settings.seed, row, epoch))
+                for row, epoch in zip(rows, epochs, strict=True)
+            ]
+            prepared["tokens"] = pad([read for read, _ in drawn], self.vocabulary.pad)
+            prepared["targets"] = pad([said for _, said in drawn], _IGNORED)
+            prepared["mask"] = pad([[1] * len(read) for read, _ in drawn], 0)
+        return prepared
+
+    # --------------------------------------------------------------------------------------------------- losses
+
+    def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        if self.reward is not None:
+            return self.self_critical(batch)
+        if "features" in batch:
+            model: Any = self.model
+            logits = model.text_decoder(
+                input_ids=batch["tokens"],
+                attention_mask=batch["mask"],
+                position_ids=batch["positions"],
+                encoder_hidden_states=batch["features"],
+                use_cache=False,
+            ).logits
+        else:
+            logits = self.model(
+                pixel_values=self.pixels(batch["pixels"]), input_ids=batch["tokens"], attention_mask=batch["mask"]
+            ).logits
+        # some architectures (GIT) put the picture's tokens before the text's
+        logits = logits[:, -batch["tokens"].shape[1] :]
+        total = functional.cross_entropy(
+            logits.float().flatten(0, 1),
+            batch["targets"].flatten(),
+            ignore_index=_IGNORED,
+            reduction="sum",
+            label_smoothing=self.settings.label_smoothing,
+        )
+        return total / self.mean_over_workers((batch["targets"] != _IGNORED).sum().float())
+
+    def mean_over_workers(self, value: torch.Tensor) -> torch.Tensor:
+        """Workers have different numbers of words; what is averaged later must be divided by the same number."""
+        if (
+            torch.distributed.is_available()
+            and torch.distributed.is_initialized()
+            and torch.distributed.get_world_size() > 1
+        ):
+            value = value.clone()
+            torch.distributed.all_reduce(value)
+            value = value / torch.distributed.get_world_size()
+        return value.clamp(min=1)
+
+    def self_critical(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Minus the advantage of sampled captions times their log-likelihood."""
+        assert self.reward is not None
+        model: Any = self.model
+        image = batch["features"] if "features" in batch else model.vision_model(self.pixels(batch["pixels"]))[0]
+        count = self.settings.samples_per_photo
+        repeated = image.repeat_interleave(count, 0)
+        sampled = self.generate(
+            model.text_decoder,
+            repeated.detach(),
+            {"num_beams": 1, "do_sample": True, "top_k": 0, "length_penalty": None},
+        )
+        texts = [text.strip() for text in self.vocabulary.tokenizer.batch_decode(sampled, skip_special_tokens=True)]
+        prompt = self.settings.prompt or ""
+        rewards = torch.tensor(
+            [
+                self.reward(row, text.removeprefix(prompt).strip())
+                for row, text in zip(batch["row"].repeat_interleave(count).tolist(), texts, strict=True)
+            ],
+            device=self.device,
+        ).view(-1, count)
+        advantage = (rewards - (rewards.sum(1, keepdim=True) - rewards) / (count - 1)).flatten()
+        given = 1 + len(self.vocabulary.prompt)
+        said = sampled[:, given:]
+        ended = (said == self.vocabulary.end).cumsum(1)
+        counted = (ended - (said == self.vocabulary.end).long() == 0).float()
+        logits = model.text_decoder(
+            input_ids=sampled[:, :-1],
+            attention_mask=torch.ones_like(sampled[:, :-1]),
+            encoder_hidden_states=repeated,
             use_cache=False,
-        ).logits
-        loss = functional.cross_entropy(
-            logits.flatten(0, 1), batch["targets"].flatten(), label_smoothing=self.config.label_smoothing
+        ).logits[:, given - 1 :]
+        chances = -functional.cross_entropy(logits.float().flatten(0, 1), said.flatten(), reduction="none").view_as(
+            said
         )
-        self.log("train_loss", loss, prog_bar=True)
-        if self.global_step % 50 == 0:
-            print(f"step {self.global_step}/{self.total_steps} loss {loss.item():.3f}", flush=True)
-        return loss
+        return -(advantage[:, None] * chances * counted).sum() / self.mean_over_workers(counted.sum())
 
-    def validation_step(self, *_: Any) -> None:
-        """Captions are generated once an epoch, in ``on_validation_epoch_end``."""
+    # ----------------------------------------------------------------------------------------------- validation
 
-    def on_validation_epoch_end(self) -> None:
-        generated = caption_features(
-            self.decoder, self.tokenizer, self.val_features, {"length_penalty": self.config.length_penalty}
-        )
-        names = [photo.name for photo in self.val_photos]
+    def generate(self, decoder: Any, image: torch.Tensor, changes: dict[str, Any] | None = None) -> torch.Tensor:
+        """Token ids that a BLIP decoder writes for image tokens, as the whole model does in serving."""
+        given = torch.tensor([[self.vocabulary.begin, *self.vocabulary.prompt]], device=image.device)
+        settings = {name: value for name, value in (self.generation | (changes or {})).items() if value is not None}
+        with torch.no_grad():
+            return decoder.generate(
+                input_ids=given.expand(len(image), -1),
+                attention_mask=torch.ones(len(image), given.shape[1], dtype=torch.long, device=image.device),
+                encoder_hidden_states=image,
+                encoder_attention_mask=torch.ones(image.shape[:-1], dtype=torch.long, device=image.device),
+                eos_token_id=self.vocabulary.end,
+                pad_token_id=self.vocabulary.pad,
+                **settings,
+            )
+
+    def judge(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> list[str]:
+        captioner: Any = model
+        prompt = self.settings.prompt or ""
+        if "features" in batch:
+            ids = self.generate(captioner.text_decoder, batch["features"].float())
+        else:
+            given: dict[str, Any] = {}
+            if prompt:
+                given = dict(
+                    self.vocabulary.tokenizer([prompt] * len(batch["row"]), return_tensors="pt").to(self.device)
+                )
+                given.pop("token_type_ids", None)
+            ids = captioner.generate(pixel_values=self.pixels(batch["pixels"]), **given, **self.generation)
+        texts = self.vocabulary.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [text.strip().removeprefix(prompt).strip() for text in texts]
+
+    def score(self, judged: dict[int, str]) -> dict[str, float]:
         scores = score_captions(
-            dict(zip(names, generated, strict=True)), {photo.name: photo.captions for photo in self.val_photos}
+            {str(row): text for row, text in judged.items()}, {str(row): self.val_captions[row] for row in judged}
         )
-        self.log_dict({f"val_{name}": value for name, value in scores.items()})
-        print(f"epoch {self.current_epoch}: {scores} e.g. {generated[:3]}", flush=True)
+        return {f"val_{name}": value for name, value in scores.items()} | {
+            "val_selection": scores["bleu4"] + scores["cider"]
+        }
 
-    def configure_optimizers(self) -> Any:
-        decayed = [p for p in self.decoder.parameters() if p.requires_grad and p.ndim > 1]
-        plain = [p for p in self.decoder.parameters() if p.requires_grad and p.ndim <= 1]
-        optimizer = torch.optim.AdamW(
-            [{"params": decayed, "weight_decay": self.config.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-            lr=self.config.learning_rate,
-            betas=(0.9, 0.98),
+
+def choose(captions: list[list[int]], seed: int, row: int, epoch: int) -> list[int]:
+    """The caption of a photo that an epoch shows: each in turn, in an order of the photo's own."""
+    order = np.random.default_rng([seed, row, epoch // len(captions)]).permutation(len(captions))
+    return captions[order[epoch % len(captions)]]
+
+
+def some_patches(features: torch.Tensor, keep: float) -> torch.Tensor:
+    """The class token and a random share of each photo's patch tokens."""
+    count, length = features.shape[:2]
+    chosen = torch.rand(count, length - 1).argsort(1)[:, : max(1, int(keep * (length - 1)))].sort(1).values + 1
+    chosen = torch.cat([torch.zeros(count, 1, dtype=torch.long), chosen], 1)
+    return features.gather(1, chosen[..., None].expand(-1, -1, features.shape[2]))
+
+
+# ---------------------------------------------------------------------------------------------------------- the job
+
+
+@dataclass(frozen=True)
+class TowerTokens:
+    """What a BLIP decoder is given: all tokens of its image tower."""
+
+    model: str
+    bf16: bool = False
+
+    def load(self) -> Callable[[np.ndarray], np.ndarray]:
+        checkpoint = resolve(self.model)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        tower = load_captioner(checkpoint).vision_model.to(device).eval()
+        normalise = Normalisation.from_processor(checkpoint.folder)
+
+        def encode(views: np.ndarray) -> np.ndarray:
+            with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=self.bf16):
+                return tower(normalise(views[:, 0]).to(device)).last_hidden_state.float().cpu().numpy()
+
+        return encode
+
+
+@dataclass(frozen=True)
+class CaptionerJob:
+    """What the loop needs of a captioner's run."""
+
+    config: CaptionerTraining
+    version: DataVersion
+    checkpoint: str
+    views: ViewSpec
+    deadline: float
+    run: RunReference | None
+    features: tuple[Features, Features] | None = None
+
+    def train_source(self) -> Source:
+        if self.features:
+            return self.features[0]
+        return Pictures.of(self.version, "train", self.views, BlipAugment() if self.config.augment else Deliver())
+
+    def val_source(self) -> Source:
+        return self.features[1] if self.features else self.val_pictures()
+
+    def val_pictures(self) -> Pictures:
+        pictures = Pictures.of(self.version, "val", self.views)
+        return pictures.first(self.config.validation_photos) if self.config.validation_photos else pictures
+
+    def in_process(self) -> bool:
+        return self.features is not None
+
+    def module(self, total_steps: int) -> CaptionerModule:
+        from transformers import AutoTokenizer
+
+        checkpoint = resolve(self.checkpoint)
+        model = load_captioner(checkpoint, self.config.dropout)
+        prompt = prompt_of(self.config, checkpoint)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+        return CaptionerModule(
+            model,
+            Normalisation.from_processor(checkpoint.folder),
+            self.config,
+            total_steps,
+            Vocabulary.of(tokenizer, model, prompt),
+            self.version.table("train", ["captions"])["captions"].to_pylist(),
+            self.version.table("val", ["captions"])["captions"].to_pylist(),
+            generation_of(self.config, checkpoint),
+            self.config.model_copy(update={"prompt": prompt}),
         )
-        warmup, total = self.config.warmup_steps, self.total_steps
 
-        def rate(step: int) -> float:
-            if step < warmup:
-                return (step + 1) / warmup
-            return 0.02 + 0.98 * 0.5 * (1 + float(np.cos(np.pi * min(1.0, (step - warmup) / max(1, total - warmup)))))
+    def example(self, module: TrainedModule) -> dict[str, torch.Tensor]:
+        rows = np.arange(min(2, len(self.version.table("train", ["id"]))))
+        if self.features:
+            return module.prepare(next(iter(self.features[0].load(0, rows))))
+        pixels = np.zeros((len(rows), *self.views.shape), dtype=np.uint8)
+        return module.prepare({"pixels": pixels, "row": rows, "epoch": np.zeros(len(rows), dtype=np.int64)})
 
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    def export(
+        self, module: TrainedModule, model: Any, judged: dict[int, Any], folder: Path, metrics: dict[str, float]
+    ) -> dict[str, float]:
+        """Write the checkpoint folder."""
+        assert isinstance(module, CaptionerModule)
+        checkpoint = resolve(self.checkpoint)
+        folder.mkdir(parents=True)
+        model.save_pretrained(folder, safe_serialization=True)
+        module.vocabulary.tokenizer.save_pretrained(folder)
+        for name in ("preprocessor_config.json", "processor_config.json"):
+            if (checkpoint.folder / name).is_file():
+                shutil.copyfile(checkpoint.folder / name, folder / name)
+        manifest = self.version.manifest
+        prompt = module.settings.prompt
+        figures = {name: value for name, value in metrics.items() if name != "val_selection"}
+        card = {
+            "task": "captioning",
+            "architecture": type(model).__name__,
+            "preprocessing": self.views.model_dump(mode="json"),
+            "generation": module.generation | ({"prompt": prompt} if prompt else {}),
+            "dataset": {"name": manifest.name, "version": manifest.version, "photos": manifest.counts},
+            "training": training_of(self.config, checkpoint),
+            "metrics": {name: round(value, 4) for name, value in figures.items()},
+            "code_commit": code_commit(),
+            "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "licence": "that of the training pictures applies to these weights; see the data set's terms",
+        }
+        (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+        return figures
+
+    def samples(self, module: TrainedModule) -> list[tuple[Any, str]]:
+        """The first validation photos and their captions."""
+        chosen = sorted(module.judged)[:12]
+        return (
+            [(image, module.judged[row]) for row, image in pictures_of(self.version, chosen).items()] if chosen else []
+        )
 
 
-@torch.inference_mode()
-def caption_features(
-    decoder: Any, tokenizer: BertTokenizer, features: np.ndarray, generation: dict[str, Any], batch_size: int = 50
-) -> list[str]:
-    """Captions of image tokens ``(n, tokens, width)`` as the served model writes them, the tower left out.
+def prompt_of(config: CaptionerTraining, checkpoint: Checkpoint) -> str:
+    """The words that captions begin with: as told, as the card has it, or BLIP's for a checkpoint without a card."""
+    if config.prompt is not None:
+        return config.prompt
+    return str(checkpoint.card.generation.get("prompt", "")) if checkpoint.card.task != "unknown" else PROMPT
 
-    ``generation`` changes settings of ``deployments.captioner.GENERATION``.
+
+def generation_of(config: CaptionerTraining, checkpoint: Checkpoint) -> dict[str, Any]:
+    """How captions are decoded."""
+    own = {name: value for name, value in checkpoint.card.generation.items() if name != "prompt"}
+    told = {} if config.length_penalty is None else {"length_penalty": config.length_penalty}
+    return GENERATION | own | told
+
+
+def new_checkpoint(config: CaptionerTraining, version: DataVersion) -> str:
+    """The folder of the untrained captioner that ``--model new`` means, written if it is not there."""
+    key = json.dumps([config.new.model_dump(), config.seed, version.manifest.version])
+    target = cache_root() / "new" / hashlib.sha256(key.encode()).hexdigest()[:16]
+    if not target.is_dir():
+        captions = [text for texts in version.table("train", ["captions"])["captions"].to_pylist() for text in texts]
+        write_new_captioner(captions, config.new, config.seed, target)
+    return str(target)
+
+
+def prepare_job(config: CaptionerTraining, version: DataVersion) -> tuple[CaptionerJob, int]:
+    """The job, without features and run, and how many parameters the model has.
+
+    Raises:
+        TrainingError, CheckpointError: model or data set are not fit for it.
     """
-    config, texts = decoder.config, []
-    for first in range(0, len(features), batch_size):
-        image = torch.from_numpy(np.asarray(features[first : first + batch_size])).float()
-        ids = decoder.generate(
-            input_ids=torch.full((len(image), 1), config.bos_token_id),
-            encoder_hidden_states=image,
-            encoder_attention_mask=torch.ones(image.shape[:-1], dtype=torch.long),
-            eos_token_id=config.sep_token_id,
-            pad_token_id=config.pad_token_id,
-            **(GENERATION | generation),
+    manifest = version.manifest
+    if manifest.name != "flickr30k":
+        raise TrainingError(f"{version.location} is the data set {manifest.name}, which has no captions: use flickr30k")
+    for split in ("train", "val"):
+        if not manifest.counts.get(split):
+            raise TrainingError(f"split {split} of {version.location} is empty: prepare it again with a share for it")
+    uri = config.start_from()
+    if uri == "new":
+        uri = new_checkpoint(config, version)
+        if config.dropout is None:
+            config = config.model_copy(update={"dropout": config.new.dropout})
+        if config.prompt is None:
+            config = config.model_copy(update={"prompt": ""})
+    checkpoint = resolve(uri)
+    try:
+        model = load_captioner(checkpoint)
+        views = ViewSpec.from_processor(checkpoint.folder)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise TrainingError(f"{checkpoint.uri} cannot be trained as a captioner: {error}") from error
+    apart = hasattr(model, "text_decoder") and hasattr(model, "vision_model")
+    if (config.freeze == "tower" or config.objective == "cider") and not apart:
+        raise TrainingError(
+            f"{type(model).__name__} has no decoder of its own: use --freeze none and --objective likelihood"
         )
-        texts += tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return [text.strip() for text in texts]
-
-
-def tower_features(config: CaptionerConfig, names: list[str]) -> np.ndarray:
-    """Image tokens of all photos, float16 (n, 197, 768), computed by the very tower that is served."""
-    import io
-
-    from PIL import Image
-    from transformers import BlipVisionModel
-
-    tower = BlipVisionModel(blip_vision_config()).eval()
-    tower.load_state_dict(blip_vision_state(clip_state()))
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
-
-    def encode(pictures: list[bytes]) -> np.ndarray:
-        images = [
-            Image.open(io.BytesIO(data)).convert("RGB").resize((224, 224), Image.Resampling.BICUBIC)
-            for data in pictures
-        ]
-        pixels = torch.stack(
-            [(torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - mean) / std for image in images]
+    if (config.freeze == "tower" or config.objective == "cider") and config.strategy != "ddp":
+        raise TrainingError("--freeze tower and --objective cider go through the decoder alone: use --strategy ddp")
+    if config.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise TrainingError(
+            f"{type(model).__name__} has no gradient checkpointing: leave --gradient-checkpointing away"
         )
-        with torch.inference_mode():
-            return tower(pixels).last_hidden_state.numpy()
-
-    folder = config.cache.expanduser() / "blip-clip-vit-b16-224"
-    return cached_features(folder, names, lambda name: (config.data / "Images" / name).read_bytes(), encode, (197, 768))
+    job = CaptionerJob(config, version, absolute(uri), views, float("inf"), None)
+    return job, sum(parameter.numel() for parameter in model.parameters())
 
 
-def train_worker(settings: dict[str, Any]) -> None:
-    """What each Ray Train worker runs: features, loop, and the decoder written by rank 0."""
-    import ray.train
-    from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment, RayTrainReportCallback, prepare_trainer
-
-    config = CaptionerConfig.model_validate(settings)
-    torch.set_num_threads(config.threads)
-    pl.seed_everything(config.seed, workers=True)
-    photos = read_captions(config.data)
-    features = tower_features(config, [photo.name for photo in photos])
-    rows = {photo.name: row for row, photo in enumerate(photos)}
-    splits = split_photos(photos, config.test_photos, config.validation_photos)
-    tokenizer = build_tokenizer(splits["train"], config.min_word_count, config.output)
-    val = splits["val"]
-
-    def loader(part: list[CaptionedPhoto], keep: float, shuffle: bool) -> torch.utils.data.DataLoader[Any]:
-        data = PackedCaptions(part, rows, features, tokenizer, keep)
-        return torch.utils.data.DataLoader(data, config.photos_per_batch, shuffle=shuffle, collate_fn=collate)
-
-    train = loader(splits["train"], config.keep_patches, True)
-    world = ray.train.get_context().get_world_size()
-    module = CaptionerModule(
-        config,
-        len(tokenizer),
-        config.epochs * len(train) // world,
-        val,
-        np.stack([features[rows[photo.name]] for photo in val]),
-        tokenizer,
-    )
-    trainer = pl.Trainer(
-        max_epochs=config.epochs,
-        accelerator="cpu",
-        devices="auto",
-        strategy=RayDDPStrategy(find_unused_parameters=False),
-        plugins=[RayLightningEnvironment()],
-        callbacks=[RayTrainReportCallback()],
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        num_sanity_val_steps=0,
-    )
-    trainer = prepare_trainer(trainer)
-    checkpoint = ray.train.get_checkpoint()
-    with checkpoint.as_directory() if checkpoint else contextlib.nullcontext() as folder:
-        resume = str(Path(folder) / RayTrainReportCallback.CHECKPOINT_NAME) if folder else None
-        trainer.fit(module, train, loader(val[:1], 1.0, False), ckpt_path=resume, weights_only=True)
-    if ray.train.get_context().get_world_rank() == 0:
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val_")}
-        save_trained(module.decoder, config, splits, metrics)
+def with_features(job: CaptionerJob) -> CaptionerJob:
+    """The job on tokens of the frozen tower, computed if they are not there; Ray must be there."""
+    config, checkpoint = job.config, resolve(job.checkpoint)
+    tower = dict(load_captioner(checkpoint).vision_model.state_dict().items())
+    digest = hashlib.sha256(json.dumps([job.version.manifest.version, job.views.model_dump(mode="json")]).encode())
+    for name in sorted(tower):  # not the revision: another decoder on the same tower has the same tokens
+        digest.update(name.encode() + tower[name].contiguous().numpy().tobytes())
+    found = []
+    for split, source in (("train", Pictures.of(job.version, "train", job.views)), ("val", job.val_pictures())):
+        place = Location.of(config.cache) / f"captioner-{split}-{digest.hexdigest()[:16]}-{sum(source.groups)}"
+        found.append(
+            compute_features(
+                source, TowerTokens(job.checkpoint), place, workers=config.num_workers, threads=config.threads or 1
+            )
+        )
+    return replace(job, features=(found[0], found[1]))
 
 
-def save_trained(
-    decoder: Any, config: CaptionerConfig, splits: dict[Split, list[CaptionedPhoto]], metrics: dict[str, float]
-) -> None:
-    """Write the trained half of the captioner to ``config.output``: what ``deployments.captioner.assemble_captioner``
-    reads.
+def train(config: CaptionerTraining, callbacks: tuple[Any, ...] = (), parent: str | None = None) -> Any:
+    """Train and publish; ``callbacks`` and ``parent`` are a sweep's.
 
-    ``decoder.safetensors`` is float16 and leaves out the output weights, which are tied to the word embeddings.
+    Raises:
+        TrainingError, DataError, CheckpointError, TrackingError: see ``train.command``.
     """
-    from safetensors.torch import save_file
+    version = open_version(config.data)
+    job, parameters = prepare_job(config, version)
 
-    tied = {"cls.predictions.decoder.weight", "cls.predictions.decoder.bias"}
-    weights = {k: v.detach().half().contiguous() for k, v in decoder.state_dict().items() if k not in tied}
-    folder = config.output
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / "decoder.safetensors", metadata={"format": "pt"})
-    (folder / "decoder.safetensors").chmod(0o644)
-    text = decoder.config.to_diff_dict() | {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    (folder / "text_config.json").write_text(json.dumps(text, indent=1) + "\n")
-    names = "\n".join(photo.name for part in ("train", "val", "test") for photo in splits[part])
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-        check=False,
-    )
-    card = {
-        "task": "captioning",
-        "architecture": "BlipForConditionalGeneration",
-        "generation": GENERATION | {"length_penalty": config.length_penalty},
-        "dataset": {
-            "name": config.data.name,
-            "version": hashlib.sha256(names.encode()).hexdigest()[:12],
-            "photos": {part: len(photos) for part, photos in splits.items()},
-        },
-        "training": {key: value for key, value in config.model_dump(mode="json").items() if not isinstance(value, str)},
-        "metrics": {name: round(value, 4) for name, value in metrics.items()},
-        "code_commit": commit.stdout.strip() or None,
-        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "licence": "that of the training pictures applies to these weights",
-    }
-    (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+    def make(run: Any, deadline: float) -> CaptionerJob:
+        ready = replace(job, deadline=deadline, run=run.reference() if run is not None else None)
+        return with_features(ready) if config.freeze == "tower" else ready
+
+    return launch(config, "captioner", version, make, parameters, callbacks, parent)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Command line: train, resuming a run of the same name."""
-    import ray
+    """Command line."""
     from pydantic_settings import CliApp
-    from ray.train import CheckpointConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
 
-    config = CliApp.run(CaptionerConfig, cli_args=arguments)
-    settings = config.model_dump()
-    for key in ("data", "output", "cache", "storage"):
-        settings[key] = settings[key].expanduser().absolute()
-    ray.init(ignore_reinit_error=True, log_to_driver=True)
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config=settings,
-        scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": config.threads}),
-        run_config=RunConfig(
-            name=config.name,
-            storage_path=str(settings["storage"]),
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
-        ),
-    )
-    result = trainer.fit()
-    print({name: value for name, value in (result.metrics or {}).items() if name.startswith("val_")})
+    config = CliApp.run(CaptionerTraining, cli_args=arguments)
+    try:
+        tell(train(config), config.output)
+    except Exception as error:
+        end(error)
 
 
 if __name__ == "__main__":

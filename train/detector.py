@@ -1,397 +1,632 @@
-"""Train the detector's head on a frozen CLIP tower: Ray Train runs it, Lightning is the loop.
+"""Fine-tune a detector, or any two-way classifier of pictures, on a prepared data set.
 
-In: labelled pictures (``train.aivshuman``). Out: a folder with ``head.safetensors``, ``config.json`` and ``card.json``,
-from which ``deployments.detector_model`` makes a checkpoint. Temperature and both thresholds come from the validation
-split alone; the test split is read by ``train.evaluate_detector`` and not here.
+In: a prepared version with labels (``aivshuman``: human, ai; ``source``: stock, platform) and a checkpoint that
+``AutoModelForImageClassification`` loads (ViT, CLIP, Swin, DINOv2, RegNet, the starter's own class). Out: a checkpoint
+folder with temperature and thresholds fitted on validation data in its card.
 
-The tower never changes, so its features are computed once (``train.features``): for each training picture in several
-randomly damaged versions (``train.damage``, both classes alike), for each validation picture in tiers of delivery.
-An epoch then takes a second.
+    python -m train.detector --data ~/data/aivshuman --output ~/models/detector [--model google/vit-base-patch16-224
+    ...]
 
-    python -m train.detector --data DIR --output DIR [--epochs N ...]
+Pictures are damaged as delivery damages them, both classes alike (``train.damage``), and normalised by the model's own
+processor. ``--freeze tower`` computes the tower's features once and trains the head alone.
 """
 
 from __future__ import annotations
 
-import datetime
 import hashlib
 import json
-import subprocess
+import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
-import pytorch_lightning as pl
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
+from sklearn.metrics import f1_score, roc_auc_score
+from torch import nn
 from torch.nn import functional
 
-from deployments.detector_model import LABELS, BlocksHead, blocks_config, model_on_clip, pool_tokens
-from deployments.towers import CLIP_MEAN, CLIP_STD
-from deployments.views import ViewSpec, render
-from train.aivshuman import LabelledPicture, counts, dataset_version, open_rgb, read_pictures
-from train.damage import Damage, Tier, deliver, random_damage
-from train.features import cached_features
+from data.locations import Location
+from data.versions import DatasetName, DataVersion, open_version
+from deployments.checkpoints import Checkpoint, resolve
+from deployments.images import decode
+from deployments.pixels import Normalisation
+from deployments.views import ViewSpec
+from train.aivshuman import family
+from train.calibration import calibrate, choose_thresholds, sigmoid
+from train.command import TrainCommand, end, launch, tell
+from train.damage import Damage, Tier
+from train.features import Features, compute_features
+from train.module import NonFinite, Optimisation, TrainedModule, TrainingError
+from train.order import by_group
+from train.stream import Batch, Deliver, Pictures, RandomDamage, Source
+from train.tracking import RunReference, code_commit
 
-LICENCE = "research and education only: trained on pictures under such terms (see README.md beside the weights)"
+#: Data set -> labels in the order of the logits; the second is the one that scores speak of.
+LABELS: dict[DatasetName, tuple[str, str]] = {"aivshuman": ("human", "ai"), "source": ("stock", "platform")}
+LICENCE = "that of the training pictures applies to these weights; see the data set's terms"
 
 
-class DetectorConfig(BaseModel):
-    """Settings of one training run."""
+class DetectorTraining(TrainCommand):
+    """Fine-tune a detector."""
 
     model_config = ConfigDict(extra="forbid")
 
-    data: Path = Field(description="folder with train.csv and the pictures it names")
-    output: Path = Field(description="where head, configuration and card are written")
-    cache: Path = Field(Path("~/.cache/deeptrust/features"), description="where features of the frozen tower are kept")
-    storage: Path = Field(Path("~/.cache/deeptrust/runs"), description="where Ray Train keeps the run")
-    name: str = Field("detector", description="name of the run")
-    view: ViewSpec = Field(ViewSpec(size_px=224, views=("centre",)), description="what the model sees of a picture")
-    blocks: list[int] = Field(
-        [4, 5, 6, 7, 8], description="blocks of the tower whose tokens are pooled; later blocks are cut off"
+    model: str = Field(
+        "",
+        description="checkpoint to start from: folder, s3://, models:/, starter:detector, hub id; unset: "
+        "google/vit-base-patch16-224 where there is a GPU, starter:detector elsewhere",
     )
-    pools: list[str] = Field(["cls"], description="how tokens are pooled: cls, mean, std")
-    damage: Damage = Field(Damage(), description="random delivery of training pictures")
-    variants: int = Field(1, ge=1, description="randomly damaged versions of each training picture")
+    name: str = Field("detector", description="name of the run; the same name in the same storage goes on with it")
+    head: Literal["auto", "keep", "new"] = Field(
+        "auto",
+        description="keep: train the checkpoint's head on; new: start with another; auto: keep it if its labels fit",
+    )
+    freeze: Literal["none", "tower"] = Field(
+        "none", description="tower: train the head alone, on features computed once"
+    )
+    cache: str = Field(
+        "~/.cache/deeptrust/features", description="where features of a frozen tower are kept; seen by all nodes"
+    )
+    variants: int = Field(1, ge=1, description="damaged versions of each picture that a frozen tower sees")
+    augment: bool = Field(True, description="damage training pictures at random; off: they are as they were uploaded")
+    damage: Damage = Field(Damage(), description="how training pictures are damaged")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    dropout: float | None = Field(
+        None, ge=0, lt=1, description="every dropout of the model; unset: as its configuration says"
+    )
+    penalty: float = Field(0.0, ge=0, description="times the sum of the head's squared weights, added to the loss")
     balance: float = Field(
         0.5,
         ge=0,
         le=1,
-        description="weight of a source or generator of n pictures is n to this power; 1 leaves the data as they are",
+        description="weight of a source or generator of n pictures is n to this power; 1: as the data are",
     )
-    hidden_size: int = Field(0, ge=0, description="width of the head's hidden layer; 0 is a linear head")
-    dropout: float = Field(0.0, ge=0, lt=1, description="on the head's input")
-    epochs: int = Field(60, ge=1)
-    batch_size: int = Field(64, ge=1)
-    learning_rate: float = Field(1e-3, gt=0)
-    penalty: float = Field(0.02, ge=0, description="times the sum of the squared weights, added to the mean loss")
     calibration_tiers: list[Tier] = Field(
-        ["clean", "512_q40"],
-        description="tiers of delivery in which validation pictures set temperature and thresholds",
+        ["clean", "512_q40"], description="tiers of delivery in which validation pictures are judged"
     )
     calibration_most: int = Field(
-        20, ge=1, description="validation pictures of one generator at most; more would let the largest decide"
+        20, ge=1, description="validation pictures of one generator at most that fit thresholds"
     )
     real_error: float = Field(
-        0.02, gt=0, lt=0.5, description="share of real validation pictures that `ai_above` may call AI"
+        0.02, gt=0, lt=0.5, description="share of the first label that `ai_above` may call the second"
     )
     ai_error: float = Field(
-        0.10, gt=0, lt=0.5, description="share of AI validation pictures that `human_below` may call human"
+        0.10, gt=0, lt=0.5, description="share of the second label that `human_below` may call the first"
     )
-    threads: int = Field(2, ge=1, description="CPU threads of the worker")
-    seed: int = 20260101
+
+    def start_from(self) -> str:
+        return self.model or ("google/vit-base-patch16-224" if torch.cuda.is_available() else "starter:detector")
 
 
-def version_name(picture: LabelledPicture, version: int | Tier) -> str:
-    """Name of a picture's damaged version in the feature cache: ``id:3`` or ``id:768_q60``."""
-    return f"{picture.id}:{version}"
+# ------------------------------------------------------------------------------------------------------- the model
 
 
-def tower_features(
-    config: DetectorConfig, pictures: Sequence[LabelledPicture], versions: Sequence[int | Tier]
-) -> np.ndarray:
-    """Features of every version of every picture, float32 ``(pictures, versions, F)``, from the cache or the tower.
+def load_classifier(
+    checkpoint: Checkpoint, labels: tuple[str, str], new_head: bool, dropout: float | None = None
+) -> Any:
+    """The model in float32 with a logit for each label; a new head is drawn at random."""
+    from transformers import AutoConfig, AutoModelForImageClassification
 
-    A version is a number (a random damage) or a tier of delivery. The tower and the pooling are the served model's own.
+    from deployments import detector_model  # registers the starter's class  # noqa: F401
+
+    config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: index for index, label in enumerate(labels)}
+    if dropout is not None:
+        for name in vars(config):
+            if name.endswith(("dropout", "dropout_prob", "drop_path_rate")):
+                setattr(config, name, dropout)
+    model = AutoModelForImageClassification.from_pretrained(
+        checkpoint.folder,
+        config=config,
+        use_safetensors=True,
+        trust_remote_code=False,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=new_head,
+    )
+    if new_head:
+        out = output_layer(model)
+        nn.init.trunc_normal_(out.weight, std=0.02)
+        if out.bias is not None:
+            nn.init.zeros_(out.bias)
+    return model
+
+
+def head_of(model: nn.Module) -> nn.Module:
+    """What comes after the tower: ``head`` or ``classifier``.
+
+    Raises:
+        TrainingError: the model has neither.
     """
-    model_config = blocks_config(config.blocks, config.pools, len(config.view.views))
-    settings = [config.view.model_dump(mode="json"), config.damage.model_dump(), config.blocks, config.pools]
-    names = [version_name(picture, version) for picture in pictures for version in versions]
-    key = hashlib.sha256(json.dumps([settings, names]).encode()).hexdigest()[:16]
-    by_id = {picture.id: picture for picture in pictures}
-    numbers = {str(version): version for version in versions}
-    model = model_on_clip(model_config, BlocksHead(model_config).state_dict())
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
-    shape = (len(config.view.views), config.view.size_px, config.view.size_px, 3)
+    for name in ("head", "classifier"):
+        if isinstance(found := getattr(model, name, None), nn.Module):
+            return found
+    raise TrainingError(f"{type(model).__name__} has no part called head or classifier: use --freeze none")
 
-    def read(name: str) -> bytes:
-        id_, text = name.split(":")
-        image, version = open_rgb(by_id[id_].path), numbers[text]
-        damaged = (
-            random_damage(image, config.damage, id_, version) if isinstance(version, int) else deliver(image, version)
+
+def output_layer(model: nn.Module) -> nn.Linear:
+    """The layer whose outputs are the logits."""
+    layers = [part for part in head_of(model).modules() if isinstance(part, nn.Linear)]
+    if not layers:
+        raise TrainingError(f"the head of {type(model).__name__} ends with no linear layer")
+    return layers[-1]
+
+
+def wants_new_head(config: DetectorTraining, checkpoint: Checkpoint, labels: tuple[str, str]) -> bool:
+    """Whether the checkpoint's head is replaced.
+
+    Raises:
+        TrainingError: its labels are others, and nothing was said about it.
+    """
+    known = [label.lower() for label in checkpoint.card.labels]
+    if not known:
+        settings = json.loads((checkpoint.folder / "config.json").read_text())
+        known = [str(name).lower() for _, name in sorted((settings.get("id2label") or {}).items())]
+    fits = tuple(known) == labels
+    if config.head == "keep" and not fits:
+        raise TrainingError(
+            f"{checkpoint.uri} tells {', '.join(known[:4]) or 'nothing'} apart and the data set's labels "
+            f"are {' and '.join(labels)}: "
+            "--head new replaces its head"
         )
-        return render(damaged, config.view).tobytes()
-
-    def encode(rendered: list[bytes]) -> np.ndarray:
-        views = np.stack([np.frombuffer(data, dtype=np.uint8).reshape(shape) for data in rendered])
-        pixels = (torch.from_numpy(views).permute(0, 1, 4, 2, 3) / 255 - mean) / std
-        with torch.inference_mode():
-            pooled = torch.stack(
-                [pool_tokens(tokens, config.pools) for tokens in model.block_tokens(pixels.flatten(0, 1))], 1
-            )
-        return pooled.reshape(len(rendered), -1).numpy()
-
-    features = cached_features(
-        config.cache.expanduser() / f"detector-{key}", names, read, encode, (model_config.features,), 4
-    )
-    return np.asarray(features, dtype=np.float32).reshape(len(pictures), len(versions), -1)
+    if config.head == "auto" and not fits and checkpoint.card.labels:
+        raise TrainingError(
+            f"the labels of {checkpoint.uri} are {', '.join(known)} and those of the data set "
+            f"{', '.join(labels)}: give --head new "
+            "to replace its head, or the data set that it was made for"
+        )
+    return config.head == "new" or not fits
 
 
-def calibration_pictures(pictures: Sequence[LabelledPicture], most: int) -> list[LabelledPicture]:
-    """The validation split with at most ``most`` pictures of one generator, the first by id; real photos all stay."""
+class DetectorModule(TrainedModule):
+    """A classifier under training."""
+
+    metric: ClassVar[str] = "val_auc"
+
+    def __init__(
+        self,
+        model: Any,
+        normalisation: Normalisation,
+        config: Optimisation,
+        total_steps: int,
+        train: Annotations,
+        val: Annotations,
+        label_smoothing: float = 0.0,
+        penalty: float = 0.0,
+    ) -> None:
+        super().__init__(model, normalisation, config, total_steps)
+        self.train_rows, self.val_rows = train, val
+        self.label_smoothing, self.penalty = label_smoothing, penalty
+
+    def prepare(self, batch: Batch) -> dict[str, torch.Tensor]:
+        rows = batch["row"]
+        return self.prepare_judged(batch) | {
+            "label": torch.from_numpy(self.train_rows.labels[rows]),
+            "weight": torch.from_numpy(self.train_rows.weights[rows]).float(),
+        }
+
+    def logits(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Logits of a batch of pixels, or of features of the frozen tower."""
+        if "features" in batch:
+            return head_of(model)(batch["features"].float())
+        return model(pixel_values=self.pixels(batch["pixels"])).logits
+
+    def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        each = functional.cross_entropy(
+            self.logits(self.model, batch).float(),
+            batch["label"],
+            reduction="none",
+            label_smoothing=self.label_smoothing,
+        )
+        loss = (each * batch["weight"]).mean()
+        if self.penalty:
+            matrices = [value for value in head_of(self.model).parameters() if value.ndim > 1]
+            loss = loss + self.penalty * torch.stack([matrix.square().sum() for matrix in matrices]).sum()
+        return loss
+
+    def judge(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> list[list[float]]:
+        return self.logits(model, batch).float().cpu().tolist()
+
+    def score(self, judged: dict[int, list[float]]) -> dict[str, float]:
+        rows = np.array(list(judged))
+        logits = np.array(list(judged.values()), dtype=np.float64)
+        if not np.isfinite(logits).all():
+            raise NonFinite("the model answers no numbers any more: lower --learning-rate or raise --warmup")
+        scores = logits[:, 1] - logits[:, 0]
+        labels, weights = self.val_rows.of(rows)
+        nll = np.logaddexp(0, np.where(labels == 1, -scores, scores))
+        called = (scores > 0).astype(int)
+        return {
+            "val_loss": float(np.average(nll, weights=weights)),
+            "val_accuracy": float((called == labels).mean()),
+            "val_f1": float(f1_score(labels, called, zero_division=0)),
+            "val_auc": float(roc_auc_score(labels, scores)),
+        }
+
+
+# --------------------------------------------------------------------------------------------------------- the data
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """Labels and weights of a split's rows; row numbers beyond the split mean its pictures in another tier."""
+
+    labels: np.ndarray
+    weights: np.ndarray
+    generators: tuple[str, ...]
+    ids: tuple[str, ...]
+
+    def of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        place = rows % len(self.labels)
+        return self.labels[place], self.weights[place]
+
+
+def annotations(
+    version: DataVersion, split: Literal["train", "val"], labels: tuple[str, str], power: float
+) -> Annotations:
+    """A split's labels, and weights of mean 1: half of the sum for each label, and within a label ``n ** power`` for a
+    source (of real pictures) or a generator with its relatives, of n pictures."""
+    table = version.table(split, ["id", "label", "source", "generator"])
+    numbers = np.array([labels.index(label) for label in table["label"].to_pylist()], dtype=np.int64)
+    generators = tuple(family(generator or "unknown") for generator in table["generator"].to_pylist())
+    strata = [
+        (label, source if generator == "photo" else generator)
+        for label, source, generator in zip(numbers.tolist(), table["source"].to_pylist(), generators, strict=True)
+    ]
+    sizes = Counter(strata)
+    weights = np.array([sizes[stratum] ** (power - 1.0) for stratum in strata])
+    for label in set(numbers.tolist()):
+        own = numbers == label
+        weights[own] *= len(numbers) / len(set(numbers.tolist())) / weights[own].sum()
+    return Annotations(numbers, weights, generators, tuple(table["id"].to_pylist()))
+
+
+@dataclass(frozen=True)
+class InTiers:
+    """A split several times over, each time in another tier of delivery: row ``tier * n + row``."""
+
+    pictures: Pictures
+    tiers: tuple[Tier, ...]
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        return self.pictures.groups * len(self.tiers)
+
+    @property
+    def window(self) -> int:
+        return self.pictures.window
+
+    def load(self, epoch: int, rows: np.ndarray) -> Iterator[Batch]:
+        count = sum(self.pictures.groups)
+        for number, tier in enumerate(self.tiers):
+            own = rows[rows // count == number]
+            if len(own):
+                delivered = replace(self.pictures, augment=Deliver(tier))
+                for block in delivered.load(epoch, own - number * count):
+                    yield {**block, "row": block["row"] + number * count}
+
+
+# ---------------------------------------------------------------------------------------------------------- the job
+
+
+@dataclass(frozen=True)
+class HeadInputs:
+    """What a classifier's head is given: the features of its frozen tower."""
+
+    model: str
+    labels: tuple[str, str]
+    bf16: bool = False
+
+    def load(self) -> Callable[[np.ndarray], np.ndarray]:
+        checkpoint = resolve(self.model)
+        model = load_classifier(checkpoint, self.labels, new_head=True).eval()
+        normalise = Normalisation.from_processor(checkpoint.folder)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        model.to(device)
+        caught: list[torch.Tensor] = []
+        head_of(model).register_forward_pre_hook(lambda _, arguments: caught.append(arguments[0]))
+
+        def encode(views: np.ndarray) -> np.ndarray:
+            pixels = normalise(views).to(device)
+            with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=self.bf16):
+                model(pixel_values=pixels if pixels.shape[1] > 1 else pixels[:, 0])
+            return caught.pop().float().cpu().numpy()
+
+        return encode
+
+
+@dataclass(frozen=True)
+class DetectorJob:
+    """What the loop needs of a detector's run."""
+
+    config: DetectorTraining
+    version: DataVersion
+    checkpoint: str
+    labels: tuple[str, str]
+    new_head: bool
+    views: ViewSpec
+    deadline: float
+    run: RunReference | None
+    features: tuple[Features, Features] | None = None
+    statistics: tuple[np.ndarray, np.ndarray] | None = field(default=None, repr=False)
+    """Mean and scale of the frozen tower's training features, for a head that standardises them."""
+
+    def train_source(self) -> Source:
+        if self.features:
+            return self.features[0]
+        augment = RandomDamage(self.config.damage) if self.config.augment else Deliver()
+        return Pictures.of(self.version, "train", self.views, augment)
+
+    def val_source(self) -> Source:
+        if self.features:
+            return self.features[1]
+        return InTiers(Pictures.of(self.version, "val", self.views), tuple(self.config.calibration_tiers))
+
+    def in_process(self) -> bool:
+        return self.features is not None
+
+    def module(self, total_steps: int) -> DetectorModule:
+        checkpoint = resolve(self.checkpoint)
+        model = load_classifier(checkpoint, self.labels, self.new_head, self.config.dropout)
+        if self.statistics is not None:
+            head: Any = head_of(model)
+            head.mean.copy_(torch.from_numpy(self.statistics[0]))
+            head.scale.copy_(torch.from_numpy(self.statistics[1]))
+            nn.init.zeros_(output_layer(model).weight)
+        return DetectorModule(
+            model,
+            Normalisation.from_processor(checkpoint.folder),
+            self.config,
+            total_steps,
+            annotations(self.version, "train", self.labels, self.config.balance),
+            annotations(self.version, "val", self.labels, self.config.balance),
+            self.config.label_smoothing,
+            self.config.penalty,
+        )
+
+    def example(self, module: TrainedModule) -> dict[str, torch.Tensor]:
+        source: Source = self.train_source() if self.features else replace(self._blank(), groups=(2,))
+        rows = np.arange(2)
+        batch = (
+            next(iter(source.load(0, rows)))
+            if self.features
+            else {"pixels": np.zeros((2, *self.views.shape), dtype=np.uint8), "row": rows}
+        )
+        return module.prepare(batch)
+
+    def _blank(self) -> Pictures:
+        return Pictures(self.version.location, (), (), self.views)
+
+    def export(
+        self, module: TrainedModule, model: Any, judged: dict[int, Any], folder: Path, metrics: dict[str, float]
+    ) -> dict[str, float]:
+        """Fit temperature and thresholds on what was judged, and write the checkpoint folder."""
+        assert isinstance(module, DetectorModule)
+        config, checkpoint = self.config, resolve(self.checkpoint)
+        rows, scores = scores_of(judged)
+        labels, weights = module.val_rows.of(rows)
+        chosen = np.isin(rows % len(module.val_rows.labels), few_of_each(module.val_rows, config.calibration_most))
+        rows, scores, labels, weights = rows[chosen], scores[chosen], labels[chosen], weights[chosen]
+        out = output_layer(model)
+        temperature, bias = calibrate(scores, labels, weights / weights.mean())
+        if out.bias is None:
+            bias = 0.0
+        else:
+            with torch.no_grad():
+                out.bias[1] += bias
+        probabilities = sigmoid((scores + bias) / temperature)
+        thresholds = choose_thresholds(probabilities, labels, config.real_error, config.ai_error)
+        first, second = self.labels
+        figures = {
+            **metrics,
+            f"val_{first}_called_{second}": float((probabilities[labels == 0] >= thresholds["ai_above"]).mean()),
+            f"val_{second}_called_{second}": float((probabilities[labels == 1] >= thresholds["ai_above"]).mean()),
+            f"val_{second}_called_{first}": float((probabilities[labels == 1] < thresholds["human_below"]).mean()),
+        }
+        folder.mkdir(parents=True)
+        model.save_pretrained(folder, safe_serialization=True)
+        for name in ("preprocessor_config.json", "processor_config.json"):
+            if (checkpoint.folder / name).is_file():
+                shutil.copyfile(checkpoint.folder / name, folder / name)
+        manifest = self.version.manifest
+        card = {
+            "task": "detection" if manifest.name == "aivshuman" else "classification",
+            "architecture": type(model).__name__,
+            "labels": list(self.labels),
+            "thresholds": thresholds,
+            "temperature": temperature,
+            "preprocessing": self.views.model_dump(mode="json"),
+            "dataset": {
+                "name": manifest.name,
+                "version": manifest.version,
+                "counts": {
+                    split: dict(sorted(Counter(rows.generators).items()))
+                    for split, rows in (("train", module.train_rows), ("val", module.val_rows))
+                },
+            },
+            "training": training_of(config, checkpoint),
+            "metrics": {name: round(value, 4) for name, value in figures.items()},
+            "code_commit": code_commit(),
+            "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "licence": checkpoint.card.licence or LICENCE,
+        }
+        (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+        return figures
+
+    def samples(self, module: TrainedModule) -> list[tuple[Any, str]]:
+        """The validation pictures that it is surest and most wrong about."""
+        assert isinstance(module, DetectorModule)
+        scores = {
+            row: values[1] - values[0] for row, values in module.judged.items() if row < len(module.val_rows.labels)
+        }
+        if not scores:
+            return []
+        ordered = sorted(scores, key=lambda row: scores[row] * (1 if module.val_rows.labels[row] == 0 else -1))
+        chosen = ordered[:4] + ordered[-8:]
+        shown = []
+        for row, image in pictures_of(self.version, chosen).items():
+            label = self.labels[module.val_rows.labels[row]]
+            shown.append((image, f"{label}: {self.labels[1]} {sigmoid(np.array(scores[row])):.2f}"))
+        return shown
+
+
+def scores_of(judged: dict[int, list[float]]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and log-odds of the second label."""
+    logits = np.array(list(judged.values()), dtype=np.float64)
+    return np.array(list(judged)), logits[:, 1] - logits[:, 0]
+
+
+def few_of_each(rows: Annotations, most: int) -> np.ndarray:
+    """Rows that fit thresholds: all of the first label, and of the second at most ``most`` of one generator, the first
+    by id; more would let the largest decide."""
     seen: Counter[str] = Counter()
     chosen = []
-    for picture in sorted(pictures, key=lambda picture: picture.id):
-        if picture.split == "val":
-            seen[picture.generator] += 1
-            if picture.label == 0 or seen[picture.generator] <= most:
-                chosen.append(picture)
-    return chosen
+    for row in sorted(range(len(rows.ids)), key=lambda row: rows.ids[row]):
+        seen[rows.generators[row]] += 1
+        if rows.labels[row] == 0 or rows.generators[row] == "photo" or seen[rows.generators[row]] <= most:
+            chosen.append(row)
+    return np.array(chosen)
 
 
-def balance_weights(pictures: Sequence[LabelledPicture], power: float) -> np.ndarray:
-    """A weight for each picture, mean 1: half of the sum for each class, and within a class ``n ** power`` for a
-    stratum of n pictures."""
-    sizes = Counter(picture.stratum for picture in pictures)
-    weights = np.array([sizes[picture.stratum] ** (power - 1.0) for picture in pictures])
-    labels = np.array([picture.label for picture in pictures])
-    for label in set(labels.tolist()):
-        weights[labels == label] *= len(pictures) / len(set(labels.tolist())) / weights[labels == label].sum()
-    return weights
+def pictures_of(version: DataVersion, rows: list[int]) -> dict[int, Any]:
+    """A few decoded validation pictures by row."""
+    source = Pictures.of(version, "val", ViewSpec())
+    found = {}
+    for group, places, inside in by_group(np.array(rows), source.groups):
+        import pyarrow.parquet as pq
+
+        images = pq.read_table(
+            source.files[group], columns=["image"], filesystem=version.location.arrow_filesystem, partitioning=None
+        )["image"]
+        for place, row in zip(places.tolist(), inside.tolist(), strict=True):
+            found[rows[place]] = decode(images[row].as_py()).image
+    return found
 
 
-class HeadModule(pl.LightningModule):
-    """The head under training, on features of a frozen tower."""
+def training_of(config: TrainCommand, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The settings that a card tells."""
+    hidden = {
+        "data",
+        "output",
+        "storage",
+        "cache",
+        "tracking",
+        "record",
+        "num_cpus",
+        "object_store_bytes",
+        "name",
+        "model",
+    }
+    return {"model": checkpoint.name, **config.model_dump(mode="json", exclude=hidden)}
 
-    def __init__(self, config: DetectorConfig, features: torch.Tensor, total_steps: int) -> None:
-        super().__init__()
-        self.config, self.total_steps = config, total_steps
-        views = len(config.view.views)
-        self.head = BlocksHead(blocks_config(config.blocks, config.pools, views, config.hidden_size, config.dropout))
+
+def prepare_job(config: DetectorTraining, version: DataVersion) -> tuple[DetectorJob, int]:
+    """The job, without features and run, and how many parameters the model has.
+
+    Raises:
+        TrainingError, DataError, CheckpointError: model or data set are not fit for it.
+    """
+    manifest = version.manifest
+    labels = LABELS.get(manifest.name)
+    if labels is None:
+        raise TrainingError(
+            f"{version.location} is the data set {manifest.name}, which has no labels: use {' or '.join(LABELS)}"
+        )
+    for split in ("train", "val"):
+        found = {label for label, count in manifest.class_balance.get(split, {}).items() if count}
+        if found != set(labels):
+            raise TrainingError(
+                f"split {split} of {version.location} has the labels {sorted(found) or 'none'}, not "
+                f"{' and '.join(labels)}: prepare it "
+                "again with pictures of both"
+            )
+    checkpoint = resolve(config.start_from())
+    new_head = wants_new_head(config, checkpoint, labels)
+    try:
+        model = load_classifier(checkpoint, labels, new_head)
+        views = ViewSpec.from_processor(checkpoint.folder)
+    except (ValueError, RuntimeError, OSError) as error:
+        raise TrainingError(f"{checkpoint.uri} cannot be trained as a classifier of pictures: {error}") from error
+    if config.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise TrainingError(
+            f"{type(model).__name__} has no gradient checkpointing: leave --gradient-checkpointing away"
+        )
+    if config.freeze == "tower":
+        head_of(model)
+        if config.strategy != "ddp" or config.ema:
+            raise TrainingError("--freeze tower trains a small head: use --strategy ddp and no --ema")
+    job = DetectorJob(config, version, absolute(config.start_from()), labels, new_head, views, float("inf"), None)
+    return job, sum(parameter.numel() for parameter in model.parameters())
+
+
+def absolute(uri: str) -> str:
+    """A checkpoint URI that means the same in another working directory."""
+    return str(Path(uri).expanduser().absolute()) if Path(uri).expanduser().is_dir() else uri
+
+
+def with_features(job: DetectorJob) -> DetectorJob:
+    """The job on features of the frozen tower, computed if they are not there; Ray must be there."""
+    config, checkpoint = job.config, resolve(job.checkpoint)
+    augment = RandomDamage(config.damage, config.variants) if config.augment else Deliver()
+    encoder = HeadInputs(job.checkpoint, job.labels)
+    key = [checkpoint.revision, job.version.manifest.version, job.views.model_dump(mode="json")]
+    found = []
+    sources: list[tuple[str, Source, int]] = [
+        ("train", Pictures.of(job.version, "train", job.views, augment), config.variants if config.augment else 1),
+        ("val", InTiers(Pictures.of(job.version, "val", job.views), tuple(config.calibration_tiers)), 1),
+    ]
+    for split, source, variants in sources:
+        what = (
+            [split, config.damage.model_dump() if config.augment else None]
+            if split == "train"
+            else [split, config.calibration_tiers]
+        )
+        digest = hashlib.sha256(json.dumps([key, what]).encode()).hexdigest()[:16]
+        place = Location.of(config.cache) / f"detector-{split}-{digest}"
+        found.append(
+            compute_features(source, encoder, place, variants, workers=config.num_workers, threads=config.threads or 1)
+        )
+    train, val = found
+    statistics = None
+    if job.new_head and hasattr(head_of(load_classifier(checkpoint, job.labels, True)), "scale"):
+        rows = np.arange(sum(train.groups))
+        values = np.concatenate([block["features"].astype(np.float32) for block in train.load(0, rows)])
+        deviation = values.std(0)
         # the floor keeps features that hardly vary in training from shouting when they do
-        deviation = features.std(0)
-        self.head.mean.copy_(features.mean(0))
-        self.head.scale.copy_(1 / (deviation + 0.05 * deviation.median()))
-        if not config.hidden_size:
-            torch.nn.init.zeros_(self.head.out.weight)
-            torch.nn.init.zeros_(self.head.out.bias)
-
-    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor, torch.Tensor], _: int) -> torch.Tensor:
-        features, labels, weights = batch
-        loss = (functional.cross_entropy(self.head(features), labels, reduction="none") * weights).mean()
-        # in the loss, not as AdamW's decay: the optimum is then that of a penalised regression, whatever the step size
-        matrices = [parameter for parameter in self.head.parameters() if parameter.ndim > 1]
-        loss = loss + self.config.penalty * torch.stack([matrix.square().sum() for matrix in matrices]).sum()
-        self.log("train_loss", loss, on_step=False, on_epoch=True, sync_dist=True)
-        return loss
-
-    def on_train_epoch_end(self) -> None:
-        if self.current_epoch % 10 == 9:
-            loss = float(self.trainer.callback_metrics["train_loss"])
-            print(f"epoch {self.current_epoch + 1}/{self.config.epochs} loss {loss:.4f}", flush=True)
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.Adam(self.head.parameters(), lr=self.config.learning_rate)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.total_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        statistics = values.mean(0), (1 / (deviation + 0.05 * np.median(deviation))).astype(np.float32)
+    return replace(job, features=(train, val), statistics=statistics)
 
 
-def fit_head(
-    config: DetectorConfig, features: np.ndarray, labels: np.ndarray, weights: np.ndarray, **trainer: Any
-) -> dict[str, torch.Tensor]:
-    """Train a head from nothing; the same input gives the same weights.
+def train(config: DetectorTraining, callbacks: tuple[Any, ...] = (), parent: str | None = None) -> Any:
+    """Train and publish; ``callbacks`` and ``parent`` are a sweep's.
 
-    Args:
-        features: float32 ``(n, F)``.
-        labels: 0 or 1, ``(n,)``.
-        weights: of each row in the loss, ``(n,)``, mean 1.
-        trainer: more arguments of Lightning's ``Trainer``, e.g. Ray's strategy.
+    Raises:
+        TrainingError, DataError, CheckpointError, TrackingError: see ``train.command``.
     """
-    pl.seed_everything(config.seed, workers=True, verbose=False)
-    tensors = (torch.from_numpy(features), torch.from_numpy(labels).long(), torch.from_numpy(weights).float())
-    data = torch.utils.data.TensorDataset(*tensors)
-    order = torch.utils.data.RandomSampler(data, generator=torch.Generator().manual_seed(config.seed))
-    # a batch is one indexing of the tensors: picking rows one by one takes longer than the step itself
-    batches = torch.utils.data.BatchSampler(order, config.batch_size, drop_last=False)
-    loader = torch.utils.data.DataLoader(data, sampler=batches, batch_size=None)
-    module = HeadModule(config, tensors[0], config.epochs * len(loader))
-    settings: dict[str, Any] = {
-        "max_epochs": config.epochs,
-        "accelerator": "cpu",
-        "use_distributed_sampler": False,  # one worker: a head on cached features is not worth two
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    pl.Trainer(**settings | trainer).fit(module, loader)
-    return {name: value.detach().clone() for name, value in module.head.state_dict().items()}
+    version = open_version(config.data)
+    job, parameters = prepare_job(config, version)
 
+    def make(run: Any, deadline: float) -> DetectorJob:
+        ready = replace(job, deadline=deadline, run=run.reference() if run is not None else None)
+        return with_features(ready) if config.freeze == "tower" else ready
 
-@torch.inference_mode()
-def head_scores(config: DetectorConfig, state: dict[str, torch.Tensor], features: np.ndarray) -> np.ndarray:
-    """Log-odds of AI, float64, for features ``(..., F)``."""
-    head = BlocksHead(blocks_config(config.blocks, config.pools, len(config.view.views), config.hidden_size)).eval()
-    head.load_state_dict(state)
-    logits = head(torch.from_numpy(features).float())
-    return (logits[..., 1] - logits[..., 0]).double().numpy()
-
-
-def calibrate(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
-    """Temperature T and bias b that minimise the weighted NLL of ``sigmoid((score + b) / T)`` (Platt 1999; Guo et al.
-    2017).
-
-    The bias goes into the head; detectors drift to one side on other data, which a temperature cannot repair.
-    """
-    z, y, w = (torch.from_numpy(np.asarray(values, dtype=np.float64)) for values in (scores, labels, weights))
-    log_scale, bias = (
-        torch.zeros((), dtype=torch.float64, requires_grad=True),
-        torch.zeros((), dtype=torch.float64, requires_grad=True),
-    )
-    optimizer = torch.optim.LBFGS([log_scale, bias], max_iter=200, line_search_fn="strong_wolfe")
-
-    def closure() -> torch.Tensor:
-        optimizer.zero_grad()
-        loss = functional.binary_cross_entropy_with_logits((z + bias) * log_scale.exp(), y, weight=w)
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return float((-log_scale.detach()).exp()), float(bias.detach())
-
-
-def choose_thresholds(
-    probabilities: np.ndarray, labels: np.ndarray, real_error: float, ai_error: float
-) -> dict[str, float]:
-    """The borders of the three answers, on validation data.
-
-    ``ai_above`` is the lowest border at which at most ``real_error`` of the real pictures are called AI;
-    ``human_below`` the highest, not above ``ai_above``, at which at most ``ai_error`` of the AI pictures are called
-    human. Between them the answer is `uncertain`.
-    """
-    ai_above = float(np.quantile(probabilities[labels == 0], 1 - real_error, method="higher"))
-    human_below = float(np.quantile(probabilities[labels == 1], ai_error, method="lower"))
-    # `ai` is a probability at or above the border, so it must lie just beyond the last real picture
-    ai_above = float(np.nextafter(ai_above, 1.0))
-    return {"human_below": min(human_below, ai_above), "ai_above": ai_above}
-
-
-def sigmoid(values: np.ndarray) -> np.ndarray:
-    """Logistic function without overflow."""
-    return 0.5 * (1 + np.tanh(0.5 * values))
-
-
-def train_head(config: DetectorConfig, **trainer: Any) -> dict[str, float]:
-    """Features, head, calibration and the written folder; returns the figures of the validation split.
-
-    ``trainer`` holds more arguments of Lightning's ``Trainer``, e.g. Ray's strategy.
-    """
-    torch.set_num_threads(config.threads)
-    pictures, rejects = read_pictures(config.data)
-    print(f"{len(pictures)} pictures, {len(rejects)} rows left out", flush=True)
-    train = [picture for picture in pictures if picture.split == "train"]
-    val = calibration_pictures(pictures, config.calibration_most)
-    features = tower_features(config, train, range(config.variants))
-    val_features = tower_features(config, val, config.calibration_tiers)
-    state = fit_head(
-        config,
-        features.reshape(-1, features.shape[-1]),
-        np.array([picture.label for picture in train]).repeat(config.variants),
-        balance_weights(train, config.balance).repeat(config.variants),
-        **trainer,
-    )
-    return finish(config, pictures, val, val_features, state)
-
-
-def train_worker(settings: dict[str, Any]) -> None:
-    """What the Ray Train worker runs."""
-    import ray.train
-    from ray.train.lightning import RayDDPStrategy, RayLightningEnvironment
-
-    metrics = train_head(
-        DetectorConfig.model_validate(settings),
-        strategy=RayDDPStrategy(),
-        plugins=[RayLightningEnvironment()],
-        devices="auto",
-    )
-    ray.train.report(metrics)
-
-
-def finish(
-    config: DetectorConfig,
-    pictures: list[LabelledPicture],
-    val: list[LabelledPicture],
-    val_features: np.ndarray,
-    state: dict[str, torch.Tensor],
-) -> dict[str, float]:
-    """Calibrate on the validation split (tiers together), write the folder, and return the card's figures."""
-    from safetensors.torch import save_file
-
-    tiers = len(config.calibration_tiers)
-    labels = np.array([picture.label for picture in val]).repeat(tiers)
-    weights = balance_weights(val, config.balance).repeat(tiers)
-    scores = head_scores(config, state, val_features).reshape(-1)
-    temperature, bias = calibrate(scores, labels, weights)
-    state["out.bias"][1] += bias
-    probabilities = sigmoid((scores + bias) / temperature)
-    thresholds = choose_thresholds(probabilities, labels, config.real_error, config.ai_error)
-    metrics = {
-        "val_real_called_ai": float((probabilities[labels == 0] >= thresholds["ai_above"]).mean()),
-        "val_ai_called_ai": float((probabilities[labels == 1] >= thresholds["ai_above"]).mean()),
-        "val_ai_called_human": float((probabilities[labels == 1] < thresholds["human_below"]).mean()),
-    }
-    model_config = blocks_config(config.blocks, config.pools, len(config.view.views), config.hidden_size)
-    config.output.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: value.contiguous() for name, value in state.items()},
-        config.output / "head.safetensors",
-        metadata={"format": "pt"},
-    )
-    (config.output / "config.json").write_text(json.dumps(model_config.to_diff_dict(), indent=2) + "\n")
-    card = {
-        "task": "detection",
-        "architecture": "ClipBlocksForImageClassification",
-        "labels": list(LABELS),
-        "thresholds": thresholds,
-        "temperature": temperature,
-        "preprocessing": config.view.model_dump(mode="json"),
-        "dataset": {"name": config.data.name, "version": dataset_version(pictures), "counts": counts(pictures)},
-        "training": config.model_dump(
-            mode="json", exclude={"data", "output", "cache", "storage", "name", "threads", "view"}
-        ),
-        "metrics": metrics,
-        "code_commit": code_commit(),
-        "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "licence": LICENCE,
-    }
-    (config.output / "card.json").write_text(json.dumps(card, indent=2) + "\n")
-    return metrics
-
-
-def code_commit() -> str | None:
-    """The commit that this code stands at, or None outside a repository with commits."""
-    result = subprocess.run(
-        ["git", "rev-parse", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return result.stdout.strip() if result.returncode == 0 else None
+    return launch(config, "detector", version, make, parameters, callbacks, parent)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    import ray
     from pydantic_settings import CliApp
-    from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
 
-    config = CliApp.run(DetectorConfig, cli_args=arguments)
-    settings = config.model_dump()
-    for key in ("data", "output", "cache", "storage"):
-        settings[key] = settings[key].expanduser().absolute()
-    ray.init(ignore_reinit_error=True, log_to_driver=True)
-    trainer = TorchTrainer(
-        train_worker,
-        train_loop_config=settings,
-        scaling_config=ScalingConfig(num_workers=1, resources_per_worker={"CPU": config.threads}),
-        run_config=RunConfig(name=config.name, storage_path=str(settings["storage"])),
-    )
-    trainer.fit()
-    print(json.loads((settings["output"] / "card.json").read_text())["metrics"])
+    config = CliApp.run(DetectorTraining, cli_args=arguments)
+    try:
+        tell(train(config), config.output)
+    except Exception as error:
+        end(error)
 
 
 if __name__ == "__main__":

@@ -38,19 +38,17 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from deployments.towers import CLIP_MEAN, CLIP_PACKAGE, CLIP_STD, packaged_file
 from deployments.views import ViewSpec, render
 from train.aivshuman import LabelledPicture, dataset_version, open_rgb, read_pictures
-from train.damage import TIERS, deliver
-from train.detector import (
+from train.blocks_head import (
     DetectorConfig,
     balance_weights,
-    calibrate,
     calibration_pictures,
-    choose_thresholds,
     code_commit,
     fit_head,
     head_scores,
-    sigmoid,
     tower_features,
 )
+from train.calibration import calibrate, choose_thresholds, sigmoid
+from train.damage import TIERS, deliver
 from train.features import cached_features
 
 Interval = dict[str, float]

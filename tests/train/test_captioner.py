@@ -1,87 +1,268 @@
-"""The captioner's trainer: packing changes nothing, and a run through Ray Train gives a checkpoint that serves."""
+"""The captioner's trainer: packing changes nothing, the reward teaches what is rewarded, and a run gives a checkpoint
+that serves."""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from transformers import BlipForConditionalGeneration
+from safetensors.torch import load_file
 
+from data.session import RaySettings, ray_session
+from data.versions import open_version
 from deployments.captioner import CaptionerModel, assemble_captioner
-from deployments.checkpoints import open_checkpoint
+from deployments.checkpoints import open_checkpoint, resolve
+from deployments.images import decode
 from deployments.views import render
-from train.captioner import PackedCaptions, build_tokenizer, captioner_config, collate, main
-from train.captions import CaptionedPhoto
+from tests.train.small import captioned_version, coloured, flags, labelled_version, tiny_blip
+from train.captioner import (
+    PROMPT,
+    CaptionerJob,
+    CaptionerModule,
+    CaptionerTraining,
+    choose,
+    generation_of,
+    main,
+    pack,
+    prepare_job,
+    prompt_of,
+    some_patches,
+    with_features,
+)
+from train.loop import fit_locally
+from train.module import TrainingError
+from train.new_captioner import ExtractConfig, extract
 
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "white": (240, 240, 240)}
+
+@pytest.fixture(scope="module")
+def ray_here() -> Iterator[None]:
+    with ray_session(RaySettings(num_cpus=4, object_store_bytes=200 * 2**20)):
+        yield
 
 
-@pytest.fixture
-def caption_data(tmp_path: Path) -> Path:
-    """Plain pictures whose captions name their colour, in the Kaggle layout."""
-    folder = tmp_path / "set"
-    (folder / "Images").mkdir(parents=True)
-    rows = ["image,caption"]
-    for number in range(24):
-        name, colour = list(COLOURS.items())[number % 4]
-        Image.new("RGB", (96, 64), colour).save(folder / "Images" / f"{number}_x.jpg")
-        rows += [f"{number}_x.jpg,A plain {name} picture .", f"{number}_x.jpg,The picture is {name}"]
-    (folder / "captions.txt").write_text("\n".join(rows))
-    return folder
+@pytest.fixture(scope="module")
+def version(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return captioned_version(tmp_path_factory.mktemp("data"))
 
 
-@torch.inference_mode()
-def test_captions_packed_together_score_as_each_alone(tmp_path: Path) -> None:
-    photos = [CaptionedPhoto("1", ("a red dog runs", "the dog is red and runs", "a dog"))]
-    tokenizer = build_tokenizer(photos, 1, tmp_path)
-    decoder = BlipForConditionalGeneration(captioner_config(len(tokenizer), 64, 2)).text_decoder.eval()
-    features = np.random.default_rng(0).normal(size=(1, 5, 768)).astype(np.float16)
-    item = PackedCaptions(photos, {"1": 0}, features, tokenizer, keep=1.0)[0]
-    batch = collate([item])
-    packed = decoder(
+@pytest.fixture(scope="module")
+def blip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_blip(tmp_path_factory.mktemp("blip") / "model")
+
+
+def job_of(version: Path, blip: Path, **changes: Any) -> CaptionerJob:
+    settings = {"epochs": 20, "batch_size": 8, "learning_rate": 5e-3, "augment": False, "threads": 1, "prompt": ""}
+    config = CaptionerTraining(data=str(version), model=str(blip), output="x", **(settings | changes))
+    return prepare_job(config, open_version(version))[0]
+
+
+def module_of(job: CaptionerJob) -> CaptionerModule:
+    torch.manual_seed(0)
+    return job.module(10).eval()
+
+
+def named(captions: list[str], numbers: range) -> int:
+    """How many captions name the colour of their picture."""
+    return sum(coloured(number)[1][1].split()[-1] in caption for number, caption in zip(numbers, captions, strict=True))
+
+
+@torch.no_grad()
+def test_captions_packed_together_have_the_loss_of_each_alone(version: Path, blip: Path) -> None:
+    module = module_of(job_of(version, blip, prompt="a"))
+    model: Any = module.model
+    words = [module.vocabulary.encode(text, 30) for text in ("a red picture", "the picture is red", "plain")]
+    batch = pack([words], module.vocabulary)
+    image = torch.randn(1, 5, 32)
+    packed = model.text_decoder(
         input_ids=batch["tokens"],
         attention_mask=batch["mask"],
         position_ids=batch["positions"],
-        encoder_hidden_states=batch["image"],
+        encoder_hidden_states=image,
         use_cache=False,
     ).logits[0]
-    for segment in range(3):
-        place = [index for index, value in enumerate(item["segments"]) if value == segment]
-        alone = decoder(
-            input_ids=batch["tokens"][:, place], encoder_hidden_states=batch["image"], use_cache=False
-        ).logits[0]
-        assert torch.allclose(packed[place], alone, atol=1e-4)
+    place = 0
+    for text in words:
+        read, said = module.vocabulary.sequence(text)
+        alone = model.text_decoder(input_ids=torch.tensor([read]), encoder_hidden_states=image, use_cache=False).logits[
+            0
+        ]
+        assert torch.allclose(packed[place : place + len(read)], alone, atol=1e-4)
+        assert batch["targets"][0, place : place + len(read)].tolist() == said
+        place += len(read)
 
 
-def test_unknown_words_are_read_but_never_taught(tmp_path: Path) -> None:
-    known = [CaptionedPhoto("1", ("a dog",))]
-    tokenizer = build_tokenizer(known, 1, tmp_path)
-    data = PackedCaptions([CaptionedPhoto("1", ("a zebra",))], {"1": 0}, np.zeros((1, 2, 768)), tokenizer, 1.0)
-    begin, a, unknown = data[0]["tokens"]
-    assert (begin, unknown) == (tokenizer.bos_token_id, tokenizer.unk_token_id)
-    assert data[0]["targets"] == [a, -100, tokenizer.sep_token_id]
+def test_the_prompt_is_given_and_unknown_words_are_read_but_never_taught(version: Path, blip: Path) -> None:
+    vocabulary = module_of(job_of(version, blip, prompt="the picture")).vocabulary
+    the, picture = vocabulary.words["the"], vocabulary.words["picture"]
+    read, said = vocabulary.sequence(vocabulary.encode("is zebra red", 2))
+    assert read == [vocabulary.begin, the, picture, vocabulary.words["is"], vocabulary.unknown]
+    assert said == [-100, -100, vocabulary.words["is"], -100, vocabulary.end]
+
+
+def test_every_caption_has_its_turn() -> None:
+    captions = [[number] for number in range(5)]
+    for row in range(4):
+        assert sorted(choose(captions, 1, row, epoch)[0] for epoch in range(5)) == list(range(5))
+    assert len({choose(captions, 1, row, 0)[0] for row in range(30)}) > 1
+
+
+def test_patches_are_dropped_but_never_the_class_token() -> None:
+    features = torch.arange(2 * 11).float().view(2, 11, 1)
+    kept = some_patches(features, 0.4)
+    assert kept.shape == (2, 5, 1)
+    assert kept[0, 0, 0] == 0 and kept[1, 0, 0] == 11
+    assert all(row.diff(dim=0).min() > 0 for row in kept)
+
+
+def test_the_loss_is_that_of_the_model_itself(version: Path, blip: Path) -> None:
+    job = job_of(version, blip)
+    module = module_of(job)
+    batch = module.prepare(next(job.train_source().load(0, np.arange(6))))
+    with torch.no_grad():
+        own = module.loss(batch)
+        logits = module.model(
+            pixel_values=module.pixels(batch["pixels"]), input_ids=batch["tokens"], attention_mask=batch["mask"]
+        ).logits
+        each = -logits.log_softmax(-1).gather(-1, batch["targets"].clamp(min=0)[..., None])[..., 0]
+    taught = batch["targets"] != -100
+    assert own.item() == pytest.approx(each[taught].mean().item(), rel=1e-5)
+
+
+def test_rewarded_captions_become_likelier(version: Path, blip: Path) -> None:
+    job = job_of(version, blip, objective="cider", samples_per_photo=8)
+    module = module_of(job)
+    batch = module.prepare(next(job.train_source().load(0, np.arange(8))))
+    optimizer = torch.optim.Adam(module.model.parameters(), lr=3e-3)
+    torch.manual_seed(0)
+
+    def mean_reward() -> float:
+        texts = [text for _ in range(6) for text in sampled(module, batch)]
+        rows = batch["row"].tolist() * 6
+        assert module.reward is not None
+        return float(np.mean([module.reward(row, text) for row, text in zip(rows, texts, strict=True)]))
+
+    before = mean_reward()
+    for _ in range(40):
+        optimizer.zero_grad()
+        module.loss(batch).backward()
+        optimizer.step()
+    assert mean_reward() > 1.5 * before + 0.05
+
+
+def sampled(module: CaptionerModule, batch: dict[str, torch.Tensor]) -> list[str]:
+    model: Any = module.model
+    with torch.no_grad():
+        image = model.vision_model(module.pixels(batch["pixels"]))[0]
+        ids = module.generate(model.text_decoder, image, {"num_beams": 1, "do_sample": True, "top_k": 0})
+    return [text.strip() for text in module.vocabulary.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+def test_training_learns_to_name_what_it_sees(version: Path, blip: Path, tmp_path: Path) -> None:
+    outcome, module, _ = fit_locally(
+        job_of(version, blip, epochs=40, validate_every=80), tmp_path, "here", say=lambda _: None
+    )
+    assert outcome.metrics["val_bleu4"] > 0.5
+    assert named([module.judged[row] for row in range(8)], range(48, 56)) >= 7
 
 
 @pytest.mark.slow
-def test_a_run_through_ray_train_gives_a_captioner_that_serves(caption_data: Path, tmp_path: Path) -> None:
-    output = tmp_path / "trained"
-    main(
-        [
-            *("--data", str(caption_data), "--output", str(output), "--cache", str(tmp_path / "cache")),
-            *("--storage", str(tmp_path / "runs"), "--epochs", "30", "--min-word-count", "1"),
-            *("--photos-per-batch", "4", "--warmup-steps", "5", "--hidden-size", "64", "--layers", "1"),
-            *("--test-photos", "4", "--validation-photos", "4", "--dropout", "0"),
-        ]
+def test_a_run_on_tokens_of_a_frozen_tower_gives_a_captioner_that_serves(
+    ray_here: None, version: Path, blip: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    values = {
+        "data": version,
+        "model": blip,
+        "output": tmp_path / "out",
+        "storage": tmp_path / "runs",
+        "cache": tmp_path / "cache",
+        "freeze": "tower",
+        "epochs": 40,
+        "batch-size": 8,
+        "learning-rate": 1e-2,
+        "validate-every": 60,
+        "record": False,
+        "threads": 1,
+        "length-penalty": 0.7,
+        "prompt": "",
+    }
+    main(flags(values))
+    assert "trained in 240 steps" in capfd.readouterr().out
+    checkpoint = open_checkpoint(tmp_path / "out", "test")
+    assert checkpoint.card.generation["length_penalty"] == 0.7
+    assert checkpoint.card.dataset["version"] == version.name
+    before, after = (load_file(folder / "model.safetensors") for folder in (blip, tmp_path / "out"))
+    assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("vision_model"))
+    model = CaptionerModel(checkpoint)
+    numbers = range(100, 112)
+    captions = model.caption(np.stack([render(decode(coloured(number)[0]).image, model.views) for number in numbers]))
+    assert named(captions, numbers) >= 10, captions
+
+
+@pytest.mark.slow
+def test_tokens_of_the_frozen_tower_give_the_captions_of_the_whole_model(
+    ray_here: None, version: Path, blip: Path, tmp_path: Path
+) -> None:
+    job = with_features(job_of(version, blip, freeze="tower", cache=str(tmp_path / "cache")))
+    assert job.features is not None
+    module = module_of(job)
+    module.freeze_unreached(job.example(module))
+    assert all(name.startswith("text_decoder") for name, _ in module.named_trained())
+    module.eval()
+    rows = np.arange(8)
+    whole = module.prepare_judged(next(job.val_pictures().load(0, rows)))
+    split = module.prepare_judged(next(job.features[1].load(0, rows)))
+    assert module.judge(module.model, whole) == module.judge(module.model, split)
+
+
+@pytest.mark.slow
+def test_a_new_captioner_is_clips_tower_under_its_own_words_and_comes_apart_again(
+    version: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEEPTRUST_CACHE", str(tmp_path / "cache"))
+    config = CaptionerTraining(
+        data=str(version), model="new", output="x", new={"hidden_size": 64, "layers": 1, "min_word_count": 1}
     )
-    checkpoint = tmp_path / "checkpoint"
-    assemble_captioner(output, checkpoint)
-    model = CaptionerModel(open_checkpoint(checkpoint, "test"))
-    views = np.stack([render(Image.new("RGB", (64, 64), colour), model.views) for colour in COLOURS.values()])
-    captions = model.caption(views)
-    named = [name in caption for name, caption in zip(COLOURS, captions, strict=True)]
-    assert sum(named) >= 3, captions
-    assert json.loads((output / "card.json").read_text())["metrics"]["val_bleu4"] > 0
+    job, parameters = prepare_job(config, open_version(version))
+    assert parameters > 86e6 and job.config.prompt == "" and job.config.dropout == 0.15
+    assert prepare_job(config, open_version(version))[0].checkpoint == job.checkpoint
+    folder = Path(job.checkpoint)
+    assert {"plain", "red", "picture", "[DEC]"} <= set((folder / "vocab.txt").read_text().split())
+    extract(ExtractConfig(checkpoint=folder, target=tmp_path / "decoder"))
+    assemble_captioner(tmp_path / "decoder", tmp_path / "again")
+    one, other = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "again"))
+    assert one.keys() == other.keys()
+    assert all(torch.allclose(value, other[name], atol=1e-3) for name, value in one.items())
+
+
+def test_settings_of_the_checkpoints_card_hold_unless_told(version: Path, blip: Path) -> None:
+    config = CaptionerTraining(data="x", output="x")
+    checkpoint = resolve(str(blip))
+    known = replace(
+        checkpoint,
+        card=checkpoint.card.model_copy(
+            update={"task": "captioning", "generation": {"num_beams": 2, "prompt": "look"}}
+        ),
+    )
+    assert prompt_of(config, known) == "look"
+    assert prompt_of(config, replace(checkpoint, card=checkpoint.card.model_copy(update={"task": "unknown"}))) == PROMPT
+    assert prompt_of(config.model_copy(update={"prompt": ""}), known) == ""
+    assert generation_of(config, known)["num_beams"] == 2 and "prompt" not in generation_of(config, known)
+    assert generation_of(config.model_copy(update={"length_penalty": 0.3}), known)["length_penalty"] == 0.3
+
+
+def test_what_cannot_be_trained_is_told(version: Path, blip: Path, tmp_path: Path) -> None:
+    config = CaptionerTraining(data="x", model=str(blip), output="x")
+    labelled = open_version(labelled_version(tmp_path, 4, 2))
+    with pytest.raises(TrainingError, match="no captions"):
+        prepare_job(config, labelled)
+    captioned = open_version(version)
+    with pytest.raises(TrainingError, match="--strategy ddp"):
+        prepare_job(config.model_copy(update={"freeze": "tower", "strategy": "fsdp"}), captioned)
+    empty = replace(captioned, manifest=captioned.manifest.model_copy(update={"counts": {"train": 3, "val": 0}}))
+    with pytest.raises(TrainingError, match=r"split val .* is empty"):
+        prepare_job(config, empty)

@@ -1,160 +1,297 @@
-"""The detector's training, on real towers and small data: what is written is what was learnt, and calibrated on
-validation alone."""
+"""The detector's trainer: a run that the clock stopped goes on and ends as a checkpoint that serves; what cannot be
+trained is told before anything starts."""
 
 from __future__ import annotations
 
-import csv
-import json
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 
-from deployments.detector_model import ClipBlocksConfig, model_on_clip
-from deployments.towers import CLIP_MEAN, CLIP_STD
-from deployments.views import ViewSpec, render
-from train.aivshuman import LabelledPicture, open_rgb, read_pictures
-from train.damage import TIERS
+from data.session import RaySettings, ray_session
+from data.versions import open_version
+from deployments.checkpoints import open_checkpoint, resolve
+from deployments.detector import DetectorModel
+from deployments.images import decode
+from deployments.pixels import Normalisation
+from deployments.views import render
+from tests.train.small import flags, labelled_version, tiny_vit, traced
+from train import command
 from train.detector import (
-    DetectorConfig,
-    balance_weights,
-    calibrate,
-    choose_thresholds,
-    fit_head,
-    head_scores,
-    sigmoid,
-    tower_features,
-    train_head,
+    LABELS,
+    DetectorJob,
+    DetectorTraining,
+    InTiers,
+    annotations,
+    few_of_each,
+    load_classifier,
+    main,
+    output_layer,
+    prepare_job,
+    wants_new_head,
+    with_features,
 )
-
-
-def settings(folder: Path, **changes: object) -> DetectorConfig:
-    """A run on two shallow blocks: real, and over in seconds."""
-    values: dict[str, object] = {
-        "data": folder,
-        "output": folder / "out",
-        "cache": folder / "cache",
-        "view": ViewSpec(views=("centre",)),
-        "blocks": [1, 2],
-        "pools": ["cls", "mean"],
-        "variants": 1,
-        "epochs": 20,
-    }
-    return DetectorConfig.model_validate(values | changes)
+from train.module import TrainingError
+from train.stream import Pictures
+from train.tracking import TrackingConfig, connect
 
 
 @pytest.fixture(scope="module")
-def pictures_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty pictures: smooth blobs are human; those with a checkerboard on top, as transposed convolutions leave it,
-    are AI."""
-    folder = tmp_path_factory.mktemp("pictures")
-    random = np.random.default_rng(0)
-    board = (np.indices((160, 200)).sum(0) // 4 % 2)[..., None] * 90.0
-    rows = []
-    for number in range(40):
-        label = number % 2
-        small = Image.fromarray(random.integers(0, 256, (8, 10, 3), dtype=np.uint8))
-        pixels = np.asarray(small.resize((200, 160), Image.Resampling.BICUBIC)) * 0.6 + label * board
-        name = f"{number:02d}.jpg"
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(folder / name, quality=95)
-        rows.append((name, label))
-    (folder / "broken.jpg").write_bytes((folder / "00.jpg").read_bytes()[:500])
-    Image.new("RGB", (20, 20)).save(folder / "tiny.jpg")
-    (folder / "copy.jpg").write_bytes((folder / "02.jpg").read_bytes())
-    (folder / "liar.jpg").write_bytes((folder / "04.jpg").read_bytes())
-    rows += [("broken.jpg", 0), ("missing.jpg", 1), ("tiny.jpg", 0), ("copy.jpg", 0), ("liar.jpg", 1)]
-    with (folder / "train.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([("file_name", "label"), *rows])
-    return folder
+def ray_here() -> Iterator[None]:
+    with ray_session(RaySettings(num_cpus=4, object_store_bytes=200 * 2**20)):
+        yield
 
 
-def test_unusable_rows_are_left_out_with_their_reason(pictures_folder: Path) -> None:
-    pictures, rejects = read_pictures(pictures_folder)
-    reasons = {reject.file_name: reject.reason for reject in rejects}
-    assert reasons["tiny.jpg"] == "too small: 20x20"
-    assert reasons["copy.jpg"] == "repeated bytes"
-    assert reasons["broken.jpg"].startswith("unreadable") and reasons["missing.jpg"].startswith("unreadable")
-    assert "contradictory labels" in reasons.values()
-    assert len(pictures) == 39
-    assert {picture.split for picture in pictures} == {"train", "val", "test"}
+@pytest.fixture(scope="module")
+def version(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return labelled_version(tmp_path_factory.mktemp("data"))
 
 
-def test_training_tells_a_plain_trace_apart_and_writes_a_loadable_head(pictures_folder: Path) -> None:
-    config = settings(pictures_folder)
-    metrics = train_head(config)
-    assert metrics["val_real_called_ai"] <= config.real_error
-    card = json.loads((config.output / "card.json").read_text())
-    assert card["thresholds"]["human_below"] <= card["thresholds"]["ai_above"]
-    assert card["preprocessing"]["views"] == ["centre"]
-
-    pictures, _ = read_pictures(pictures_folder)
-    test = [picture for picture in pictures if picture.split == "test"]
-    state = load_file(config.output / "head.safetensors")
-    features = tower_features(config, test, list(TIERS))
-    scores = head_scores(config, state, features)
-    labels = np.array([picture.label for picture in test])
-    assert scores[labels == 1, 0].min() > scores[labels == 0, 0].max()
-
-    # the served model on the served views gives the same log-odds as cached features through the head
-    model_config = ClipBlocksConfig.from_dict(json.loads((config.output / "config.json").read_text()))
-    model = model_on_clip(model_config, state)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
-    views = torch.from_numpy(render(open_rgb(test[0].path), config.view)).permute(0, 3, 1, 2)
-    with torch.inference_mode():
-        logits = model(((views / 255 - mean) / std)[None]).logits[0]
-    assert float(logits[1] - logits[0]) == pytest.approx(scores[0, 0], abs=0.05)
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_vit(tmp_path_factory.mktemp("vit"))
 
 
-def test_the_same_input_gives_the_same_head(tmp_path: Path) -> None:
-    config = settings(tmp_path, epochs=3)
-    random = np.random.default_rng(0)
-    features = random.normal(size=(60, 2 * 2 * 768)).astype(np.float32)
-    labels = (features[:, 0] > 0).astype(int)
-    first, second = (fit_head(config, features, labels, np.ones(60)) for _ in range(2))
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
+def arguments(version: Path, vit: Path, folder: Path, **changes: object) -> list[str]:
+    values: dict[str, object] = {
+        "data": version,
+        "model": vit,
+        "output": folder / "out",
+        "storage": folder / "runs",
+        "epochs": 8,
+        "batch-size": 8,
+        "learning-rate": 3e-3,
+        "damage.min-long-side-px": 64,
+        "damage.min-quality": 70,
+        "record": False,
+        "threads": 1,
+        **{name.replace("_", "-"): value for name, value in changes.items()},
+    }
+    return flags(values)
 
 
-def labelled(label: int, source: str, generator: str) -> LabelledPicture:
-    return LabelledPicture("id", Path("x"), label, source, generator, 0, "train")
+@pytest.mark.slow
+def test_a_run_that_the_clock_stopped_goes_on_and_its_checkpoint_serves(
+    ray_here: None, version: Path, vit: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    recorded = {
+        "record": True,
+        "tracking.uri": f"sqlite:///{tmp_path}/mlflow.db",
+        "tracking.artifacts": tmp_path / "artifacts",
+        "tracking.system-metrics-s": 0,
+    }
+    main(arguments(version, vit, tmp_path, time_limit="1s", **recorded))
+    assert "the same command goes on" in capfd.readouterr().out
+    assert not (tmp_path / "out").exists()
+    main(arguments(version, vit, tmp_path, **recorded))
+    assert "trained in 48 steps" in capfd.readouterr().out
+
+    checkpoint = open_checkpoint(tmp_path / "out", "test")
+    card = checkpoint.card
+    assert card.task == "detection" and card.labels == ["human", "ai"]
+    assert card.thresholds.human_below <= card.thresholds.ai_above
+    assert card.dataset["version"] == version.name
+    assert card.metrics["val_auc"] > 0.8
+    model = DetectorModel(checkpoint)
+    views = np.stack([render(decode(traced(number, number % 2)).image, model.views) for number in range(100, 120)])
+    probabilities = model.detect(views)
+    assert probabilities[1::2].mean() > probabilities[::2].mean() + 0.2
+
+    client = connect(TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db"))
+    (run,) = client.search_runs([client.get_experiment_by_name("detector").experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.inputs.dataset_inputs[0].dataset.digest == version.name
+    assert {"val_auc", "train_loss", "samples_per_s"} <= set(run.data.metrics)
+    logged = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert {"checkpoint", "samples.png"} <= logged
+
+    # what is finished is not trained again, and other settings are another run
+    main(arguments(version, vit, tmp_path, **recorded))
+    assert "trained in 48 steps" in capfd.readouterr().out
+    with pytest.raises(SystemExit):
+        main(arguments(version, vit, tmp_path, learning_rate=1e-3))
+    assert "learning_rate" in capfd.readouterr().err
 
 
-def test_weights_balance_classes_and_temper_large_strata() -> None:
-    pictures = [labelled(0, "a", "photo")] * 16 + [labelled(1, "b", "one")] * 100 + [labelled(1, "b", "two")] * 4
-    labels = np.array([picture.label for picture in pictures])
-    for power, ratio in ((1.0, 25.0), (0.5, 5.0), (0.0, 1.0)):
-        weights = balance_weights(pictures, power)
-        assert weights.mean() == pytest.approx(1)
-        assert weights[labels == 0].sum() == pytest.approx(weights[labels == 1].sum())
-        assert weights[16:116].sum() / weights[116:].sum() == pytest.approx(ratio)
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_ends_the_run_with_the_reason(
+    ray_here: None, version: Path, vit: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tracked = {"record": True, "tracking.uri": f"sqlite:///{tmp_path}/mlflow.db", "tracking.system-metrics-s": 0}
+    with pytest.raises(SystemExit) as ended:
+        main(arguments(version, vit, tmp_path, learning_rate=1e30, gradient_clip=0, warmup=0, **tracked))
+    assert ended.value.code == 1
+    assert "the loss is" in capfd.readouterr().err
+    client = connect(TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db"))
+    (run,) = client.search_runs([client.get_experiment_by_name("detector").experiment_id])
+    assert run.info.status == "FAILED" and "the loss is" in run.data.tags["deeptrust.failure"]
+    assert not (tmp_path / "out").exists()
 
 
-def test_relatives_of_a_generator_are_one_family() -> None:
-    assert labelled(1, "a", "stable-diffusion-1.4").family == labelled(1, "b", "Stable Diffusion 1.x (2022)").family
+@pytest.mark.slow
+def test_a_frozen_tower_is_asked_once_and_gives_the_same_logits(
+    ray_here: None, version: Path, vit: Path, tmp_path: Path
+) -> None:
+    config = DetectorTraining(
+        data=str(version), model=str(vit), output=str(tmp_path / "out"), freeze="tower", cache=str(tmp_path / "cache"),
+        augment=False, threads=1,
+    )  # fmt: skip
+    job = with_features(prepare_job(config, open_version(version))[0])
+    assert job.features is not None
+    module = job.module(10)
+    module.freeze_unreached(job.example(module))
+    assert {name for name, _ in module.named_trained()} == {"classifier.weight", "classifier.bias"}
+    rows = np.arange(5)
+    pictures = next(Pictures.of(job.version, "train", job.views).load(0, rows))
+    features = next(job.features[0].load(0, rows))
+    with torch.no_grad():
+        whole = module.logits(module.model, module.prepare(pictures))
+        split = module.logits(module.model, module.prepare(features))
+    assert torch.allclose(whole, split, atol=0.02)
+    written = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.npy")}
+    with_features(job)
+    assert written == {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.npy")}
 
 
-def test_calibration_undoes_a_known_scale_and_shift() -> None:
-    random = np.random.default_rng(0)
-    true = random.normal(0, 2, 20000)
-    labels = (random.random(20000) < sigmoid(true)).astype(int)
-    temperature, bias = calibrate(true * 3 - 1.5, labels, np.ones(20000))
-    assert temperature == pytest.approx(3, rel=0.05)
-    assert bias == pytest.approx(1.5, abs=0.15)
+# --------------------------------------------------------------------------------------------- errors before a start
 
 
-def test_thresholds_keep_their_promises_and_their_order() -> None:
-    random = np.random.default_rng(0)
-    labels = np.repeat([0, 1], 500)
-    for shift in (0.0, 1.0, 6.0):
-        chances = sigmoid(random.normal(0, 1, 1000) + shift * labels)
-        borders = choose_thresholds(chances, labels, 0.02, 0.10)
-        assert (chances[labels == 0] >= borders["ai_above"]).mean() <= 0.02
-        assert (chances[labels == 1] < borders["human_below"]).mean() <= 0.10
-        assert borders["human_below"] <= borders["ai_above"]
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "nowhere/there/is/none"}, "no such checkpoint"),
+        ({"data": "/nowhere/aivshuman"}, "no prepared data set"),
+        ({"batch_size": 9, "num_workers": 2}, "does not divide"),
+        ({"num_workers": 3, "batch_size": 12, "min_workers": 2}, "multiple of 2"),
+        ({"ema": 0.9, "strategy": "fsdp"}, "--ema"),
+        ({"time_limit": "soon"}, "no duration"),
+    ],
+)
+def test_what_cannot_be_trained_is_told_before_workers_start(
+    version: Path, vit: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((SystemExit, ValueError)) as ended:
+        main(arguments(version, vit, tmp_path, **changes))
+    assert message in capfd.readouterr().err + str(ended.value)
+    if isinstance(ended.value, SystemExit):
+        assert ended.value.code == 1
 
 
-def test_sigmoid_does_not_overflow() -> None:
-    np.testing.assert_allclose(sigmoid(np.array([-1000.0, 0.0, 1000.0])), [0, 0.5, 1])
+def test_a_place_without_space_is_told(
+    version: Path, vit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
+    with pytest.raises(SystemExit):
+        main(arguments(version, vit, tmp_path))
+    assert "GiB free" in capfd.readouterr().err
+
+
+def test_mlflow_that_is_down_is_told(
+    version: Path, vit: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{free.getsockname()[1]}"
+    with pytest.raises(SystemExit):
+        main(arguments(version, vit, tmp_path, **{"record": True, "tracking.uri": address}))
+    assert "does not answer" in capfd.readouterr().err
+
+
+def test_data_that_do_not_fit_the_task_are_told(vit: Path, tmp_path: Path) -> None:
+    one_label = labelled_version(tmp_path / "a", train=1, val=2)
+    config = DetectorTraining(data=str(one_label), model=str(vit), output="x")
+    with pytest.raises(TrainingError, match=r"split train .* has the labels"):
+        prepare_job(config, open_version(one_label))
+    fine = open_version(labelled_version(tmp_path / "b", train=4, val=2))
+    captions = replace(fine, manifest=fine.manifest.model_copy(update={"name": "flickr30k"}))
+    with pytest.raises(TrainingError, match="no labels"):
+        prepare_job(config, captions)
+
+
+# ------------------------------------------------------------------------------------------------------------ heads
+
+
+def test_a_head_of_other_labels_is_replaced_only_when_told(vit: Path, tmp_path: Path) -> None:
+    config = DetectorTraining(data="x", output="x", model=str(vit))
+    plain = resolve(str(vit))
+    assert wants_new_head(config, plain, LABELS["aivshuman"])  # ImageNet's labels, say
+    ours = replace(plain, card=plain.card.model_copy(update={"labels": ["human", "ai"]}))
+    assert not wants_new_head(config, ours, LABELS["aivshuman"])
+    with pytest.raises(TrainingError, match="--head new"):
+        wants_new_head(config, ours, LABELS["source"])
+    assert wants_new_head(config.model_copy(update={"head": "new"}), ours, LABELS["source"])
+    with pytest.raises(TrainingError, match="--head new replaces"):
+        wants_new_head(config.model_copy(update={"head": "keep"}), plain, LABELS["aivshuman"])
+
+
+def test_a_new_head_has_the_labels_and_keeps_the_tower(vit: Path) -> None:
+    checkpoint = resolve(str(vit))
+    torch.manual_seed(0)
+    model = load_classifier(checkpoint, ("human", "ai"), new_head=True, dropout=0.3)
+    assert output_layer(model).weight.shape == (2, 32) and model.config.id2label == {0: "human", 1: "ai"}
+    assert model.config.hidden_dropout_prob == 0.3
+    before = load_classifier(checkpoint, ("human", "ai"), new_head=True).vit.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in model.vit.state_dict().items())
+
+
+# ------------------------------------------------------------------------------------------------------------- data
+
+
+def test_the_source_data_set_has_its_own_labels(tmp_path: Path) -> None:
+    version = open_version(labelled_version(tmp_path, 8, 4, ("stock", "platform")))
+    rows = annotations(version, "train", LABELS["source"], 0.5)
+    assert sorted(rows.labels.tolist()) == [0] * 4 + [1] * 4
+    assert rows.weights.mean() == pytest.approx(1)
+
+
+def test_weights_balance_labels_and_temper_large_strata(tmp_path: Path) -> None:
+    version = open_version(labelled_version(tmp_path, 12, 4))
+    table = version.table("train")
+    generators = ["one"] * 5 + ["two"]
+    shown = iter(generators)
+    column = [next(shown) if label == "ai" else "photo" for label in table["label"].to_pylist()]
+    changed = table.set_column(table.schema.get_field_index("generator"), "generator", [column])
+    fake: Any = SimpleNamespace(table=lambda split, columns: changed.select(columns))
+    rows = annotations(fake, "train", LABELS["aivshuman"], 0.5)
+    assert rows.weights.sum() == pytest.approx(12)
+    assert rows.weights[rows.labels == 0].sum() == pytest.approx(6)
+    of = {name: rows.weights[[given == name for given in rows.generators]].sum() for name in ("one", "two")}
+    assert of["one"] / of["two"] == pytest.approx(5**0.5)
+
+
+def test_validation_pictures_come_in_every_tier(version: Path, vit: Path) -> None:
+    job: DetectorJob = prepare_job(
+        DetectorTraining(data=str(version), model=str(vit), output="x"), open_version(version)
+    )[0]
+    source = job.val_source()
+    assert isinstance(source, InTiers) and sum(source.groups) == 32
+    blocks = {
+        int(row): pixels
+        for block in source.load(0, np.array([3, 19]))
+        for row, pixels in zip(block["row"], block["pixels"], strict=True)
+    }  # fmt: skip assert set(blocks) == {3, 19} and not np.array_equal(blocks[3], blocks[19])
+    assert np.abs(blocks[3].astype(int) - blocks[19]).mean() < 30  # the same picture
+    labels, _ = annotations(open_version(version), "val", ("human", "ai"), 0.5).of(np.array([3, 19]))
+    assert labels[0] == labels[1]
+
+
+def test_thresholds_are_fitted_on_a_few_of_each_generator(tmp_path: Path) -> None:
+    rows = annotations(open_version(labelled_version(tmp_path, 4, 12)), "val", ("human", "ai"), 0.5)
+    chosen = few_of_each(rows, 2)
+    assert (rows.labels[chosen] == 1).sum() == 2 and (rows.labels[chosen] == 0).sum() == 6
+    first = sorted(id_ for id_, label in zip(rows.ids, rows.labels, strict=True) if label == 1)[:2]
+    assert {rows.ids[row] for row in chosen if rows.labels[row] == 1} == set(first)
+
+
+def test_normalisation_is_the_models_own(vit: Path) -> None:
+    normalisation = Normalisation.from_processor(vit)
+    assert normalisation.mean == (0.4,) * 3 and normalisation.std == (0.3,) * 3
+    white = np.asarray(Image.new("RGB", (4, 4), "white"))[None, None]
+    assert float(normalisation(white).max()) == pytest.approx(2.0)

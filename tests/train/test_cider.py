@@ -1,0 +1,33 @@
+"""The reward is the score: CIDEr of single captions agrees with the published scorer's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from train.captions import score_captions
+from train.cider import CiderReward
+
+REFERENCES = [
+    ["a brown dog runs across the grass", "a dog running in a field", "the dog runs"],
+    ["two men ride bicycles down a street", "men on bikes in the city"],
+    ["a child jumps into a pool", "a boy is jumping into the water", "child in the pool"],
+]
+
+
+def test_the_reward_is_pycocoevalcaps_cider() -> None:
+    captions = ["a brown dog runs in a field", "two men on a street", "a boy jumps into the pool"]
+    reward = CiderReward(REFERENCES)
+    own = [reward(number, caption) for number, caption in enumerate(captions)]
+    published = score_captions(
+        {str(number): caption for number, caption in enumerate(captions)},
+        {str(number): texts for number, texts in enumerate(REFERENCES)},
+    )["cider"]
+    assert float(np.mean(own)) == pytest.approx(published, rel=1e-6)
+    assert all(value > 0 for value in own)
+
+
+def test_a_caption_of_another_photo_earns_less_and_nothing_earns_nothing() -> None:
+    reward = CiderReward(REFERENCES)
+    assert reward(0, REFERENCES[0][0]) > reward(0, REFERENCES[1][0])
+    assert reward(0, "") == 0 and reward(0, "xyzzy") == 0

@@ -1,0 +1,163 @@
+"""The loop without Ray: a run that was stopped anywhere ends as an undisturbed one does, and a loss that is no number
+ends it with a reason."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data.versions import open_version
+from tests.train.small import labelled_version, tiny_vit
+from train.detector import DetectorJob, DetectorTraining, prepare_job
+from train.loop import export, fit_locally, share_of_batch
+from train.module import NonFinite, TrainingError
+from train.stream import Pictures, local_batches, rebatch
+
+
+@pytest.fixture(scope="module")
+def version(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return labelled_version(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_vit(tmp_path_factory.mktemp("vit"))
+
+
+@pytest.fixture
+def job(version: Path, vit: Path, tmp_path: Path) -> DetectorJob:
+    config = DetectorTraining(
+        data=str(version), model=str(vit), output=str(tmp_path / "out"), epochs=3, batch_size=8, learning_rate=1e-3,
+        checkpoint_every=4, loaders=1, threads=1, damage={"min_long_side_px": 64},  # type: ignore[arg-type]
+    )  # fmt: skip
+    return prepare_job(config, open_version(version))[0]
+
+
+def quiet(_: str) -> None:
+    """Says nothing."""
+
+
+class Kept:
+    """Keeps the checkpoints that a watch reports."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.steps = folder, list[int]()
+
+    def __call__(self, metrics: dict[str, Any], folder: Path | None, wait: bool) -> None:
+        assert folder is not None
+        self.steps.append(metrics["step"])
+        shutil.move(folder, self.folder / str(metrics["step"]))
+
+
+def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def changed(job: DetectorJob, **settings: object) -> DetectorJob:
+    return replace(job, config=DetectorTraining.model_validate(job.config.model_dump() | settings))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_resumed_run_ends_with_the_same_weights_and_steps(job: DetectorJob, tmp_path: Path, accumulate: int) -> None:
+    job = changed(job, accumulate=accumulate)
+    for name in ("kept", "whole"):
+        (tmp_path / name).mkdir()
+    kept = Kept(tmp_path / "kept")
+    outcome, module, watch = fit_locally(job, tmp_path / "whole", "here", report=kept, say=quiet)
+    assert outcome.steps == outcome.total_steps == 18
+    assert [step for step, _ in outcome.losses] == list(range(1, 19))
+    assert set(kept.steps) >= {4, 6, 8, 12, 16, 18}  # in the middle of epochs, and after each validation
+    for stop in (4, 6, 8, 16):
+        scratch = tmp_path / f"resumed{stop}"
+        scratch.mkdir()
+        again, resumed, watched = fit_locally(
+            job, scratch, "here", resume=tmp_path / "kept" / str(stop), report=lambda *_: None, say=quiet
+        )
+        assert again.steps == 18 and again.losses[0][0] == stop + 1
+        assert np.allclose([loss for _, loss in again.losses], [loss for _, loss in outcome.losses[stop:]], rtol=1e-5)
+        assert all(torch.allclose(value, weights(resumed)[name], atol=1e-6) for name, value in weights(module).items())
+        assert watched.best == pytest.approx(watch.best)
+
+
+def test_a_finished_checkpoint_has_nothing_left_to_train(job: DetectorJob, tmp_path: Path) -> None:
+    for name in ("kept", "whole", "again"):
+        (tmp_path / name).mkdir()
+    fit_locally(job, tmp_path / "whole", "here", report=Kept(tmp_path / "kept"), say=quiet)
+    again, _, watch = fit_locally(job, tmp_path / "again", "here", resume=tmp_path / "kept" / "18", say=quiet)
+    assert again.steps == 18 and not again.losses
+    assert (tmp_path / "again" / "best.safetensors").is_file() and watch.best > 0
+
+
+def test_a_loss_that_is_no_number_is_a_reason_to_end(job: DetectorJob, tmp_path: Path) -> None:
+    with pytest.raises(NonFinite, match="--learning-rate"):
+        fit_locally(changed(job, learning_rate=1e30, gradient_clip=0, warmup=0), tmp_path, "here", say=quiet)
+
+
+def test_the_deadline_ends_a_run_with_a_checkpoint(job: DetectorJob, tmp_path: Path) -> None:
+    for name in ("kept", "whole"):
+        (tmp_path / name).mkdir()
+    kept = Kept(tmp_path / "kept")
+    outcome, _, _ = fit_locally(replace(job, deadline=0.0), tmp_path / "whole", "here", report=kept, say=quiet)
+    assert outcome.status == "stopped" and 1 <= outcome.steps < 18
+    assert kept.steps == [outcome.steps] and not outcome.metrics
+    (tmp_path / "again").mkdir()
+    resume = tmp_path / "kept" / str(outcome.steps)
+    again, _, _ = fit_locally(job, tmp_path / "again", "here", resume=resume, report=lambda *_: None, say=quiet)
+    undisturbed, _, _ = fit_locally(job, tmp_path / "whole", "here", say=quiet)
+    assert (again.status, again.steps) == ("finished", 18)
+    end = undisturbed.losses[-len(again.losses) :]
+    assert np.allclose([loss for _, loss in again.losses], [loss for _, loss in end], rtol=1e-5)
+    assert again.metrics["val_loss"] == pytest.approx(undisturbed.metrics["val_loss"], rel=1e-4)
+
+
+def test_no_improvement_ends_a_run_early_and_the_best_weights_stay(job: DetectorJob, tmp_path: Path) -> None:
+    outcome, _module, watch = fit_locally(
+        changed(job, learning_rate=1e-12, weight_decay=0.0, patience=2, epochs=6), tmp_path, "here", say=quiet
+    )
+    assert watch.stopped == "patience" and outcome.status == "finished" and outcome.steps < 36
+    assert (tmp_path / "best.safetensors").is_file()
+    assert outcome.metrics["val_auc"] == watch.best
+
+
+def test_batches_are_the_same_in_a_process_beside_and_of_any_block_size(version: Path, job: DetectorJob) -> None:
+    source = job.train_source()
+    pieces = [np.array([0, 5, 3, 1]), np.array([0, 2, 40, 7, 9]), np.array([1, 5])]
+    here = list(local_batches(source, pieces, 3))
+    assert [batch["row"].tolist() for batch in here] == [[5, 3, 1], [2, 40, 7], [9, 5]]
+    assert [batch["epoch"].tolist() for batch in here] == [[0] * 3, [0] * 3, [0, 1]]
+    assert not np.array_equal(here[0]["pixels"][0], here[2]["pixels"][1])  # the same picture, damaged anew
+    for one, other in zip(here, local_batches(source, pieces, 3, beside=True), strict=True):
+        assert all(np.array_equal(one[name], other[name]) for name in one)
+    parts = [{"row": np.arange(first, first + 2)} for first in range(0, 10, 2)]
+    assert [batch["row"].tolist() for batch in rebatch(iter(parts), 4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    large = [{"row": np.arange(7)}, {"row": np.arange(7, 9)}]
+    assert [batch["row"].tolist() for batch in rebatch(iter(large), 2)] == [[0, 1], [2, 3], [4, 5], [6, 7], [8]]
+
+
+def test_the_first_rows_of_a_split_are_a_split(version: Path, job: DetectorJob) -> None:
+    pictures = Pictures.of(open_version(version), "train", job.views)
+    assert pictures.groups == (8,) * 6
+    few = pictures.first(11)
+    assert few.groups == (8, 3) and len(few.files) == 2
+    assert np.array_equal(next(few.load(0, np.array([10])))["pixels"], next(pictures.load(0, np.array([10])))["pixels"])
+
+
+def test_a_batch_that_does_not_divide_is_an_error(job: DetectorJob) -> None:
+    with pytest.raises(TrainingError, match="--batch-size 8 does not divide"):
+        share_of_batch(job.config, 3)
+
+
+def test_a_run_ends_with_a_validation_whatever_its_interval(job: DetectorJob, tmp_path: Path) -> None:
+    outcome, module, watch = fit_locally(changed(job, max_steps=5, validate_every=100), tmp_path, "here", say=quiet)
+    assert outcome.steps == 5 and 0 <= outcome.metrics["val_auc"] <= 1
+    figures = export(job, module, watch, tmp_path / "export")
+    assert figures["val_auc"] == outcome.metrics["val_auc"]
+    assert {"config.json", "model.safetensors", "card.json", "preprocessor_config.json"} <= {
+        file.name for file in (tmp_path / "export").iterdir()
+    }

@@ -1,0 +1,60 @@
+"""CIDEr of single captions, fast enough to be a reward: the n-gram statistics of the references are computed once.
+
+In: the cleaned human captions of every training photo. Out: for a photo and a caption, CIDEr-D (Vedantam et al. 2015;
+the same formula as pycocoevalcap's, times 10, sigma 6) with document frequencies over the training photos. Knows no
+model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+_ORDERS, _SIGMA = 4, 6.0
+Vector = list[dict[tuple[str, ...], float]]
+
+
+class CiderReward:
+    """Scores captions against the references of a photo."""
+
+    def __init__(self, references: Sequence[Sequence[str]]) -> None:
+        counted = [[_ngrams(text) for text in texts] for texts in references]
+        frequency: Counter[tuple[str, ...]] = Counter()
+        for texts in counted:
+            frequency.update({gram for grams in texts for gram in grams})
+        photos = math.log(max(2, len(references)))
+        self._rarity = {gram: photos - math.log(count) for gram, count in frequency.items()}
+        self._unknown = photos
+        self._references = [[self._vector(grams) for grams in texts] for texts in counted]
+
+    def _vector(self, grams: Counter[tuple[str, ...]]) -> tuple[Vector, list[float], int]:
+        vector: Vector = [{} for _ in range(_ORDERS)]
+        for gram, count in grams.items():
+            vector[len(gram) - 1][gram] = count * self._rarity.get(gram, self._unknown)
+        norms = [math.sqrt(sum(value * value for value in part.values())) for part in vector]
+        # pycocoevalcap measures length in bigrams
+        return vector, norms, sum(count for gram, count in grams.items() if len(gram) == 2)
+
+    def __call__(self, photo: int, caption: str) -> float:
+        own, norms, length = self._vector(_ngrams(caption))
+        total = 0.0
+        for other, other_norms, other_length in self._references[photo]:
+            closeness = math.exp(-((length - other_length) ** 2) / (2 * _SIGMA**2))
+            for order in range(_ORDERS):
+                if norms[order] and other_norms[order]:
+                    theirs = other[order]
+                    product = sum(
+                        min(value, theirs[gram]) * theirs[gram] for gram, value in own[order].items() if gram in theirs
+                    )
+                    total += product / (norms[order] * other_norms[order]) * closeness
+        return 10.0 * total / _ORDERS / max(1, len(self._references[photo]))
+
+
+def _ngrams(text: str) -> Counter[tuple[str, ...]]:
+    words = text.split()
+    return Counter(
+        tuple(words[first : first + order])
+        for order in range(1, _ORDERS + 1)
+        for first in range(len(words) - order + 1)
+    )

@@ -1,0 +1,324 @@
+"""From a command line to a trained checkpoint: what must hold before workers start, the run, and its publication.
+
+In: a ``TrainCommand`` and the job that a task makes of it. Out: a checkpoint folder at ``--output`` (a folder or
+``s3://``), an MLflow run, and an exit status. Everything that can be known to fail fails here, before a worker is
+started: the model, the data set version, the labels, the place for checkpoints and its free space, MLflow.
+
+A run is named by ``--storage`` and ``--name``: started again after whatever killed it, it goes on. Knows no task.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pydantic import ConfigDict, Field, field_validator
+
+from data.errors import DataError, as_data_error
+from data.locations import Location
+from data.session import RaySettings, ray_session
+from data.versions import DataVersion
+from deployments.checkpoints import CheckpointError
+from train.loop import Job, LoopConfig, Outcome, quieten, share_of_batch, work
+from train.module import TrainingError
+from train.tracking import DatasetInput, Run, TrackingConfig, TrackingError, describe, start
+
+logger = logging.getLogger(__name__)
+
+#: Settings that may differ when a run is started again.
+_FREE = {
+    *("output", "time_limit", "num_workers", "min_workers", "gpus_per_worker", "cpus_per_worker", "threads", "loaders"),
+    *("loader_cpus", "checkpoint_every", "keep", "max_failures", "record", "tracking", "num_cpus", "storage", "cache"),
+    *("object_store_bytes", "patience"),
+}
+_DURATION = re.compile(r"^(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?:in)?)?(?:(\d+(?:\.\d+)?)s?)?$")
+
+
+class TrainCommand(LoopConfig, RaySettings):
+    """Settings of every trainer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    data: str = Field(description="prepared data set NAME/VERSION, or NAME for its newest version; a path or s3://")
+    model: str = Field(description="checkpoint that training starts from: folder, s3://, models:/, starter:, hub id")
+    output: str = Field(description="where the trained checkpoint goes: a folder or s3://bucket/prefix; replaced")
+    name: str = Field(description="name of the run; the same name in the same storage goes on with it")
+    storage: str = Field(
+        "~/.cache/deeptrust/runs", description="where runs keep their checkpoints; on a cluster, seen by all nodes"
+    )
+    time_limit: str = Field(
+        "", description="end with a checkpoint after this time, e.g. 5h30m; the same command goes on"
+    )
+    record: bool = Field(True, description="record the run in MLflow")
+    tracking: TrackingConfig = Field(TrackingConfig())
+
+    @field_validator("time_limit")
+    @classmethod
+    def _duration(cls, value: str) -> str:
+        if value and not (_DURATION.match(value) and re.search(r"\d", value)):
+            raise ValueError(f"{value!r} is no duration: write 5h30m, 45m or 90s")
+        return value
+
+    @property
+    def limit_s(self) -> float:
+        """The time limit in seconds, or infinity."""
+        found = _DURATION.match(self.time_limit)
+        if not self.time_limit or found is None:
+            return math.inf
+        days, hours, minutes, seconds = (float(part or 0) for part in found.groups())
+        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def launch(
+    config: TrainCommand,
+    experiment: str,
+    version: DataVersion,
+    make_job: Callable[[Run | None, float], Job],
+    parameters: int,
+    callbacks: Sequence[Any] = (),
+    parent: str | None = None,
+) -> Outcome:
+    """Run a job to its end and publish what came out.
+
+    Args:
+        experiment: of MLflow.
+        make_job: from the MLflow run and the deadline to the job; Ray is there, and what is computed once (features of
+            a frozen tower) is computed here.
+        parameters: of the model, for the space that checkpoints need.
+        callbacks: of Ray Train's ``RunConfig``: how a sweep listens.
+        parent: MLflow run id of a sweep.
+
+    Raises:
+        TrainingError, DataError, TrackingError: nothing was trained, or what came out is of no use.
+    """
+    began = time.time()
+    quieten()
+    place = Location.of(config.storage)
+    folder = place / config.name
+    folder.ready()
+    Location.of(config.output).parent.ready()
+    _check_workers(config)
+    _check_space(config, place, parameters)
+    _check_same(config, folder)
+    run = _record(config, experiment, version, folder, parent) if config.record else None
+    try:
+        outcome = _fit(config, lambda: make_job(run, began + config.limit_s), place, callbacks, run)
+        if outcome.status == "failed":
+            raise TrainingError(outcome.reason)
+    except BaseException as error:
+        if run is not None:
+            run.end(error)
+        raise
+    if run is not None:
+        run.end(SystemExit("time limit") if outcome.status == "stopped" else None)
+    return outcome
+
+
+def _fit(
+    config: TrainCommand, make_job: Callable[[], Job], place: Location, callbacks: Sequence[Any], run: Run | None
+) -> Outcome:
+    # Ray's defaults are for large machines: a worker that imports torch on two busy cores takes longer than a minute
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it says every line twice
+    if _on_a_cluster():
+        os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard's Train page
+    with ray_session(RaySettings(num_cpus=config.num_cpus, object_store_bytes=config.object_store_bytes)):
+        result = ray_trainer(config, make_job(), place, callbacks).fit()
+        outcome = Outcome(**result.return_value)
+        if outcome.status == "finished":
+            with result.checkpoint.as_directory() as local:
+                export = Path(local) / "export"
+                publish(export, Location.of(config.output))
+                if run is not None:
+                    run.tags({"checkpoint": run.checkpoint(export)})
+        return outcome
+
+
+def ray_trainer(config: TrainCommand, job: Job, place: Location, callbacks: Sequence[Any] = ()) -> Any:
+    """Ray's trainer for a job; Ray must be there."""
+    import ray
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+
+    class Trainer(TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            found = super()._create_default_callbacks()
+            if _on_a_cluster():
+                return found
+            # it asks the dashboard, which an own Ray does not have, and an own Ray dies with this process anyway
+            return [one for one in found if not isinstance(one, PlacementGroupCleanerCallback)]
+
+    resources, most = ray.cluster_resources(), config.num_workers
+    gpus = config.gpus_per_worker
+    if gpus < 0:
+        gpus = 1.0 if resources.get("GPU", 0) >= most else 0.0
+    reserved = {"CPU": config.cpus_per_worker, **({"GPU": gpus} if gpus else {})}
+    loading = 0 if job.in_process() else config.loader_cpus
+    if most * config.cpus_per_worker + loading > resources.get("CPU", 0):
+        raise TrainingError(
+            f"{most} workers of {config.cpus_per_worker} CPUs and a loader of {loading} do not fit into "
+            f"the {resources.get('CPU', 0):g} "
+            "CPUs of this Ray: lower --num-workers or --cpus-per-worker (a reservation; --threads says "
+            "how many are used)"
+        )
+    storage: dict[str, Any] = {"storage_path": place.path}
+    if not place.is_local:
+        storage["storage_filesystem"] = place.arrow_filesystem
+    return Trainer(
+        work,
+        train_loop_config={"job": job},
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=(config.min_workers, most) if config.min_workers else most,
+            use_gpu=bool(gpus),
+            resources_per_worker=reserved,
+        ),
+        run_config=RunConfig(
+            name=config.name,
+            checkpoint_config=CheckpointConfig(num_to_keep=config.keep),
+            failure_config=FailureConfig(max_failures=config.max_failures),
+            callbacks=list(callbacks),
+            **storage,
+        ),
+    )
+
+
+def _on_a_cluster() -> bool:
+    return os.environ.get("RAY_ADDRESS", "local") != "local"
+
+
+def publish(folder: Path, target: Location) -> None:
+    """Put a finished checkpoint folder in its place, in the stead of an older one; the card comes last on S3."""
+    if target.is_local:
+        target.parent.make_dir()
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.local_path.parent))
+        for file in folder.iterdir():
+            shutil.copyfile(file, partial / file.name)
+        partial.chmod(0o755)
+        target.remove()
+        partial.rename(target.local_path)
+        return
+    (target / "card.json").remove()
+    for file in sorted(folder.iterdir(), key=lambda file: file.name == "card.json"):
+        target.filesystem.put_file(str(file), (target / file.name).path)
+
+
+# --------------------------------------------------------------------------------------------------- before workers
+
+
+def _check_workers(config: TrainCommand) -> None:
+    """Batch, lanes and every possible number of workers must divide."""
+    lanes = config.all_lanes
+    if config.batch_size % lanes:
+        raise TrainingError(f"--batch-size {config.batch_size} does not divide into {lanes} lanes: choose a multiple")
+    if lanes % config.num_workers:
+        raise TrainingError(f"--lanes {lanes} is no multiple of --num-workers {config.num_workers}")
+    if config.min_workers > config.num_workers:
+        raise TrainingError("--min-workers is more than --num-workers")
+    for world in range(config.min_workers or config.num_workers, config.num_workers + 1):
+        if lanes % world:
+            raise TrainingError(
+                f"--lanes {lanes} is no multiple of {world}, a possible number of workers: try "
+                f"{math.lcm(*range(config.min_workers or 1, config.num_workers + 1))}"
+            )
+        share_of_batch(config, world)
+    if config.ema and config.strategy == "fsdp":
+        raise TrainingError("--ema works with --strategy ddp only: averages of parts are not gathered")
+
+
+def _check_space(config: TrainCommand, place: Location, parameters: int) -> None:
+    """Checkpoints hold weights and two moments in float32 and the best weights; one is being written while others are
+    kept."""
+    if not place.is_local:
+        return
+    needed = 16 * parameters * (config.keep + 1) + 2**28
+    for what, path in (("--storage", place.local_path), ("the temporary folder (TMPDIR)", Path(tempfile.gettempdir()))):
+        path.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path).free
+        if free < needed:
+            raise TrainingError(
+                f"{what} {path} has {free / 2**30:.1f} GiB free and the run's checkpoints need "
+                f"{needed / 2**30:.1f}: free some "
+                "space, lower --keep, or choose another place"
+            )
+
+
+def _check_same(config: TrainCommand, folder: Location) -> None:
+    """A run goes on only with the settings that it was started with."""
+    file = folder / "settings.json"
+    settings = config.model_dump(mode="json", exclude=_FREE | {"lanes"}) | {"lanes": config.all_lanes}
+    settings |= {"data": str(Location.of(config.data)) if "://" not in config.data else config.data}
+    # before the first checkpoint nothing depends on them yet
+    if file.exists() and any(name.startswith("checkpoint") for name in folder.folders()):
+        before = json.loads(file.read_text())
+        changed = [name for name in settings if before.get(name) != settings[name]]
+        if changed:
+            told = ", ".join(f"{name} {before.get(name)!r} -> {settings[name]!r}" for name in changed[:5])
+            raise TrainingError(
+                f"run {config.name!r} in {config.storage} was started with other settings ({told}): give "
+                f"another --name, or "
+                f"remove {folder}"
+            )
+        return
+    file.write_text(json.dumps(settings, indent=1) + "\n")
+
+
+def _record(config: TrainCommand, experiment: str, version: DataVersion, folder: Location, parent: str | None) -> Run:
+    manifest = version.manifest
+    dataset = DatasetInput(
+        name=manifest.name,
+        version=manifest.version,
+        source=str(version.location),
+        profile={"counts": manifest.counts, "class_balance": manifest.class_balance},
+    )
+    parameters = config.model_dump(mode="json", exclude={"tracking", "record"})
+    options: dict[str, Any] = {"key": str(folder), "parameters": parameters, "datasets": [dataset]}
+    return start(config.tracking, experiment, config.name, parent=parent, **options)
+
+
+def end(error: BaseException) -> NoReturn:
+    """End the program: a message of one line for what a person can put right, the exception itself otherwise."""
+    known = (TrainingError, DataError, CheckpointError, TrackingError)
+    found: BaseException | None = next((cause for cause in _causes(error) if isinstance(cause, known)), None)
+    found = found or as_data_error(error)
+    if found is None:
+        raise error
+    print(f"error: {found if isinstance(found, known) else describe(found)}", file=sys.stderr, flush=True)
+    raise SystemExit(1) from error
+
+
+def _causes(error: BaseException | None) -> list[BaseException]:
+    found: list[BaseException] = []
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        current = waiting.pop()
+        if current is None or current in found:
+            continue
+        found.append(current)
+        waiting += [current.__cause__, current.__context__, getattr(current, "cause", None)]
+        waiting += list(getattr(current, "worker_failures", {}).values())
+    return found
+
+
+def tell(outcome: Outcome, output: str) -> None:
+    """The last line for people."""
+    if outcome.status == "stopped":
+        print(
+            f"time limit: stopped with a checkpoint after step {outcome.steps} of {outcome.total_steps}; "
+            f"the same command goes on"
+        )
+        return
+    figures = ", ".join(f"{name} {value:.4f}" for name, value in outcome.metrics.items())
+    print(f"trained in {outcome.steps} steps: {figures}\nwritten to {output}")

@@ -1,0 +1,228 @@
+"""What both trainers have in common as Lightning modules: optimiser, schedule, averages, sharding, judging.
+
+In: a transformers model and an ``Optimisation``. Out: a ``TrainedModule`` whose ``loss`` and ``judge`` a task fills
+in. A validation picture is judged by whole weights (``plain``): the averaged ones if there is an average, gathered
+ones under FSDP, so that generation and calibration see the model that is written in the end.
+
+Knows no data set, no Ray and no file.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from deployments.pixels import Normalisation
+from train.strategies import gather, is_sharded, shard
+
+#: ``layer.3.``, ``layers.3.``, ``blocks.3.``, ``stages.3.``: where a parameter says how deep it lies.
+_DEPTH = re.compile(r"(?:layers?|blocks?|stages?|h)\.(\d+)\.")
+_EMBEDDINGS = re.compile(r"embed|patch|cls_token|mask_token|pos_")
+
+
+class TrainingError(RuntimeError):
+    """A run cannot start, or its result is of no use; the message says why and what to do."""
+
+
+class NonFinite(TrainingError):
+    """Losses or answers are no numbers any more."""
+
+
+class Optimisation(BaseModel):
+    """How weights are changed."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    learning_rate: float = Field(2e-5, gt=0, description="at its highest, for the last layer")
+    weight_decay: float = Field(0.05, ge=0, description="AdamW's, of matrices only")
+    warmup: float = Field(
+        0.1, ge=0, lt=1, description="share of the steps in which the rate rises; then it falls as a cosine"
+    )
+    final_rate: float = Field(0.02, ge=0, le=1, description="the rate at the end, as a share of the highest")
+    layer_decay: float = Field(
+        1.0, gt=0, le=1, description="rate of a layer as a share of the next one's; 1 is the same for all"
+    )
+    gradient_clip: float = Field(1.0, ge=0, description="longest gradient; 0 leaves it as it is")
+    gradient_checkpointing: bool = Field(False, description="compute activations twice instead of keeping them")
+    ema: float = Field(
+        0.0, ge=0, lt=1, description="decay of the moving average of weights that is judged and kept; 0 is none"
+    )
+
+
+class TrainedModule(pl.LightningModule):
+    """A model under training.
+
+    Args:
+        model: a transformers model in float32.
+        normalisation: of the model's own processor.
+        total_steps: optimiser steps of the whole run.
+    """
+
+    #: What the best checkpoint is chosen by; more is better.
+    metric: ClassVar[str]
+
+    def __init__(self, model: nn.Module, normalisation: Normalisation, config: Optimisation, total_steps: int) -> None:
+        super().__init__()
+        self.config, self.total_steps = config, total_steps
+        self.model = model
+        self.register_buffer("_mean", torch.tensor(normalisation.mean).view(3, 1, 1), persistent=False)
+        self.register_buffer("_std", torch.tensor(normalisation.std).view(3, 1, 1), persistent=False)
+        self._scale = normalisation.scale
+        self.results: dict[str, float] = {}
+        self.judged: dict[int, Any] = {}
+        self._shadow: nn.Module | None = None
+        self._judge: nn.Module | None = None
+        self._judging: dict[int, Any] = {}
+        self._averaged = -1
+        if config.gradient_checkpointing:
+            enable: Any = model.gradient_checkpointing_enable
+            enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    # ------------------------------------------------------------------------------------------------ for a task
+
+    @abstractmethod
+    def prepare(self, batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+        """A training batch of a stream as tensors, with what belongs to its rows."""
+
+    def prepare_judged(self, batch: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+        """A validation batch of a stream as tensors."""
+        # copied: arrays of Ray's object store must not be written to
+        return {name: torch.from_numpy(np.array(values)) for name, values in batch.items()}
+
+    @abstractmethod
+    def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The mean loss of a batch, through ``self.model``."""
+
+    @abstractmethod
+    def judge(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> list[Any]:
+        """What the model says of each row, as JSON can hold it."""
+
+    @abstractmethod
+    def score(self, judged: dict[int, Any]) -> dict[str, float]:
+        """Figures of a validation pass, ``metric`` among them."""
+
+    # -------------------------------------------------------------------------------------------------- the model
+
+    @property
+    def trained(self) -> nn.Module:
+        """The part that forward and backward go through: what a strategy shards."""
+        return self.model
+
+    def pixels(self, views: torch.Tensor) -> torch.Tensor:
+        """Normalised ``(n, V, 3, S, S)``, or ``(n, 3, S, S)`` of a single view, from uint8 ``(n, V, S, S, 3)``."""
+        scaled = (views.movedim(-1, -3).float() * self._scale - self._mean) / self._std
+        scaled = scaled.to(next(self.model.parameters()).dtype)
+        return scaled if scaled.shape[1] > 1 else scaled[:, 0]
+
+    def freeze_unreached(self, batch: dict[str, torch.Tensor]) -> None:
+        """Take parameters that the loss never reaches out of training: DDP would wait for their gradients for ever."""
+        self.train()
+        self.loss(batch).backward()
+        for parameter in self.parameters():
+            if parameter.grad is None:
+                parameter.requires_grad_(False)
+            parameter.grad = None
+        if not any(parameter.requires_grad for parameter in self.parameters()):
+            raise TrainingError("the loss reaches no parameter that may change: start from another checkpoint")
+        if self.config.ema:
+            self.average = torch.optim.swa_utils.AveragedModel(
+                self.model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(self.config.ema), use_buffers=True
+            ).requires_grad_(False)
+
+    def configure_model(self) -> None:
+        if self._trainer is None or not is_sharded(self.trainer.strategy):
+            return
+        if self._shadow is None:
+            # outside of the module's own children: it is neither trained nor saved
+            object.__setattr__(self, "_shadow", copy.deepcopy(self.model).requires_grad_(False))
+        shard(self.trained, self.device_mesh)
+
+    def plain(self) -> nn.Module:
+        """The model with whole weights that is judged and kept; under FSDP every worker must call."""
+        if self._shadow is not None:
+            self._shadow.load_state_dict(gather(self.model))
+            self._shadow.to(self.device)
+        return self.unsharded()
+
+    def unsharded(self) -> nn.Module:
+        """A module of whole weights to load the best ones into; no other worker needs to call."""
+        if self._shadow is not None:
+            return self._shadow.eval()
+        return (self.average.module if self.config.ema else self.model).eval()
+
+    # ------------------------------------------------------------------------------------------- Lightning's hooks
+
+    def training_step(self, batch: dict[str, torch.Tensor], _: int) -> torch.Tensor:
+        return self.loss(batch)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.config.ema and self.global_step != self._averaged:
+            self.average.update_parameters(self.model)
+            self._averaged = self.global_step
+
+    def on_validation_epoch_start(self) -> None:
+        object.__setattr__(self, "_judge", self.plain())
+        self._judging = {}
+
+    def validation_step(self, batch: dict[str, torch.Tensor], *_: Any) -> None:
+        assert self._judge is not None
+        self._judging.update(zip(batch["row"].tolist(), self.judge(self._judge, batch), strict=True))
+
+    def on_validation_epoch_end(self) -> None:
+        parts: list[Any] = [None]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            parts = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(parts, self._judging)
+        else:
+            parts = [self._judging]
+        # padding of the last batches may judge a row twice; it counts once
+        self.judged = dict(sorted({row: value for part in parts for row, value in part.items()}.items()))
+        self.results = self.score(self.judged)
+
+    def configure_optimizers(self) -> Any:
+        groups = parameter_groups(self.named_trained(), self.config)
+        optimizer = torch.optim.AdamW(groups, lr=self.config.learning_rate, betas=(0.9, 0.98))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self.rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def named_trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Parameters that change, by name."""
+        return ((name, value) for name, value in self.model.named_parameters() if value.requires_grad)
+
+    def rate(self, step: int) -> float:
+        """Learning rate at a step as a share of the highest: linear rise, then a cosine to ``final_rate``."""
+        rise = int(self.config.warmup * self.total_steps)
+        if step < rise:
+            return (step + 1) / rise
+        place = min(1.0, (step - rise) / max(1, self.total_steps - rise))
+        return self.config.final_rate + (1 - self.config.final_rate) * 0.5 * (1 + math.cos(math.pi * place))
+
+
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: Optimisation) -> list[dict[str, Any]]:
+    """AdamW's groups: matrices decay, the rest does not; with ``layer_decay`` each depth has a rate of its own
+    (Clark et al. 2020, BEiT)."""
+    named = list(named)
+    depths = {name: int(found[-1]) for name, _ in named if (found := _DEPTH.findall(name))}
+    top = max(depths.values(), default=-1) + 2
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+    for name, parameter in named:
+        depth = depths[name] + 1 if name in depths else (0 if _EMBEDDINGS.search(name) else top)
+        groups.setdefault((depth if config.layer_decay < 1 else top, parameter.ndim > 1), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": config.learning_rate * config.layer_decay ** (top - depth),
+            "weight_decay": config.weight_decay if matrix else 0.0,
+        }
+        for (depth, matrix), parameters in sorted(groups.items(), key=lambda item: item[0])
+    ]
