@@ -2,7 +2,7 @@
 
 In: labelled pictures (``train.aivshuman``). Out: a folder with ``head.safetensors``, ``config.json`` and ``card.json``,
 from which ``deployments.detector_model`` makes a checkpoint. Temperature and both thresholds come from the validation
-split alone; the test split is read by ``train.evaluate_detector`` and not here.
+split alone; the test split is read by ``train.leave_out`` and not here.
 
 The tower never changes, so its features are computed once (``train.features``): for each training picture in several
 randomly damaged versions (``train.damage``, both classes alike), for each validation picture in tiers of delivery.

