@@ -289,6 +289,8 @@ def histogram(
             kept[name] = array
     if not kept:
         return nothing(title)
+    from matplotlib.ticker import LogLocator, NullLocator
+
     edges = bin_edges(np.concatenate(list(kept.values())), bins, log)
 
     def draw(axes: Any) -> None:
@@ -299,8 +301,9 @@ def histogram(
             axes.stairs(counts, edges, color=shade, linewidth=1.2, label=name)
         if log:
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter(lambda value, _: _short(value))
-            axes.xaxis.set_minor_formatter(lambda value, _: "")
+            axes.xaxis.set_minor_locator(NullLocator())
         axes.set(xlabel=x, ylabel=y)
         axes.grid(axis="y", linewidth=0.6)
         _legend(axes, kept)
@@ -390,7 +393,7 @@ def _image(picture: bytes | Image, alt: str, side_px: int) -> Markup:
     if source is None:
         return Markup('<div class="unreadable">not readable</div>')
     data = base64.b64encode(source).decode()
-    return Markup('<img src="data:image/jpeg;base64,{}" alt="{}" loading="lazy">').format(data, alt)
+    return Markup('<img src="data:image/jpeg;base64,{}" alt="{}">').format(data, alt)
 
 
 def thumbnail(picture: bytes | Image, side_px: int = 240) -> bytes | None:

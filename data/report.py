@@ -308,7 +308,9 @@ def _dimensions(frame: pd.DataFrame) -> Markup:
         axes.set_ylim(0)
         axes.grid(linewidth=0.6, color=QUIET, alpha=0.2)
         if len(shown) > 1:
-            axes.legend(loc="upper right", fontsize=8, markerscale=0.8)
+            legend = axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, fontsize=8)
+            for handle in legend.legend_handles:
+                handle.set_sizes([30])
 
     sizes = "; ".join(
         f"{name}: median {part['width'].median():.0f} x {part['height'].median():.0f} px" for name, part in shown
