@@ -46,7 +46,7 @@ from train.detector import absolute, pictures_of, training_of
 from train.features import Features, compute_features
 from train.module import Optimisation, TrainedModule, TrainingError
 from train.new_captioner import NewDecoder, write_new_captioner
-from train.stream import Batch, Deliver, Pictures, Source
+from train.stream import Augment, Batch, Deliver, Pictures, Source
 from train.tracking import RunReference, code_commit
 
 #: Targets that are not learnt.
@@ -77,6 +77,7 @@ class CaptionerTraining(TrainCommand):
     cache: str = Field(
         "~/.cache/deeptrust/features", description="where tokens of a frozen tower are kept; seen by all nodes"
     )
+    features: Literal["32", "bf16"] = Field("32", description="precision in which a frozen tower computes")
     keep_patches: float = Field(
         1.0, gt=0, le=1, description="share of a frozen tower's patch tokens that a step sees: regularises, saves time"
     )
@@ -90,6 +91,7 @@ class CaptionerTraining(TrainCommand):
         None, ge=0, lt=1, description="every dropout of the model; unset: as its configuration says"
     )
     samples_per_photo: int = Field(5, ge=2, description="captions that --objective cider draws for each photo")
+    training_photos: int = Field(0, ge=0, description="training photos at most, the first by id; 0: all")
     validation_photos: int = Field(
         500, ge=0, description="validation photos that are captioned, the first by id; 0: all"
     )
@@ -407,7 +409,11 @@ class CaptionerJob:
     def train_source(self) -> Source:
         if self.features:
             return self.features[0]
-        return Pictures.of(self.version, "train", self.views, BlipAugment() if self.config.augment else Deliver())
+        return self.train_pictures(BlipAugment() if self.config.augment else Deliver())
+
+    def train_pictures(self, augment: Augment) -> Pictures:
+        pictures = Pictures.of(self.version, "train", self.views, augment)
+        return pictures.first(self.config.training_photos) if self.config.training_photos else pictures
 
     def val_source(self) -> Source:
         return self.features[1] if self.features else self.val_pictures()
@@ -552,16 +558,15 @@ def with_features(job: CaptionerJob) -> CaptionerJob:
     config, checkpoint = job.config, resolve(job.checkpoint)
     tower = dict(load_captioner(checkpoint).vision_model.state_dict().items())
     digest = hashlib.sha256(json.dumps([job.version.manifest.version, job.views.model_dump(mode="json")]).encode())
+    digest.update(config.features.encode())
     for name in sorted(tower):  # not the revision: another decoder on the same tower has the same tokens
         digest.update(name.encode() + tower[name].contiguous().numpy().tobytes())
+    encoder = TowerTokens(job.checkpoint, config.features == "bf16")
     found = []
-    for split, source in (("train", Pictures.of(job.version, "train", job.views)), ("val", job.val_pictures())):
+    for split, source in (("train", job.train_pictures(Deliver())), ("val", job.val_pictures())):
         place = Location.of(config.cache) / f"captioner-{split}-{digest.hexdigest()[:16]}-{sum(source.groups)}"
-        found.append(
-            compute_features(
-                source, TowerTokens(job.checkpoint), place, workers=config.num_workers, threads=config.threads or 1
-            )
-        )
+        threads = config.threads or 1
+        found.append(compute_features(source, encoder, place, workers=config.num_workers, threads=threads))
     return replace(job, features=(found[0], found[1]))
 
 

@@ -110,23 +110,34 @@ def launch(
     _check_workers(config)
     _check_space(config, place, parameters)
     _check_same(config, folder)
+    finished = _finished(folder)
+    published = folder / "published"
+    if finished is not None and published.exists():
+        _publish(finished[1], Location.of(config.output), None)
+        return finished[0]
     run = _record(config, experiment, version, folder, parent) if config.record else None
     try:
-        outcome = _fit(config, lambda: make_job(run, began + config.limit_s), place, callbacks, run)
+        if finished is None:
+            outcome = _fit(config, lambda: make_job(run, began + config.limit_s), place, callbacks)
+            finished = _finished(folder) if outcome.status == "finished" else None
+        else:  # the driver died between the last step and here
+            outcome = finished[0]
         if outcome.status == "failed":
             raise TrainingError(outcome.reason)
+        if finished is not None:
+            _publish(finished[1], Location.of(config.output), run)
     except BaseException as error:
         if run is not None:
             run.end(error)
         raise
     if run is not None:
         run.end(SystemExit("time limit") if outcome.status == "stopped" else None)
+    if finished is not None:
+        published.write_text(config.output)
     return outcome
 
 
-def _fit(
-    config: TrainCommand, make_job: Callable[[], Job], place: Location, callbacks: Sequence[Any], run: Run | None
-) -> Outcome:
+def _fit(config: TrainCommand, make_job: Callable[[], Job], place: Location, callbacks: Sequence[Any]) -> Outcome:
     # Ray's defaults are for large machines: a worker that imports torch on two busy cores takes longer than a minute
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
@@ -134,15 +145,29 @@ def _fit(
     if _on_a_cluster():
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard's Train page
     with ray_session(RaySettings(num_cpus=config.num_cpus, object_store_bytes=config.object_store_bytes)):
-        result = ray_trainer(config, make_job(), place, callbacks).fit()
-        outcome = Outcome(**result.return_value)
-        if outcome.status == "finished":
-            with result.checkpoint.as_directory() as local:
-                export = Path(local) / "export"
-                publish(export, Location.of(config.output))
-                if run is not None:
-                    run.tags({"checkpoint": run.checkpoint(export)})
-        return outcome
+        return Outcome(**ray_trainer(config, make_job(), place, callbacks).fit().return_value)
+
+
+def _finished(folder: Location) -> tuple[Outcome, Location] | None:
+    """How a run ended and its checkpoint folder, if it came to its end."""
+    for name in sorted(folder.folders(), reverse=True):
+        export = folder / name / "export"
+        if name.startswith("checkpoint") and (export / "card.json").exists():
+            progress = json.loads((folder / name / "progress.json").read_text())
+            return Outcome(**progress["outcome"]), export
+    return None
+
+
+def _publish(export: Location, target: Location, run: Run | None) -> None:
+    """A finished run's checkpoint folder to its place, and into MLflow."""
+    with tempfile.TemporaryDirectory(prefix="export-") as name:
+        local = Path(name) / "checkpoint"
+        local.mkdir()
+        for file in export.files():
+            (local / file.name).write_bytes((export / file.name).read_bytes())
+        publish(local, target)
+        if run is not None:
+            run.tags({"checkpoint": run.checkpoint(local)})
 
 
 def ray_trainer(config: TrainCommand, job: Job, place: Location, callbacks: Sequence[Any] = ()) -> Any:

@@ -3,6 +3,7 @@ trained is told before anything starts."""
 
 from __future__ import annotations
 
+import shutil
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
@@ -113,8 +114,11 @@ def test_a_run_that_the_clock_stopped_goes_on_and_its_checkpoint_serves(
     assert {"checkpoint", "samples.png"} <= logged
 
     # what is finished is not trained again, and other settings are another run
+    shutil.rmtree(tmp_path / "out")
     main(arguments(version, vit, tmp_path, **recorded))
     assert "trained in 48 steps" in capfd.readouterr().out
+    assert open_checkpoint(tmp_path / "out", "test").revision == checkpoint.revision
+    assert len(client.search_runs([run.info.experiment_id])) == 1
     with pytest.raises(SystemExit):
         main(arguments(version, vit, tmp_path, learning_rate=1e-3))
     assert "learning_rate" in capfd.readouterr().err

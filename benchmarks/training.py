@@ -1,0 +1,272 @@
+"""What is claimed of the training loop, on a prepared data set and a ViT of moderate size:
+
+* ``overhead``  Ray Train against the same Lightning loop without Ray (torch's DataLoader decoding in a process
+  beside), one worker, the same pictures, in alternating rounds: samples a second
+* ``workers``   one worker against two, DDP and FSDP, dropout and augmentation off: 50 losses of the same global batches
+* ``kills``     SIGKILL of a worker and of the driver in the middle of an epoch: the run ends with as many steps, and
+  its metric is that of the undisturbed run
+
+    python -m benchmarks.training --data PREPARED/aivshuman [--parts overhead,workers,kills]
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from benchmarks.report import write_result
+from data.session import RaySettings, ray_session
+from data.versions import open_version
+from train.detector import DetectorTraining, prepare_job, train
+from train.loop import Outcome, fit_locally
+
+ROOT = Path(__file__).parent.parent
+
+
+class TrainingBenchmark(BaseModel):
+    """Settings of a run."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    data: str = Field(description="prepared aivshuman")
+    parts: str = Field("overhead,workers,kills", description="which measurements")
+    rounds: int = Field(2, ge=1, description="alternating rounds of `overhead`")
+    steps: int = Field(30, ge=10, description="steps of a round of `overhead`")
+    compared: int = Field(50, ge=2, description="losses that `workers` compares")
+    cpus: int = Field(
+        4, ge=4, description="CPUs that the benchmark's own Ray believes to have: two workers and loaders fit"
+    )
+
+
+def vit(folder: Path, width: int, layers: int, size_px: int) -> Path:
+    """A ViT with random weights, without dropout."""
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, width // 64),
+        image_size=size_px,
+        patch_size=16,
+        id2label={0: "human", 1: "ai"},
+        label2id={"human": 0, "ai": 1},
+    )
+    ViTForImageClassification(config).save_pretrained(folder)
+    size = {"height": size_px, "width": size_px}
+    processor = {"do_resize": True, "size": size, "resample": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
+
+
+def settings(config: TrainingBenchmark, model: Path, folder: Path, **changes: Any) -> DetectorTraining:
+    values = {
+        "data": config.data,
+        "model": str(model),
+        "output": str(folder / "out"),
+        "storage": str(folder),
+        "record": False,
+        "head": "keep",
+        "num_cpus": config.cpus,
+        "validate_every": 10**6,
+    }
+    return DetectorTraining.model_validate(values | changes)
+
+
+def overhead(config: TrainingBenchmark, folder: Path) -> dict[str, Any]:
+    """Samples a second with and without Ray."""
+    model = vit(folder / "vit", 192, 6, 160)
+    version = open_version(config.data)
+    measured: dict[str, list[float]] = {"ray": [], "without": []}
+    with ray_session(RaySettings(num_cpus=config.cpus)):
+        for number in range(config.rounds):
+            common = {"max_steps": config.steps, "epochs": 1000, "batch_size": 16, "validate_every": config.steps}
+            # one thread computes and one process decodes; augmentation would make decoding the slower of the two, and
+            # then both loops wait
+            common |= {"threads": 1, "loaders": 1, "calibration_tiers": ["clean"], "checkpoint_every": 10**6}
+            common |= {"augment": False}
+            for way in ("ray", "without") if number % 2 == 0 else ("without", "ray"):
+                place = folder / f"{way}{number}"
+                if way == "ray":
+                    outcome = train(settings(config, model, place, **common))
+                else:
+                    place.mkdir()
+                    job, _ = prepare_job(settings(config, model, place, **common), version)
+                    outcome, _, _ = fit_locally(job, place)
+                measured[way].append(outcome.samples_per_s)
+                print(f"{way}: {outcome.samples_per_s:.1f} pictures/s", flush=True)
+    middle = {way: statistics.median(values) for way, values in measured.items()}
+    return {
+        "model": "ViT 192 x 6, 160 px, batch 16, one thread",
+        "samples_per_s": {way: [round(value, 2) for value in values] for way, values in measured.items()},
+        "ratio": round(middle["ray"] / middle["without"], 4),
+    }
+
+
+def workers(config: TrainingBenchmark, folder: Path) -> dict[str, Any]:
+    """Largest relative difference of losses between one worker and two."""
+    model = vit(folder / "small", 64, 2, 64)
+    common = {
+        "max_steps": config.compared,
+        "epochs": 1000,
+        "batch_size": 16,
+        "lanes": 2,
+        "augment": False,
+        "learning_rate": 1e-3,
+        "threads": 1,
+        "validate_every": config.compared,
+        "calibration_tiers": ["clean"],
+    }
+    curves: dict[str, list[float]] = {}
+    with ray_session(RaySettings(num_cpus=config.cpus)):
+        for strategy in ("ddp", "fsdp"):
+            for count in (1, 2):
+                name = f"{strategy}-{count}"
+                place = folder / "workers"
+                outcome: Outcome = train(
+                    settings(config, model, place, **common, name=name, strategy=strategy, num_workers=count)
+                )
+                curves[name] = [loss for _, loss in outcome.losses]
+                print(f"{name}: {curves[name][0]:.5f} ... {curves[name][-1]:.5f}", flush=True)
+
+    def apart(one: str, other: str) -> float:
+        return max(abs(a - b) / abs(a) for a, b in zip(curves[one], curves[other], strict=True))
+
+    return {
+        "steps": config.compared,
+        "first_and_last_loss": {name: [round(curve[0], 5), round(curve[-1], 5)] for name, curve in curves.items()},
+        "largest_relative_difference": {
+            "ddp, 1 and 2 workers": apart("ddp-1", "ddp-2"),
+            "fsdp, 1 and 2 workers": apart("fsdp-1", "fsdp-2"),
+            "ddp and fsdp, 2 workers": apart("ddp-2", "fsdp-2"),
+        },
+    }
+
+
+class Driver:
+    """`python -m train.detector` as a process, its Ray with it."""
+
+    def __init__(self, config: DetectorTraining, log: Path) -> None:
+        self.log = log
+        plain = config.model_dump(mode="json", exclude_unset=True)
+        flags = []
+        for name, value in plain.items():
+            flag = name.replace("_", "-")
+            if isinstance(value, bool):
+                flags.append(f"--{flag}" if value else f"--no-{flag}")
+            else:
+                flags.append(f"--{flag}={json.dumps(value) if isinstance(value, list) else value}")
+        with log.open("a") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "train.detector", *flags],
+                cwd=ROOT,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                env=os.environ | {"PYTHONUNBUFFERED": "1", "RAY_DEDUP_LOGS": "0"},
+            )
+
+    def step(self) -> int:
+        """The last step that was told of."""
+        told = re.findall(r"step (\d+)/", self.log.read_text())
+        return int(told[-1]) if told else 0
+
+    def wait_for(self, step: int, timeout_s: float = 400) -> None:
+        end = time.monotonic() + timeout_s
+        while self.step() < step:
+            if self.process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"the run ended at step {self.step()}:\n{self.log.read_text()[-3000:]}")
+            time.sleep(0.1)
+
+    def family(self) -> list[psutil.Process]:
+        return psutil.Process(self.process.pid).children(recursive=True)
+
+    def kill_worker(self) -> int:
+        """SIGKILL one training worker; returns how many there are."""
+        found = [one for one in self.family() if "TrainWorker" in " ".join(one.cmdline())]
+        if not found:
+            raise RuntimeError("there is no training worker")
+        found[0].send_signal(signal.SIGKILL)
+        return len(found)
+
+    def kill(self) -> None:
+        """SIGKILL the driver, and then what its Ray leaves behind: another machine would not have it either."""
+        left = self.family()
+        self.process.kill()
+        self.process.wait()
+        for one in left:
+            try:
+                one.kill()
+            except psutil.NoSuchProcess:
+                continue
+
+    def finish(self, timeout_s: float = 600) -> dict[str, Any]:
+        """Wait for the end; steps and figures of its last lines."""
+        code = self.process.wait(timeout_s)
+        text = self.log.read_text()
+        told = re.search(r"trained in (\d+) steps: (.*)", text)
+        if code or told is None:
+            raise RuntimeError(f"the run ended with {code}:\n{text[-3000:]}")
+        auc = re.search(r"val_auc ([\d.]+)", told[2])
+        resumed = [int(step) for step in re.findall(r"resuming after step (\d+)", text)]
+        return {"steps": int(told[1]), "val_auc": float(auc[1]) if auc else None, "resumed_after": resumed}
+
+
+def kills(config: TrainingBenchmark, folder: Path) -> dict[str, Any]:
+    """An undisturbed run, one whose worker is killed and one whose driver is killed."""
+    model = vit(folder / "killed", 64, 4, 64)
+    common = {"epochs": 4, "batch_size": 16, "learning_rate": 1e-3, "threads": 1, "checkpoint_every": 10}
+    common |= {"num_workers": 2, "loaders": 1, "validate_every": 0, "calibration_tiers": ["clean"]}
+    found: dict[str, Any] = {}
+    for what in ("undisturbed", "worker", "driver"):
+        run = settings(config, model, folder / "kills", **common, name=what)
+        driver = Driver(run, folder / f"{what}.log")
+        try:
+            if what != "undisturbed":
+                driver.wait_for(70)
+                at = driver.step()
+                if what == "worker":
+                    driver.kill_worker()
+                else:
+                    driver.kill()
+                    driver = Driver(run, folder / f"{what}.log")
+                found[what] = {"killed_at_step": at, **driver.finish()}
+            else:
+                found[what] = driver.finish()
+        finally:
+            if driver.process.poll() is None:
+                driver.kill()
+        print(f"{what}: {found[what]}", flush=True)
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and write ``results/training.json``."""
+    from pydantic_settings import CliApp
+
+    config = CliApp.run(TrainingBenchmark, cli_args=arguments)
+    measures = {"overhead": overhead, "workers": workers, "kills": kills}
+    result: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        for part in config.parts.split(","):
+            result[part] = measures[part](config, Path(folder))
+            print(json.dumps(result[part], indent=1), flush=True)
+    print(write_result("training", result))
+
+
+if __name__ == "__main__":
+    main()
