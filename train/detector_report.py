@@ -214,15 +214,16 @@ def leakage(facts: Sequence[dict[str, float]], labels: np.ndarray, groups: Seque
 def trained_on(checkpoint: Checkpoint) -> set[str] | None:
     """Families of the generators that the card's training data name; None when the card does not say.
 
-    Read from ``dataset.generators`` (names, or a table of counts) or from the strata ``ai: NAME`` of
-    ``dataset.counts.train``.
+    Read from ``dataset.generators`` (names, or a table of counts) or from ``dataset.counts.train``, whose names are
+    generators or strata (``ai: NAME``, ``real: SOURCE``).
     """
     dataset = checkpoint.card.dataset
     if dataset.get("generators"):
         return {family(str(name)) for name in dataset["generators"]} - {"photo"}
     strata = dict(dataset.get("counts") or {}).get("train")
     if isinstance(strata, dict):
-        return {family(name.removeprefix("ai: ")) for name in strata if name.startswith("ai: ")}
+        named = {family(name.removeprefix("ai: ")) for name in strata if not name.startswith("real: ")}
+        return named - {"photo", "unknown"}
     return None
 
 

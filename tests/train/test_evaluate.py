@@ -211,6 +211,8 @@ def test_generators_of_training_are_read_off_the_card(folder: Path, tmp_path: Pa
     assert trained_on(resolve(str(folder / "detector"))) == {"old-generator"}
     strata = {"counts": {"train": {"ai: GLIDE": 3, "ai: stable-diffusion-1.4": 2, "real: x": 4}}}
     assert trained_on(resolve(str(small_detector(tmp_path / "a", dataset=strata)))) == {"GLIDE", "stable-diffusion-1.x"}
+    plain = {"counts": {"train": {"GLIDE": 3, "photo": 9, "stable-diffusion-1.x": 1}, "val": {"DALL-E 2": 1}}}
+    assert trained_on(resolve(str(small_detector(tmp_path / "c", dataset=plain)))) == {"GLIDE", "stable-diffusion-1.x"}
     assert trained_on(resolve(str(small_detector(tmp_path / "b", dataset={})))) is None
 
 

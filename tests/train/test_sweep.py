@@ -1,0 +1,146 @@
+"""Sweeps: the space is checked, bad trials fail alone, the best becomes a candidate, and a killed sweep goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from deployments.checkpoints import resolve
+from tests.train.small import labelled_version, tiny_vit
+from train import registry, tracking
+from train.loop import TrainingError
+from train.sweep import DetectorSweep, Span, TrialOutcome, main, read_space, render_page, trial_config
+from train.tracking import TrackingConfig
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("sweep")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        patch.setenv("DEEPTRUST_CACHE", str(folder / "cache"))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def arguments(folder: Path) -> list[str]:
+    version = labelled_version(folder / "data", train=32, val=16)
+    return [
+        *("detector", "--data", str(version), "--model", str(tiny_vit(folder / "vit"))),
+        *("--output", str(folder / "best"), "--storage", str(folder / "runs"), "--batch-size", "16"),
+        *("--num-cpus", "2", "--threads", "1", "--object-store-bytes", str(100 * 2**20)),
+    ]
+
+
+def config(tmp_path: Path, **changes: object) -> DetectorSweep:
+    values = {"data": "d", "output": "o", "storage": str(tmp_path), **changes}
+    return DetectorSweep.model_validate(values)
+
+
+def test_a_span_is_borders_or_values() -> None:
+    for bad in ({}, {"low": 1}, {"low": 2, "high": 1}, {"low": 0, "high": 1, "log": True}, {"low": 1, "values": [1]}):
+        with pytest.raises(ValueError, match=r"give low|low above"):
+            Span.model_validate(bad)
+    drawn = [Span(low=1, high=4, whole=True).domain().sample() for _ in range(200)]
+    assert set(drawn) == {1, 2, 3, 4}
+    assert all(1e-5 <= Span(low=1e-5, high=1e-2, log=True).domain().sample() <= 1e-2 for _ in range(20))
+
+
+def test_the_space_names_settings_of_the_trainer(tmp_path: Path) -> None:
+    space = tmp_path / "space.yaml"
+    space.write_text("learning_rate: {low: 1.0e-4, high: 1.0e-2, log: true}\ndamage.blur: {values: [0.0, 0.2]}")
+    assert set(read_space(config(tmp_path, space=space))) == {"learning_rate", "damage.blur"}
+    trial = trial_config(config(tmp_path), {"damage.blur": 0.2, "learning_rate": 0.1}, "abc", None)
+    assert trial.model_dump()["damage"]["blur"] == 0.2 and trial.name == "abc"
+    for text, complaint in (
+        ("lerning_rate: {values: [1]}", "lerning_rate"),
+        ("learning_rate: {values: [-1.0]}", "does not take"),
+        ("learning_rate: 3", "cannot be used"),
+        ("- a", "cannot be used"),
+    ):
+        space.write_text(text)
+        with pytest.raises(TrainingError, match=complaint):
+            read_space(config(tmp_path, space=space))
+    with pytest.raises(TrainingError, match="cannot be used"):
+        read_space(config(tmp_path, space=tmp_path / "none.yaml"))
+
+
+def test_the_page_shows_every_trial(tmp_path: Path) -> None:
+    trials = [
+        TrialOutcome(
+            id="a", parameters={"learning_rate": 0.01}, status="finished", best=0.9, curve=[(1, 0.5), (2, 0.9)]
+        ),
+        TrialOutcome(id="b", parameters={"learning_rate": 0.1}, status="stopped early", best=0.4, curve=[(1, 0.4)]),
+        TrialOutcome(id="c", parameters={"learning_rate": 9.0}, status="failed", best=None, curve=[], reason="NaN <b>"),
+    ]
+    page = render_page(config(tmp_path), trials)
+    assert page.count("<svg") == 2 and "NaN &lt;b&gt;" in page and "stopped early" in page
+
+
+def test_a_sweep_finds_registers_and_survives_a_bad_trial(folder: Path, arguments: list[str]) -> None:
+    (folder / "space.yaml").write_text("learning_rate: {values: [0.003, 1.0e+30]}")  # the second becomes NaN
+    own = ["--name", "small", "--trials", "3", "--epochs", "2", "--space", str(folder / "space.yaml"), "--seed", "0"]
+    main([*arguments, *own, "--max-failures", "0", "--gradient-clip", "0"])
+    trials = [TrialOutcome.model_validate(each) for each in json.loads((folder / "runs/small/trials.json").read_text())]
+    assert len(trials) == 3
+    statuses = {trial.status for trial in trials}
+    assert "finished" in statuses
+    for trial in trials:
+        assert (trial.status == "failed") == (trial.parameters["learning_rate"] > 1), trial
+    best = max((trial for trial in trials if trial.status == "finished"), key=lambda trial: trial.best or 0)
+    candidate = resolve("models:/detector@candidate")
+    assert candidate.revision == resolve(str(folder / "best")).revision
+    assert candidate.revision == resolve(str(folder / "runs/small/models" / best.id)).revision
+    client = tracking.connect(TrackingConfig())
+    version = registry.find_version(client, "detector", "candidate")
+    parent = client.get_run(version.run_id)
+    assert parent.data.tags["deeptrust.best"] == best.id
+    children = client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    assert len(children) == 3
+    assert all(child.info.status != "RUNNING" for child in children)
+    # the same command again: nothing is left to do, and nothing is done twice
+    main([*arguments, *own, "--max-failures", "0", "--gradient-clip", "0"])
+    again = json.loads((folder / "runs/small/trials.json").read_text())
+    assert [trial["id"] for trial in again] == [trial.id for trial in trials]
+
+
+def test_a_sweep_goes_on_only_as_it_was_started(folder: Path, arguments: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([*arguments, "--name", "small", "--trials", "4"])
+
+
+@pytest.mark.proof
+def test_eight_trials_with_a_kill_in_the_middle(folder: Path, arguments: list[str]) -> None:
+    """ASHA stops at least two, the sweep goes on after SIGKILL, and the best is registered."""
+    (folder / "wide.yaml").write_text("learning_rate: {low: 1.0e-6, high: 1.0e-1, log: true}")
+    command = [sys.executable, "-m", "train.sweep", *arguments, "--name", "eight", "--trials", "8", "--epochs", "6"]
+    command += ["--space", str(folder / "wide.yaml"), "--concurrent", "2", "--output", str(folder / "eight")]
+    root = Path(__file__).parent.parent.parent
+    log = (folder / "eight.log").open("w")
+    process = subprocess.Popen(command, cwd=root, stdout=log, stderr=log, start_new_session=True, env=dict(os.environ))
+    models = folder / "runs/eight/models"
+    until = time.monotonic() + 900
+    while not (
+        models.is_dir() and any(not path.name.startswith(".") for path in models.iterdir())
+    ):  # one trial has come to its end
+        assert process.poll() is None, (folder / "eight.log").read_text()[-4000:]
+        assert time.monotonic() < until
+        time.sleep(0.5)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = {path.name for path in models.iterdir() if not path.name.startswith(".")}
+    subprocess.run(command, cwd=root, stdout=log, stderr=log, check=True, timeout=1800)
+    log.close()
+    trials = [TrialOutcome.model_validate(each) for each in json.loads((folder / "runs/eight/trials.json").read_text())]
+    assert len(trials) == 8
+    assert sum(trial.status == "stopped early" for trial in trials) >= 2
+    assert before <= {trial.id for trial in trials}
+    assert resolve(str(folder / "eight")).revision == resolve("models:/detector@candidate").revision

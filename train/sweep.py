@@ -1,0 +1,505 @@
+"""Search for good settings of a trainer: Ray Tune proposes (Optuna), stops what falls behind (ASHA), keeps the best.
+
+In: a trainer's own settings, and the space in which some of them vary. Out: the best trial's checkpoint at ``--output``
+and in the registry as a candidate, a page with every trial's curve, a parent run in MLflow with a child for each trial.
+
+Each trial is a Ray Train run of its own, with its own checkpoints. A sweep is named by ``--storage`` and ``--name``:
+started again after whatever killed it, it goes on, and so do the trials that were running. A trial whose loss becomes
+NaN, or that cannot run with its settings, fails alone. Knows no task.
+
+    python -m train.sweep detector --data DATA/aivshuman --output BEST --trials 8 --epochs 4 [--space space.yaml]
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_settings import CliSubCommand
+
+from data import pages
+from data.locations import Location
+from data.session import RaySettings, ray_session
+from train import captioner, detector, registry, tracking
+from train.captioner import CaptionerTraining
+from train.command import TrainCommand, end, publish
+from train.detector import DetectorTraining
+from train.gate import Kind
+from train.loop import TrainingError
+from train.tracking import FAILURE_TAG, Run
+
+_TEMPLATES = Path(__file__).parent / "pages"
+#: What a trial reports and is judged by: the best value so far of the trainer's own validation figure.
+METRIC = "best"
+#: Written last, beside the sweep's state: all trials.
+_DONE = "trials.json"
+
+
+class Span(BaseModel):
+    """The values of one setting: between two borders, or one of several."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    low: float | None = None
+    high: float | None = None
+    log: bool = Field(False, description="even in the logarithm")
+    whole: bool = Field(False, description="whole numbers only")
+    values: list[Any] = Field([], description="one of these")
+
+    @model_validator(mode="after")
+    def _is_one_of_two(self) -> Span:
+        between = self.low is not None and self.high is not None and self.low < self.high
+        if between == bool(self.values) or (self.values and (self.low, self.high) != (None, None)):
+            raise ValueError("give low and high (low < high), or values")
+        if self.log and not (self.low or 0) > 0:
+            raise ValueError("log needs low above 0")
+        return self
+
+    def domain(self) -> Any:
+        """As Ray Tune has it."""
+        from ray import tune
+
+        if self.values:
+            return tune.choice(self.values)
+        low, high = self.low or 0.0, self.high or 0.0
+        if self.whole:
+            return (tune.lograndint if self.log else tune.randint)(int(low), int(high) + 1)
+        return (tune.loguniform if self.log else tune.uniform)(low, high)
+
+
+#: Where there is no file with a space.
+SPACES: dict[Kind, dict[str, Span]] = {
+    "detector": {
+        "learning_rate": Span(low=1e-5, high=1e-2, log=True),
+        "weight_decay": Span(low=0.001, high=0.1, log=True),
+        "label_smoothing": Span(values=[0.0, 0.05, 0.1]),
+        "balance": Span(low=0.0, high=1.0),
+    },
+    "captioner": {
+        "learning_rate": Span(low=1e-5, high=1e-3, log=True),
+        "weight_decay": Span(low=0.001, high=0.1, log=True),
+        "label_smoothing": Span(values=[0.0, 0.1]),
+    },
+}
+
+
+class SweepSettings(TrainCommand):
+    """What a sweep adds to a trainer's settings."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    trials: int = Field(8, ge=1, description="how many settings are tried")
+    concurrent: int = Field(1, ge=1, description="trials at a time; each takes the workers of one run")
+    space: Path | None = Field(
+        None, description="YAML: setting -> {low, high, log, whole} or {values}; damage.blur names an inner one"
+    )
+    grace: int = Field(1, ge=1, description="reports (checkpoints, validations) before a trial may be stopped")
+    reduction: float = Field(2.0, gt=1, description="of the trials that come to a rung, one in so many goes on")
+    register_best: bool = Field(True, description="make the best trial's checkpoint a candidate of the registry")
+
+
+class DetectorSweep(DetectorTraining, SweepSettings):
+    """Sweep over the detector's trainer."""
+
+    name: str = Field("detector-sweep", description="name of the sweep; the same name goes on with it")
+
+
+class CaptionerSweep(CaptionerTraining, SweepSettings):
+    """Sweep over the captioner's trainer."""
+
+    name: str = Field("captioner-sweep", description="name of the sweep; the same name goes on with it")
+
+
+AnySweep = DetectorSweep | CaptionerSweep
+
+
+class TrialOutcome(BaseModel):
+    """What became of one trial."""
+
+    id: str
+    parameters: dict[str, Any]
+    status: str = Field(description="`finished`, `stopped early`, `failed` or `unfinished`")
+    best: float | None
+    curve: list[tuple[int, float]] = Field(description="(step, best value so far)")
+    reason: str = ""
+
+
+def kind_of(config: AnySweep) -> Kind:
+    """Which trainer."""
+    return "detector" if isinstance(config, DetectorSweep) else "captioner"
+
+
+def read_space(config: AnySweep) -> dict[str, Span]:
+    """The space, every name of it a setting of the trainer.
+
+    Raises:
+        TrainingError: the file is missing or not understood, or names something else.
+    """
+    space = SPACES[kind_of(config)]
+    if config.space is not None:
+        try:
+            found = yaml.safe_load(config.space.read_text())
+            space = {str(name): Span.model_validate(span) for name, span in dict(found).items()}
+        except (OSError, yaml.YAMLError, ValidationError, TypeError, ValueError) as error:
+            raise TrainingError(f"--space {config.space} cannot be used: {error}") from error
+    middle = {name: (span.values or [span.low])[0] for name, span in space.items()}
+    trial_config(config, middle, "check", None)
+    return space
+
+
+def trial_config(config: AnySweep, parameters: Mapping[str, Any], id_: str, parent: str | None) -> TrainCommand:
+    """The trainer's settings of one trial.
+
+    Raises:
+        TrainingError: the parameters are no settings of the trainer.
+    """
+    trainer: type[TrainCommand] = DetectorTraining if isinstance(config, DetectorSweep) else CaptionerTraining
+    settings = {name: value for name, value in config.model_dump().items() if name in trainer.model_fields}
+    place = Location.of(config.storage) / config.name
+    settings |= {
+        "storage": str(place / "runs"),
+        "name": id_,
+        "output": str(place / "models" / id_),
+        "time_limit": "",
+        "tracking": config.tracking.resolved().model_dump() if parent else config.tracking.model_dump(),
+    }
+    for name, value in parameters.items():
+        *outer, last = name.split(".")
+        part = settings
+        for step in outer:
+            part = part.get(step) or {}
+        if last not in part:
+            raise TrainingError(f"the space varies {name!r}, which is no setting of the trainer; see its --help")
+        part[last] = value
+    try:
+        return trainer.model_validate(settings)
+    except ValidationError as error:
+        raise TrainingError(f"the space has values that the trainer does not take: {error}") from error
+
+
+def run_trial(parameters: dict[str, Any], sweep: dict[str, Any], kind: Kind, parent: str | None) -> None:
+    """One trial, in a process of Ray Tune."""
+    from ray import tune
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    config = (DetectorSweep if kind == "detector" else CaptionerSweep).model_validate(sweep)
+    settings = trial_config(config, parameters, tune.get_context().get_trial_id(), parent)
+    train = {"detector": detector.train, "captioner": captioner.train}[kind]
+    outcome = train(settings, (TuneReportCallback(),), parent)  # type: ignore[arg-type]
+    last = {name: value for name, value in outcome.metrics.items() if isinstance(value, (int, float))}
+    # the run's own reports have said how good it is; this one says that its checkpoint is whole
+    tune.report({"finished": 1, "step": outcome.steps, METRIC: _best_of(settings), **last})
+
+
+def _best_of(settings: TrainCommand) -> float:
+    """The run's best validation figure, from the progress beside its last checkpoint."""
+    place = Location.of(settings.storage) / settings.name
+    found = sorted(
+        (place / folder / "progress.json" for folder in place.folders() if folder.startswith("checkpoint")), key=str
+    )
+    values = [json.loads(each.read_text())["best"] for each in found if each.exists()]
+    return float(values[-1]) if values else -math.inf
+
+
+def sweep(config: AnySweep) -> tuple[list[TrialOutcome], bool]:
+    """Run or go on with a sweep; returns its trials, and whether it is done (the time limit ends it before).
+
+    Raises:
+        TrainingError, TrackingError, DataError: before a trial starts; or no trial came to its end.
+    """
+    space = read_space(config)
+    place = Location.of(config.storage) / config.name
+    place.make_dir()
+    _check_same(config, space, place)
+    if (place / _DONE).exists():
+        print(f"{config.name} is done; for another give another --name", flush=True)
+        return [TrialOutcome.model_validate(each) for each in json.loads((place / _DONE).read_text())], True
+    parent = None
+    if config.record:
+        parameters = config.model_dump(mode="json", exclude={"tracking", "record"})
+        parent = tracking.start(
+            config.tracking,
+            kind_of(config),
+            config.name,
+            key=str(place),
+            parameters=parameters | {"space": {name: span.model_dump() for name, span in space.items()}},
+            tags={"deeptrust.sweep": "parent"},
+        )
+    try:
+        trials, done = _tune(config, space, place, parent)
+        if done:
+            _conclude(config, trials, place, parent)
+    except BaseException as error:
+        if parent is not None:
+            parent.end(error)
+        raise
+    if parent is not None:
+        parent.end(None if done else SystemExit("time limit"))
+    return trials, done
+
+
+def _tune(
+    config: AnySweep, space: Mapping[str, Span], place: Location, parent: Run | None
+) -> tuple[list[TrialOutcome], bool]:
+    # Ray Train's workers in small clusters take longer than a minute to import torch; trials keep this folder
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "0")
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "5")  # what a kill may lose
+    from ray import tune
+    from ray.tune.schedulers import ASHAScheduler
+    from ray.tune.search.optuna import OptunaSearch
+
+    with ray_session(RaySettings(num_cpus=config.num_cpus, object_store_bytes=config.object_store_bytes)):
+        trainable = tune.with_resources(
+            tune.with_parameters(
+                run_trial,
+                sweep=config.model_dump(mode="json"),
+                kind=kind_of(config),
+                parent=parent.run_id if parent else None,
+            ),
+            {"cpu": 0},  # a trial only waits for its run's workers; with a CPU each, two trials would starve them
+        )
+        storage: dict[str, Any] = {} if place.is_local else {"storage_filesystem": place.arrow_filesystem}
+        state = (place / "tune").path
+        if tune.Tuner.can_restore(state, **storage):
+            print(f"going on with {config.name}", flush=True)
+            tuner = tune.Tuner.restore(state, trainable, resume_unfinished=True, **storage)
+        else:
+            logging.getLogger("optuna").setLevel(logging.WARNING)
+            tuner = tune.Tuner(
+                trainable,
+                param_space={name: span.domain() for name, span in space.items()},
+                tune_config=tune.TuneConfig(
+                    metric=METRIC,
+                    mode="max",
+                    search_alg=OptunaSearch(seed=config.seed),
+                    # rungs far beyond any run: coming to the last one must not end a run before it has exported
+                    scheduler=ASHAScheduler(max_t=10**6, grace_period=config.grace, reduction_factor=config.reduction),
+                    num_samples=config.trials,
+                    max_concurrent_trials=config.concurrent,
+                ),
+                run_config=tune.RunConfig(name="tune", storage_path=place.path, verbose=1, **storage),
+            )
+        with _time_limit(config.limit_s) as over:
+            results = tuner.fit()
+        trials = [_outcome(result, over.is_set()) for result in results]
+    return trials, not over.is_set() and all(trial.status != "unfinished" for trial in trials)
+
+
+def _outcome(result: Any, interrupted: bool) -> TrialOutcome:
+    metrics = result.metrics or {}
+    frame = result.metrics_dataframe
+    curve: list[tuple[int, float]] = []
+    if frame is not None and METRIC in frame:
+        for step, best in zip(frame["step"], frame[METRIC], strict=True):
+            if math.isfinite(best):
+                curve.append((int(step), float(best)))
+    if result.error is not None:
+        status, reason = "failed", tracking.describe(_cause(result.error))
+    elif metrics.get("finished"):
+        status, reason = "finished", ""
+    else:
+        status, reason = ("unfinished" if interrupted else "stopped early"), ""
+    return TrialOutcome(
+        id=str(metrics.get("trial_id") or Path(result.path).name),
+        parameters=dict(result.config or {}),
+        status=status,
+        best=curve[-1][1] if curve else None,
+        curve=curve,
+        reason=reason[:500],
+    )
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What a trial raised: Ray keeps it in ``cause``."""
+    while isinstance(getattr(error, "cause", None), BaseException):
+        error = error.cause  # type: ignore[attr-defined]
+    return error
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[threading.Event]:
+    """Interrupt Ray Tune after so many seconds as Ctrl-C does: it then keeps the state from which it goes on."""
+    over = threading.Event()
+
+    def interrupt() -> None:
+        over.set()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it otherwise
+    timer = threading.Timer(seconds, interrupt) if math.isfinite(seconds) else None
+    if timer is not None:
+        timer.daemon = True
+        timer.start()
+    try:
+        yield over
+    finally:
+        if timer is not None:
+            timer.cancel()
+        signal.signal(signal.SIGINT, before)
+
+
+def _conclude(config: AnySweep, trials: list[TrialOutcome], place: Location, parent: Run | None) -> None:
+    """The best trial's checkpoint, the page, and what MLflow should know."""
+    finished = [trial for trial in trials if trial.status == "finished" and trial.best is not None]
+    page = render_page(config, trials)
+    (place / "sweep.html").write_text(page)
+    if parent is not None:
+        _close_children(parent)
+        parent.text("sweep.html", page)
+        parent.text("trials.json", json.dumps([trial.model_dump() for trial in trials], indent=1))
+        parent.metrics({f"trials_{status.replace(' ', '_')}": count for status, count in _counts(trials).items()})
+    if not finished:
+        reasons = "; ".join(sorted({trial.reason for trial in trials if trial.reason})) or "all were stopped early"
+        raise TrainingError(f"no trial came to its end ({reasons}): widen --space or raise --grace")
+    best = max(finished, key=lambda trial: trial.best or -math.inf)
+    model = place / "models" / best.id
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "checkpoint"
+        folder.mkdir()
+        for name in model.filesystem.ls(model.path, detail=False):
+            model.filesystem.get_file(name, str(folder / Path(name).name))
+        publish(folder, Location.of(config.output))
+        if parent is not None:
+            parent.metrics({"best": best.best or 0.0})
+            parent.tags({"deeptrust.best": best.id} | {f"best.{k}": str(v) for k, v in best.parameters.items()})
+            if config.register_best:
+                version = registry.register(parent, kind_of(config), folder)
+                print(f"registered as {kind_of(config)} {version.version}, alias candidate", flush=True)
+    (place / _DONE).write_text(json.dumps([trial.model_dump() for trial in trials], indent=1))
+
+
+def _close_children(parent: Run) -> None:
+    """Runs of trials that were stopped early: their processes were ended and could not say so."""
+    experiment = parent.client.get_run(parent.run_id).info.experiment_id
+    query = f"tags.`mlflow.parentRunId` = '{parent.run_id}' and attributes.status = 'RUNNING'"
+    for child in parent.client.search_runs([experiment], query, max_results=1000):
+        parent.client.set_tag(child.info.run_id, FAILURE_TAG, "stopped early: it fell behind other trials")
+        parent.client.set_terminated(child.info.run_id, "KILLED")
+
+
+def _counts(trials: list[TrialOutcome]) -> dict[str, int]:
+    counts = dict.fromkeys(("finished", "stopped early", "failed", "unfinished"), 0)
+    for trial in trials:
+        counts[trial.status] += 1
+    return counts
+
+
+def render_page(config: AnySweep, trials: list[TrialOutcome]) -> str:
+    """Every trial: its curve, its settings, what became of it."""
+    ranked = sorted(trials, key=lambda trial: (trial.status != "finished", -(trial.best or -math.inf)))
+    curves = {
+        f"{rank}": ([step for step, _ in trial.curve], [value for _, value in trial.curve])
+        for rank, trial in enumerate(ranked, 1)
+        if trial.curve
+    }
+    varied = list(dict.fromkeys(name for trial in ranked for name in trial.parameters))
+
+    def against(name: str) -> Any:
+        points = [(trial.parameters[name], trial.best, trial.status) for trial in ranked if trial.best is not None]
+
+        def draw(axes: Any) -> None:
+            for rank, status in enumerate(("finished", "stopped early", "failed")):
+                chosen = [(value, best) for value, best, each in points if each == status]
+                if chosen:
+                    axes.scatter(
+                        [value for value, _ in chosen],
+                        [best for _, best in chosen],
+                        color=pages.SERIES[rank],
+                        label=status,
+                        s=22,
+                    )
+            numbers = [value for value, *_ in points if isinstance(value, (int, float)) and value > 0]
+            if len(numbers) == len(points) and numbers and max(numbers) > 30 * min(numbers):
+                axes.set_xscale("log")
+            axes.set(xlabel=name, ylabel="best validation figure")
+            axes.legend(fontsize=8)
+
+        return pages.chart(name, draw, f"Best validation figure by {name}", 4.6, 3.0) if points else pages.nothing(name)
+
+    return pages.render(
+        "sweep.html",
+        folder=_TEMPLATES,
+        name=config.name,
+        kind=kind_of(config),
+        trials=ranked,
+        counts=_counts(trials),
+        varied=varied,
+        curves=pages.line_chart(
+            "Best validation figure so far, by trial (numbers: rank below)",
+            curves,
+            "optimiser step",
+            "best so far",
+            from_zero=False,
+            width=9.0,
+            height=3.8,
+        ),
+        charts=[against(name) for name in varied],
+    )
+
+
+def _check_same(config: AnySweep, space: Mapping[str, Span], place: Location) -> None:
+    """A sweep goes on only with the settings that it was started with."""
+    free = {"time_limit", "output", "tracking", "record", "num_cpus", "object_store_bytes", "threads", "register_best"}
+    settings = json.loads(config.model_dump_json(exclude=free))
+    settings["space"] = {name: span.model_dump(mode="json") for name, span in space.items()}
+    file = place / "sweep.json"
+    if file.exists():
+        before = json.loads(file.read_text())
+        changed = [name for name in settings if before.get(name) != settings[name]]
+        if changed:
+            raise TrainingError(
+                f"sweep {config.name!r} was started with other settings ({', '.join(changed[:5])}): give another "
+                f"--name, or remove {place}"
+            )
+    else:
+        file.write_text(json.dumps(settings, indent=1))
+
+
+class SweepCommands(BaseModel):
+    """Search for good settings of a trainer."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    detector: CliSubCommand[DetectorSweep]
+    captioner: CliSubCommand[CaptionerSweep]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    from pydantic_settings import CliApp, get_subcommand
+
+    config: Any = get_subcommand(CliApp.run(SweepCommands, cli_args=arguments))
+    try:
+        trials, done = sweep(config)
+    except registry.RegistryError as error:
+        sys.exit(f"error: {error}")
+    except Exception as error:
+        end(error)
+    counts = ", ".join(f"{count} {status}" for status, count in _counts(trials).items() if count)
+    if done:
+        print(f"{len(trials)} trials: {counts}; best checkpoint in {config.output}")
+    else:
+        print(f"time limit: {counts}; the same command goes on")
+
+
+if __name__ == "__main__":
+    # trials import this module by its name: what is pickled must be of that module and not of `__main__`
+    from train.sweep import main as run_by_name
+
+    run_by_name()
