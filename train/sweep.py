@@ -37,7 +37,7 @@ from train.captioner import CaptionerTraining
 from train.command import TrainCommand, end, publish
 from train.detector import DetectorTraining
 from train.gate import Kind
-from train.loop import TrainingError
+from train.module import TrainingError
 from train.tracking import FAILURE_TAG, Run
 
 _TEMPLATES = Path(__file__).parent / "pages"

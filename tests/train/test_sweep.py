@@ -16,7 +16,7 @@ import pytest
 from deployments.checkpoints import resolve
 from tests.train.small import labelled_version, tiny_vit
 from train import registry, tracking
-from train.loop import TrainingError
+from train.module import TrainingError
 from train.sweep import DetectorSweep, Span, TrialOutcome, main, read_space, render_page, trial_config
 from train.tracking import TrackingConfig
 
