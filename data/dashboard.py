@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from data.commands import parse
 from data.errors import DataError, end
 from data.locations import Location
 from data.versions import SPLITS, DatasetName, DataVersion, open_version, versions
@@ -46,9 +47,7 @@ class DashboardConfig(BaseModel):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Serve the page until Ctrl-C."""
-    from pydantic_settings import CliApp
-
-    config = CliApp.run(DashboardConfig, cli_args=None if arguments is None else [*arguments])
+    config = parse(DashboardConfig, arguments)
     try:
         places = [Location.of(place) for place in config.data]
         if not any(find_versions([str(place)]) for place in places):

@@ -33,7 +33,6 @@ VIEWS: dict[str, tuple[str, ...]] = {
     "quantisation": ("quantisation",),
 }
 _FOLDS = 5
-_TREES = 60
 #: Tables seen less often than this many others are one category.
 _TABLES = 48
 _RESAMPLES = 200
@@ -55,6 +54,7 @@ class ProbeSettings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     probe_pictures: int = Field(20_000, ge=50, description="pictures that the leakage probes look at, at most")
+    probe_trees: int = Field(40, ge=1, description="trees of each of their forests")
     probe_seed: int = Field(0, description="of folds, forests and resampling")
 
 
@@ -73,7 +73,7 @@ def probe(frame: pd.DataFrame, settings: ProbeSettings | None = None) -> dict[st
     settings = settings or ProbeSettings()
     # ids are hashes: the first of them are a sample, the same on every machine
     frame = frame.sort_values("id").head(settings.probe_pictures)
-    return {"class": _class_probe(frame, settings.probe_seed), "sources": _source_probe(frame, settings.probe_seed)}
+    return {"class": _class_probe(frame, settings), "sources": _source_probe(frame, settings)}
 
 
 def verdict(auc: float | None) -> Verdict:
@@ -105,7 +105,7 @@ def _one_hot(column: pd.Series) -> list[np.ndarray]:
     return [column.eq(value).to_numpy(float) for value in sorted(column.unique())]
 
 
-def _class_probe(frame: pd.DataFrame, seed: int) -> dict[str, Any]:
+def _class_probe(frame: pd.DataFrame, settings: ProbeSettings) -> dict[str, Any]:
     names = sorted(frame["label"].unique())
     empty = {view: {"auc": None, "low": None, "high": None} for view in VIEWS}
     result: dict[str, Any] = {"classes": names, "pictures": len(frame), "views": empty, "by_source": {}}
@@ -114,10 +114,10 @@ def _class_probe(frame: pd.DataFrame, seed: int) -> dict[str, Any]:
         groups = frame["group"].to_numpy(str)
         traits = file_traits(frame)
         for view, parts in VIEWS.items():
-            chances = _out_of_fold(np.hstack([traits[part] for part in parts]), labels, groups, seed)
+            chances = _out_of_fold(np.hstack([traits[part] for part in parts]), labels, groups, settings)
             if chances is None:
                 break
-            result["views"][view] = _with_interval(labels, chances, groups, seed)
+            result["views"][view] = _with_interval(labels, chances, groups, settings.probe_seed)
             if view == "all":
                 result["by_source"] = _by_source(frame["source"].to_numpy(str), labels, chances)
     found = verdict(result["views"]["all"]["auc"])
@@ -137,7 +137,7 @@ def _by_source(sources: np.ndarray, labels: np.ndarray, chances: np.ndarray) -> 
     return found
 
 
-def _source_probe(frame: pd.DataFrame, seed: int) -> dict[str, Any]:
+def _source_probe(frame: pd.DataFrame, settings: ProbeSettings) -> dict[str, Any]:
     """Whether sources of real photos can be told apart: ROC AUC of each against the others, and their mean."""
     real = frame[frame["label"].isin(("human", "stock", "platform"))]
     counts = real["source"].value_counts()
@@ -150,9 +150,12 @@ def _source_probe(frame: pd.DataFrame, seed: int) -> dict[str, Any]:
         groups = real["group"].to_numpy(str)
         for name in names:
             labels = real["source"].eq(name).to_numpy(int)
-            chances = _out_of_fold(everything, labels, groups, seed)
+            chances = _out_of_fold(everything, labels, groups, settings)
             if chances is not None:
-                found[name] = {"pictures": int(labels.sum()), **_with_interval(labels, chances, groups, seed)}
+                found[name] = {
+                    "pictures": int(labels.sum()),
+                    **_with_interval(labels, chances, groups, settings.probe_seed),
+                }
     auc = float(np.mean([row["auc"] for row in found.values()])) if found else None
     kind = verdict(auc)
     meaning = {
@@ -165,7 +168,9 @@ def _source_probe(frame: pd.DataFrame, seed: int) -> dict[str, Any]:
     return {"verdict": kind, "meaning": meaning, "auc": _rounded(auc), "by_source": found, "pictures": len(real)}
 
 
-def _out_of_fold(traits: np.ndarray, labels: np.ndarray, groups: np.ndarray, seed: int) -> np.ndarray | None:
+def _out_of_fold(
+    traits: np.ndarray, labels: np.ndarray, groups: np.ndarray, settings: ProbeSettings
+) -> np.ndarray | None:
     """Probability of class 1 for each row by a forest that saw none of its group; None if there are too few groups."""
     from sklearn.ensemble import RandomForestClassifier
     from sklearn.model_selection import StratifiedGroupKFold
@@ -175,11 +180,13 @@ def _out_of_fold(traits: np.ndarray, labels: np.ndarray, groups: np.ndarray, see
     if folds < 2:
         return None
     chances = np.full(len(labels), np.nan)
-    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=settings.probe_seed)
     for train, test in splitter.split(traits, labels, groups):
         if len(np.unique(labels[train])) < 2:
             return None  # groups of both classes at once can leave a fold without one
-        forest = RandomForestClassifier(_TREES, min_samples_leaf=2, class_weight="balanced", random_state=seed)
+        forest = RandomForestClassifier(
+            settings.probe_trees, min_samples_leaf=2, class_weight="balanced", random_state=settings.probe_seed
+        )
         chances[test] = forest.fit(traits[train], labels[train]).predict_proba(traits[test])[:, 1]
     return chances
 

@@ -40,6 +40,7 @@ _VARIABLES = {
 TEXT, QUIET, LINE, *SERIES = _VARIABLES
 #: Series that mean the same on every page have the same colour on every page.
 _MEANINGS = {"human": SERIES[0], "stock": SERIES[0], "ai": SERIES[1], "platform": SERIES[1]}
+_MEANINGS |= {"uncertain": SERIES[3], "refused": SERIES[3], "without an answer": SERIES[4]}
 _MAX_BARS = 40
 
 Picture = tuple["bytes | Image", str]
@@ -192,7 +193,7 @@ def grouped_bar_chart(
         for label, values in series.items()
     )
     more = f"; {cut} more are not shown" if cut > 0 else ""
-    height = 0.75 + len(names) * max(0.26, 0.17 * len(series)) + (0.3 if len(series) > 1 else 0)
+    height = 0.95 + len(names) * max(0.26, 0.17 * len(series)) + (0.3 if len(series) > 1 else 0)
     return chart(title, draw, f"{title}. {x} by {y}: {said}{more}", width, height)
 
 

@@ -20,6 +20,7 @@ from pydantic import ConfigDict, Field
 from pydantic_settings import CliPositionalArg
 
 from data.browse import pictures, rows
+from data.commands import parse
 from data.errors import end
 from data.leakage import ProbeSettings, probe, summary
 from data.locations import Location
@@ -365,9 +366,7 @@ def _caption_charts(figures: dict[str, Any]) -> dict[str, Markup]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the report of the version that the command line names, and say where it lies."""
-    from pydantic_settings import CliApp
-
-    config = CliApp.run(ReportConfig, cli_args=None if arguments is None else [*arguments])
+    config = parse(ReportConfig, arguments)
     try:
         version = open_version(config.version)
         figures = write_report(version, config)

@@ -35,6 +35,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic_settings import CliPositionalArg
 
 from data.browse import pictures, rows
+from data.commands import parse
 from data.errors import DataError, end
 from data.patterns import Pattern, Phase, arrivals, phases
 from data.simulate_report import RECORDS, RUN, write_simulation_report
@@ -375,9 +376,7 @@ async def _run(simulation: Simulation) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Simulate as the command line says, and say where the report lies."""
-    from pydantic_settings import CliApp
-
-    config = CliApp.run(SimulateConfig, cli_args=None if arguments is None else [*arguments])
+    config = parse(SimulateConfig, arguments)
     try:
         folder = simulate(config)
     except Exception as error:

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic_settings import CliPositionalArg
 
 from data.captions import clean_caption, score_captions
+from data.commands import parse
 from data.errors import DataError, end
 from data.leakage import roc_auc
 from data.pages import Markup, bar_chart, grouped_bar_chart, histogram, line_chart, render
@@ -148,6 +149,7 @@ def _phases(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         found.append(
             {
                 "clients": own[0]["clients"],
+                "begun_s": min(record["due_s"] for record in own),
                 "seconds": round(seconds, 2),
                 "requests": len(own),
                 "answered": len(answered),
@@ -169,7 +171,7 @@ def time_edges(seconds: float) -> np.ndarray:
 
 
 def _over_time(records: Sequence[dict[str, Any]], seconds: float) -> dict[str, list[Any]]:
-    """Rate, latency, refusals and clients by the moment at which answers came."""
+    """Rate, latency and refusals by the moment at which answers came."""
     last = max((record["done_s"] for record in records), default=0.0)
     edges = time_edges(max(seconds, last))
     width = float(edges[1] - edges[0])
@@ -184,7 +186,6 @@ def _over_time(records: Sequence[dict[str, Any]], seconds: float) -> dict[str, l
         "errors_per_s": [round(sum(r["status"] != 200 for r in part) / width, 3) for part in parts],
         "p50_ms": [round(float(np.median(part)), 1) if part else None for part in answered],
         "p95_ms": [round(float(np.quantile(part, 0.95)), 1) if part else None for part in answered],
-        "clients": [max((r["clients"] or 0 for r in part), default=0) for part in parts],
     }
 
 
@@ -298,11 +299,14 @@ def _charts(figures: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[
             "answers",
             log=True,
         ),
-        "statuses": bar_chart("Status of requests", figures["statuses"], "requests", "HTTP status"),
+        "statuses": bar_chart("Status of requests", figures["statuses"], "requests", "status"),
     }
-    if any(over["clients"]):
+    closed = [phase for phase in figures["phases"] if phase["clients"]]
+    if closed:
+        begun = [*(phase["begun_s"] for phase in closed), figures["seconds"]]
+        busy = [*(phase["clients"] for phase in closed), closed[-1]["clients"]]
         charts["clients"] = line_chart(
-            "Concurrent clients", {"": (at, over["clients"])}, "seconds since the start", "clients", steps=True
+            "Concurrent clients", {"": (begun, busy)}, "seconds since the start", "clients", steps=True
         )
     if "detection" in figures:
         found = figures["detection"]
@@ -338,9 +342,7 @@ def _charts(figures: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write the report of the run that the command line names."""
-    from pydantic_settings import CliApp
-
-    config = CliApp.run(SimulationReportConfig, cli_args=None if arguments is None else [*arguments])
+    config = parse(SimulationReportConfig, arguments)
     try:
         figures = write_simulation_report(config.folder)
     except Exception as error:
