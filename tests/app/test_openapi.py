@@ -1,0 +1,53 @@
+"""The OpenAPI document and the running application say the same: schemathesis finds nothing between them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+pytestmark = pytest.mark.application
+
+
+def _schemathesis(url: str, folder: Path, examples: int, seed: int) -> None:
+    """Every check that it has, against every route of the document."""
+    # a body that is binary by its schema is refused unless it is a picture, and a text unless it is a list of tasks:
+    # no schema can say that, so these refusals are no fault
+    (folder / "schemathesis.toml").write_text(
+        '[checks.positive_data_acceptance]\nexpected-statuses = ["2xx", 400, 413, 415, 422, 429]\n'
+    )
+    command = [
+        *(sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json", "--url", url),
+        *("--phases", "examples,coverage,fuzzing", "--mode", "all", "--max-examples", str(examples)),
+        *("--checks", "all", "--seed", str(seed)),
+        *("--generation-database", "none", "--request-timeout", "60", "--workers", "2", "--continue-on-failure"),
+    ]
+    ended = subprocess.run(
+        command,
+        cwd=folder,
+        env=os.environ | {"NO_COLOR": "1", "COLUMNS": "160"},
+        capture_output=True,
+        text=True,
+        timeout=1500,
+        check=False,
+    )
+    assert ended.returncode == 0, (ended.stdout + ended.stderr)[-12000:]
+
+
+@pytest.mark.proof
+def test_schemathesis_finds_nothing(application: Any, tmp_path: Path) -> None:
+    _schemathesis(application.url, tmp_path, examples=10, seed=1)
+    assert httpx.get(f"{application.url}/readyz").json()["ready"]
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("seed", [2, 3])
+def test_schemathesis_finds_nothing_in_a_long_look(application: Any, tmp_path: Path, seed: int) -> None:
+    _schemathesis(application.url, tmp_path, examples=300, seed=seed)
+    assert httpx.get(f"{application.url}/readyz").json()["ready"]
