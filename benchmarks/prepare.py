@@ -219,7 +219,11 @@ def _plain_worker(paths: list[Path], target: Path, ready: Barrier) -> None:
                     "phash": f"{perceptual_hash(rgb):016x}",
                 }
             )
-        pq.write_table(pa.Table.from_pylist(rows), target / f"{start:06d}.parquet", compression="NONE")
+        file = target / f"{start:06d}.parquet"
+        # as cheap as it gets: nothing is compressed, no dictionary of pictures is tried
+        pq.write_table(
+            pa.Table.from_pylist(rows), file, compression="NONE", use_dictionary=False, write_statistics=False
+        )
 
 
 # -------------------------------------------------------------------------------------------------------------- memory

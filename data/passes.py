@@ -129,6 +129,7 @@ def take_particulars(
     progress = _Progress("identified", len(names), say)
     for table in _stream(waiting, _Identifier, {"pictures": pictures, "limits": limits, "work": work}, workers, timing):
         found.update(_unpacked(table))
+        timing.pictures += len(table)
         progress.at(len(found))
     return found, timing
 
@@ -220,8 +221,8 @@ def write_shards(
     done = total - sum(len(table) for table in waiting)
     arguments = {"pictures": pictures, "schema": schema, "folder": folder}
     for table in _stream(waiting, _ShardWriter, arguments, workers, timing):
-        done += table["rows"][0].as_py()
-        progress.at(done)
+        timing.pictures += table["rows"][0].as_py()
+        progress.at(done + timing.pictures)
     return timing
 
 
@@ -303,7 +304,6 @@ def _stream(
         for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             timing.began = min(timing.began, table["_began"][0].as_py())
             timing.ended = max(timing.ended, table["_ended"][0].as_py())
-            timing.pictures += len(table)
             yield table
     except Exception as error:
         found = as_data_error(error)

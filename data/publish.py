@@ -129,6 +129,10 @@ def publish(
     files = {split: [shard.path for shard in shards if shard.path.startswith(f"{split}/")] for split in SPLITS}
     (staging / _REJECTS_FILE).write_bytes(parquet_bytes(pa.Table.from_pylist(rejects, REJECTS)))
     manifest = _manifest(content, target.name, checks, files | {"rejects": [_REJECTS_FILE]})
+    listed = {path for paths in manifest.files.values() for path in paths}
+    for entry in staging.files():  # halves that a killed run left
+        if entry.name not in listed:
+            (staging / entry.name).remove()
     (staging / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n")
     if staging != target:
         try:

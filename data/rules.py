@@ -117,7 +117,7 @@ def enforce(checks: dict[str, Check], rules: RuleSettings) -> list[str]:
     """Names of rules that failed and were allowed to.
 
     Raises:
-        DataError: a rule failed that was not, or there is no rule of an allowed name.
+        DataError: a rule failed that was not.
     """
     failed = {name: check for name, check in checks.items() if not check.passed}
     stopping = [f"{name} ({check.detail})" for name, check in failed.items() if name not in rules.allow_failed]
