@@ -18,7 +18,6 @@ from collections import deque
 
 from app.problems import Problem
 
-
 #: Where the limit starts, and below which it never falls: one batch for each of two stages. It grows with every picture
 #: until the first one is late.
 _LEAST = 16

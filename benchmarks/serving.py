@@ -57,6 +57,7 @@ class Load:
     complete: int = 0
     latencies_ms: list[float] = field(default_factory=list)
     retry_after: int = 0
+    errors: Counter[str] = field(default_factory=Counter)
 
     @property
     def goodput(self) -> float:
@@ -73,6 +74,7 @@ class Load:
             "goodput_per_s": round(self.goodput, 3),
             "latency_ms_p50_p95_p99": [round(float(value)) for value in quantiles],
             "refused_with_retry_after": self.retry_after,
+            "stages_without_answer": dict(self.errors),
         }
 
 
@@ -101,6 +103,7 @@ async def drive(url: str, photos: list[bytes], clients: int, seconds: float | No
                 load.complete += not record["errors"] and bool(
                     record["detection"] and record["caption"] and record["tags"]
                 )
+                load.errors.update(f"{error['stage']}: {error['code']}" for error in record["errors"])
                 load.latencies_ms.append((time.perf_counter() - begun) * 1000)
             load.retry_after += answer.status_code == 429 and "retry-after" in answer.headers
 

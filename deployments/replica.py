@@ -4,9 +4,9 @@ A replica's event loop never computes: Serve's health checks, cancellations and 
 thread of their own, which is also where a new revision is loaded, so that loading waits for the batch in flight and no
 request is lost.
 
-Pictures are batched by ``serve.batch``, behind a ``Door``. ``serve.batch`` closes a batch when its wait is over, whether
-the model is free or not: pictures that come one by one during a long batch would each become a batch of one, queued
-behind it. The door keeps them outside until the model is free, and then lets them in together.
+Pictures are batched by ``serve.batch``, behind a ``Door``. ``serve.batch`` closes a batch when its wait is over,
+whether the model is free or not: pictures that come one by one during a long batch would each become a batch of one,
+queued behind it. The door keeps them outside until the model is free, and then lets them in together.
 
 Knows no model class (a subclass names it) and no HTTP.
 """

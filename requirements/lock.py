@@ -1,8 +1,9 @@
 """Make the pinned lists again: ``python requirements/lock.py [cpu] [gpu] [dev] [--upgrade]``.
 
 Asks pip to resolve the extras of ``pyproject.toml`` without installing anything, and writes every package with its
-version. What a list pins already keeps its version unless ``--upgrade`` is given. The lists are installed with ``--no-deps``, so that what is left out here stays out. Uses whatever package
-index this machine's pip is set up with; no list names one.
+version. What a list pins already keeps its version unless ``--upgrade`` is given. The lists are installed with
+``--no-deps``, so that what is left out here stays out. Uses whatever package index this machine's pip is set up with;
+no list names one.
 """
 
 from __future__ import annotations
