@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import NoReturn
 
 from pydantic import ValidationError
 
+_DATA_ERROR = re.compile(r"^(?:.*\b)?data\.errors\.DataError: (.+)$", re.MULTILINE)
 #: Exit status of a job that ends with a ``DataError``.
 EXIT_STATUS = 2
 
@@ -47,6 +49,9 @@ def as_data_error(error: BaseException, place: str = "") -> DataError | None:
     for cause in _chain(error):
         if isinstance(cause, DataError):
             return cause
+    # what a Ray Data worker raised reaches the driver as text only
+    if said := _DATA_ERROR.findall(str(error)):
+        return DataError(said[-1])
     for cause in _chain(error):
         if (found := _explained(cause, place)) is not None:
             return found
