@@ -156,6 +156,6 @@ def test_errors_behind_errors_are_found() -> None:
     own = DataError("say this")
     assert as_data_error(raised(own)) is own
     assert as_data_error(raised(ValueError("a bug"))) is None
-    text = "Traceback\nOSError: [Errno 28] No space left on device\n\ndata.errors.DataError: the disk is full at /a\n\nraised"
+    text = "OSError: [Errno 28] No space left on device\n\ndata.errors.DataError: the disk is full at /a\n\nraised"
     remote = as_data_error(RuntimeError(text), "/elsewhere")
     assert str(remote) == "the disk is full at /a"
