@@ -173,15 +173,16 @@ def pad(sequences: list[list[int]], value: int) -> torch.Tensor:
 def pack(captions: list[list[list[int]]], vocabulary: Vocabulary) -> dict[str, torch.Tensor]:
     """All captions of each photo as one sequence: ``tokens``, ``targets``, ``positions`` ``(n, length)`` and the
     additive ``mask`` ``(n, 1, length, length)``, 0 within a caption's past."""
-    tokens, targets, positions, segments = [], [], [], []
+    tokens: list[list[int]] = []
+    targets: list[list[int]] = []
+    positions: list[list[int]] = []
+    segments: list[list[int]] = []
     for texts in captions:
-        packed: tuple[list[int], list[int], list[int], list[int]] = ([], [], [], [])
-        for number, words in enumerate(texts):
-            read, said = vocabulary.sequence(words)
-            for whole, part in zip(packed, (read, said, range(len(read)), [number] * len(read)), strict=True):
-                whole.extend(part)
-        for all_, own in zip((tokens, targets, positions, segments), packed, strict=True):
-            all_.append(own)
+        read_and_said = [vocabulary.sequence(words) for words in texts]
+        tokens.append([token for read, _ in read_and_said for token in read])
+        targets.append([token for _, said in read_and_said for token in said])
+        positions.append([place for read, _ in read_and_said for place in range(len(read))])
+        segments.append([number for number, (read, _) in enumerate(read_and_said) for _ in read])
     owner = pad(segments, -1)
     length = owner.shape[1]
     visible = (owner[:, :, None] == owner[:, None, :]) & torch.ones(length, length, dtype=torch.bool).tril()

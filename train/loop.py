@@ -104,10 +104,16 @@ class Outcome:
 class Job(Protocol):
     """What a task hands to the loop; pickled into every worker."""
 
-    config: LoopConfig
-    deadline: float
-    """``time.time()`` at which to stop, or infinity."""
-    run: RunReference | None
+    @property
+    def config(self) -> LoopConfig: ...
+
+    @property
+    def deadline(self) -> float:
+        """``time.time()`` at which to stop, or infinity."""
+        ...
+
+    @property
+    def run(self) -> RunReference | None: ...
 
     def train_source(self) -> Source: ...
 

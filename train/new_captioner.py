@@ -1,10 +1,7 @@
 """An untrained captioner: CLIP's image tower as BLIP's (``deployments.towers``), under a small text decoder over the
-words of the training captions. And the way back: the trained decoder alone, as it is committed for
-``starter:captioner``.
+words of the training captions.
 
-In: captions, sizes. Out: a checkpoint folder that ``train.captioner`` starts from. Knows no training.
-
-    python -m train.new_captioner --checkpoint ~/models/captioner --target deployments/starter_weights/captioner
+In: captions, sizes. Out: a checkpoint folder that ``train.captioner`` starts from (``--model new``). Knows no training.
 """
 
 from __future__ import annotations
@@ -108,36 +105,3 @@ def captioner_config(vocab_size: int, hidden_size: int, layers: int, dropout: fl
         sep_token_id=3,
     )
     return BlipConfig(text_config=text.to_dict(), vision_config=blip_vision_config().to_dict())
-
-
-class ExtractConfig(BaseModel):
-    """Take the decoder out of a trained checkpoint, in float16."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    checkpoint: Path = Field(description="folder that train.captioner wrote")
-    target: Path = Field(description="folder for decoder.safetensors, text_config.json, vocab.txt and card.json")
-
-
-def extract(config: ExtractConfig) -> None:
-    """Write what is committed of a captioner on CLIP's tower."""
-    from transformers import AutoTokenizer
-
-    model = BlipForConditionalGeneration.from_pretrained(config.checkpoint, use_safetensors=True)
-    config.target.mkdir(parents=True, exist_ok=True)
-    card = json.loads((config.checkpoint / "card.json").read_text())
-    write_decoder(model.text_decoder, config.target, card, torch.float16)
-    words = AutoTokenizer.from_pretrained(config.checkpoint).get_vocab()
-    listed = "\n".join(sorted(words, key=lambda word: words[word]))
-    (config.target / "vocab.txt").write_text(listed + "\n", encoding="utf-8")
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Command line."""
-    from pydantic_settings import CliApp
-
-    extract(CliApp.run(ExtractConfig, cli_args=arguments))
-
-
-if __name__ == "__main__":
-    main()

@@ -10,6 +10,7 @@ Knows no data and no task.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -53,6 +54,15 @@ class RayFullyShardStrategy(_RayDevice, ModelParallelStrategy):
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh
 
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        # as Lightning's, but every worker has its own copy: the first one's path means nothing on another node
+        from lightning_fabric.strategies.model_parallel import _load_checkpoint
+
+        state = {"state_dict": self.model, **{f"optimizer_{index}": one for index, one in enumerate(self.optimizers)}}
+        return _load_checkpoint(
+            path=Path(checkpoint_path), state=state, optimizer_states_from_list=True, weights_only=weights_only
+        )
+
 
 def ray_strategy(name: StrategyName) -> Strategy:
     """The strategy for a Ray Train worker."""
@@ -79,9 +89,10 @@ def shard(model: nn.Module, mesh: Any) -> None:
 
     if isinstance(model, FSDPModule):
         return
-    for layer in layers_of(model):
+    for layer in [*layers_of(model), model]:
         fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+        if mesh.device_type == "cpu":
+            layer.set_force_sum_reduction_for_comms(True)  # gloo cannot average
 
 
 def layers_of(model: nn.Module) -> Iterator[nn.Module]:

@@ -17,7 +17,6 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from torch.utils.data import IterableDataset
 
 from data.errors import explained
 from data.locations import Location
@@ -131,7 +130,8 @@ class Pictures:
 class Source(Protocol):
     """Rows of a split, loaded by number."""
 
-    groups: tuple[int, ...]
+    @property
+    def groups(self) -> tuple[int, ...]: ...
 
     @property
     def window(self) -> int: ...
@@ -202,34 +202,23 @@ def ray_batches(source: Source, pieces: Sequence[np.ndarray], micro: int, loader
     yield from dataset.iter_batches(batch_size=micro, batch_format="numpy", prefetch_batches=2)
 
 
+def blocks_of(source: Source, pieces: Sequence[np.ndarray]) -> Iterator[Batch]:
+    """What a source gives for pieces of an order, one after another."""
+    for piece in pieces:
+        yield from source.load(int(piece[0]), piece[1:])
+
+
 def local_batches(source: Source, pieces: Sequence[np.ndarray], micro: int, beside: bool = False) -> Iterator[Batch]:
     """The same without Ray: in this process, or in one beside it (torch's ``DataLoader``)."""
     if not pieces:
         return
     if not beside:
-        yield from rebatch((block for piece in pieces for block in source.load(int(piece[0]), piece[1:])), micro)
+        yield from rebatch(blocks_of(source, pieces), micro)
         return
-    from torch.utils.data import DataLoader
+    # tasks that read pictures import this module, and need no torch
+    from train.beside import batches_beside
 
-    # one process: several would hand over batches in turns, and rows would mix
-    loader: Any = DataLoader(
-        _Rows(source, pieces, micro),  # type: ignore[arg-type]
-        batch_size=None,
-        num_workers=1,
-        prefetch_factor=4,
-        multiprocessing_context="spawn",
-    )
-    for batch in loader:
-        yield {name: np.asarray(values) for name, values in batch.items()}
-
-
-class _Rows(IterableDataset[Batch]):
-    def __init__(self, source: Source, pieces: Sequence[np.ndarray], micro: int) -> None:
-        self._arguments = source, pieces, micro
-
-    def __iter__(self) -> Iterator[Batch]:
-        source, pieces, micro = self._arguments
-        return rebatch((block for piece in pieces for block in source.load(int(piece[0]), piece[1:])), micro)
+    yield from batches_beside(source, pieces, micro)
 
 
 class PassOnce:

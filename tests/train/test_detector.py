@@ -1,11 +1,9 @@
-"""The detector's trainer: a run that the clock stopped goes on and ends as a checkpoint that serves; what cannot be
-trained is told before anything starts."""
+"""The detector's trainer: heads, weights and tiers of its data, and that what cannot be trained is told before anything
+starts."""
 
 from __future__ import annotations
 
-import shutil
 import socket
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,14 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from data.session import RaySettings, ray_session
 from data.versions import open_version
-from deployments.checkpoints import open_checkpoint, resolve
-from deployments.detector import DetectorModel
-from deployments.images import decode
+from deployments.checkpoints import resolve
 from deployments.pixels import Normalisation
-from deployments.views import render
-from tests.train.small import flags, labelled_version, tiny_vit, traced
+from tests.train.small import flags, labelled_version, tiny_vit
 from train import command
 from train.detector import (
     LABELS,
@@ -37,17 +31,8 @@ from train.detector import (
     output_layer,
     prepare_job,
     wants_new_head,
-    with_features,
 )
 from train.module import TrainingError
-from train.stream import Pictures
-from train.tracking import TrackingConfig, connect
-
-
-@pytest.fixture(scope="module")
-def ray_here() -> Iterator[None]:
-    with ray_session(RaySettings(num_cpus=4, object_store_bytes=200 * 2**20)):
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -76,92 +61,6 @@ def arguments(version: Path, vit: Path, folder: Path, **changes: object) -> list
         **{name.replace("_", "-"): value for name, value in changes.items()},
     }
     return flags(values)
-
-
-@pytest.mark.slow
-def test_a_run_that_the_clock_stopped_goes_on_and_its_checkpoint_serves(
-    ray_here: None, version: Path, vit: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    recorded = {
-        "record": True,
-        "tracking.uri": f"sqlite:///{tmp_path}/mlflow.db",
-        "tracking.artifacts": tmp_path / "artifacts",
-        "tracking.system-metrics-s": 0,
-    }
-    main(arguments(version, vit, tmp_path, time_limit="1s", **recorded))
-    assert "the same command goes on" in capfd.readouterr().out
-    assert not (tmp_path / "out").exists()
-    main(arguments(version, vit, tmp_path, **recorded))
-    assert "trained in 48 steps" in capfd.readouterr().out
-
-    checkpoint = open_checkpoint(tmp_path / "out", "test")
-    card = checkpoint.card
-    assert card.task == "detection" and card.labels == ["human", "ai"]
-    assert card.thresholds.human_below <= card.thresholds.ai_above
-    assert card.dataset["version"] == version.name
-    assert card.metrics["val_auc"] > 0.8
-    model = DetectorModel(checkpoint)
-    views = np.stack([render(decode(traced(number, number % 2)).image, model.views) for number in range(100, 120)])
-    probabilities = model.detect(views)
-    assert probabilities[1::2].mean() > probabilities[::2].mean() + 0.2
-
-    client = connect(TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db"))
-    (run,) = client.search_runs([client.get_experiment_by_name("detector").experiment_id])
-    assert run.info.status == "FINISHED"
-    assert run.inputs.dataset_inputs[0].dataset.digest == version.name
-    assert {"val_auc", "train_loss", "samples_per_s"} <= set(run.data.metrics)
-    logged = {file.path for file in client.list_artifacts(run.info.run_id)}
-    assert {"checkpoint", "samples.png"} <= logged
-
-    # what is finished is not trained again, and other settings are another run
-    shutil.rmtree(tmp_path / "out")
-    main(arguments(version, vit, tmp_path, **recorded))
-    assert "trained in 48 steps" in capfd.readouterr().out
-    assert open_checkpoint(tmp_path / "out", "test").revision == checkpoint.revision
-    assert len(client.search_runs([run.info.experiment_id])) == 1
-    with pytest.raises(SystemExit):
-        main(arguments(version, vit, tmp_path, learning_rate=1e-3))
-    assert "learning_rate" in capfd.readouterr().err
-
-
-@pytest.mark.slow
-def test_a_loss_that_is_no_number_ends_the_run_with_the_reason(
-    ray_here: None, version: Path, vit: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    tracked = {"record": True, "tracking.uri": f"sqlite:///{tmp_path}/mlflow.db", "tracking.system-metrics-s": 0}
-    with pytest.raises(SystemExit) as ended:
-        main(arguments(version, vit, tmp_path, learning_rate=1e30, gradient_clip=0, warmup=0, **tracked))
-    assert ended.value.code == 1
-    assert "the loss is" in capfd.readouterr().err
-    client = connect(TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db"))
-    (run,) = client.search_runs([client.get_experiment_by_name("detector").experiment_id])
-    assert run.info.status == "FAILED" and "the loss is" in run.data.tags["deeptrust.failure"]
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.slow
-def test_a_frozen_tower_is_asked_once_and_gives_the_same_logits(
-    ray_here: None, version: Path, vit: Path, tmp_path: Path
-) -> None:
-    config = DetectorTraining(
-        data=str(version), model=str(vit), output=str(tmp_path / "out"), freeze="tower", cache=str(tmp_path / "cache"),
-        augment=False, threads=1,
-    )  # fmt: skip
-    job = with_features(prepare_job(config, open_version(version))[0])
-    assert job.features is not None
-    module = job.module(10)
-    module.freeze_unreached(job.example(module))
-    assert {name for name, _ in module.named_trained()} == {"classifier.weight", "classifier.bias"}
-    rows = np.arange(5)
-    pictures = next(Pictures.of(job.version, "train", job.views).load(0, rows))
-    features = next(job.features[0].load(0, rows))
-    with torch.no_grad():
-        whole = module.logits(module.model, module.prepare(pictures))
-        split = module.logits(module.model, module.prepare(features))
-    assert torch.allclose(whole, split, atol=0.02)
-    written = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.npy")}
-    with_features(job)
-    assert written == {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.npy")}
 
 
 # --------------------------------------------------------------------------------------------- errors before a start

@@ -1,0 +1,87 @@
+"""The trained half of a checkpoint on CLIP's tower: what is committed for ``starter:detector`` and
+``starter:captioner``.
+
+In: a folder that ``train.detector`` (a ``ClipBlocksForImageClassification``) or ``train.captioner`` (a BLIP on CLIP's
+tower) wrote with ``--freeze tower``. Out: a folder from which ``deployments.starter`` makes the whole checkpoint again.
+
+    python -m train.extract --checkpoint ~/models/captioner --target deployments/starter_weights/captioner
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors.torch import save_file
+
+from deployments.checkpoints import Checkpoint, CheckpointError, resolve
+from train.new_captioner import write_decoder
+
+
+class ExtractConfig(BaseModel):
+    """Take the trained half out of a checkpoint."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    checkpoint: str = Field(description="folder or URI of the trained checkpoint")
+    target: Path = Field(description="folder for the trained half and its card")
+
+
+def extract(config: ExtractConfig) -> None:
+    """Write what is committed: a detector's head as it is, a captioner's decoder in float16.
+
+    Raises:
+        CheckpointError: there is no such checkpoint, or it is neither of the two.
+    """
+    checkpoint = resolve(config.checkpoint)
+    config.target.mkdir(parents=True, exist_ok=True)
+    if checkpoint.card.architecture == "ClipBlocksForImageClassification":
+        _detector(checkpoint, config.target)
+    elif checkpoint.card.architecture == "BlipForConditionalGeneration":
+        _captioner(checkpoint, config.target)
+    else:
+        raise CheckpointError(
+            f"{checkpoint.uri} is a {checkpoint.card.architecture}: only models on CLIP's tower come apart like this"
+        )
+
+
+def _card(checkpoint: Checkpoint) -> dict[str, Any]:
+    return json.loads((checkpoint.folder / "card.json").read_text())
+
+
+def _detector(checkpoint: Checkpoint, target: Path) -> None:
+    from deployments.detector_model import ClipBlocksForImageClassification
+
+    model: Any = ClipBlocksForImageClassification.from_pretrained(checkpoint.folder, use_safetensors=True)
+    weights = {name: value.contiguous() for name, value in model.head.state_dict().items()}
+    save_file(weights, target / "head.safetensors", metadata={"format": "pt"})
+    (target / "head.safetensors").chmod(0o644)
+    (target / "config.json").write_text(json.dumps(model.config.to_diff_dict(), indent=2) + "\n")
+    (target / "card.json").write_text(json.dumps(_card(checkpoint), indent=2) + "\n")
+
+
+def _captioner(checkpoint: Checkpoint, target: Path) -> None:
+    from transformers import AutoTokenizer, BlipForConditionalGeneration
+
+    model: Any = BlipForConditionalGeneration.from_pretrained(checkpoint.folder, use_safetensors=True)
+    write_decoder(model.text_decoder, target, _card(checkpoint), torch.float16)
+    words = AutoTokenizer.from_pretrained(checkpoint.folder).get_vocab()
+    (target / "vocab.txt").write_text("\n".join(sorted(words, key=words.__getitem__)) + "\n", encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    from pydantic_settings import CliApp
+
+    try:
+        extract(CliApp.run(ExtractConfig, cli_args=arguments))
+    except CheckpointError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
