@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from app import cluster
+from data import locations
 from data.annotate import AnnotateSettings, annotate
 from data.annotations import FOLDER, read_annotations
 from data.errors import DataError
@@ -37,7 +38,9 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         (server.folder / "bucket").mkdir()
         for name, value in server.environment.items():
             patch.setenv(name, value)
+        locations._filesystem.cache_clear()  # a client of another test's server
         yield server
+    locations._filesystem.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +117,7 @@ def test_every_photo_has_a_verdict_a_caption_and_tags(annotated: Path) -> None:
             assert not record.errors
 
 
+@pytest.mark.proof
 @pytest.mark.application
 def test_records_are_what_the_running_application_answers(annotated: Path, application: RunningApplication) -> None:
     same = 0
@@ -137,6 +141,7 @@ def test_records_are_what_the_running_application_answers(annotated: Path, appli
 # ------------------------------------------------------------------------------------------------------ going on
 
 
+@pytest.mark.proof
 def test_a_driver_killed_at_work_loses_nothing_and_does_nothing_twice(
     own_ray: None, small: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -196,6 +201,7 @@ def test_a_damaged_shard_is_noticed_before_the_annotation_counts_as_complete(
 # ------------------------------------------------------------------------------------------------------------ places
 
 
+@pytest.mark.proof
 def test_a_folder_a_bucket_and_parquet_give_the_same_answers(
     own_ray: None, s3: S3Server, small: dict[str, Any], tmp_path: Path
 ) -> None:

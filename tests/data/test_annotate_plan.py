@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
+from data import locations
 from data.annotate import AnnotateSettings, _Progress, annotate
 from data.annotate_plan import (
     finished_shards,
@@ -109,7 +110,17 @@ def test_an_input_that_cannot_be_annotated_is_refused_with_what_to_do(photos: Pa
         plan(tmp_path / "one.parquet", tmp_path / "out")
 
 
-def test_a_bucket_that_is_not_there_and_one_that_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def fresh_client() -> Iterator[None]:
+    """A process keeps its S3 client: neither take another test's, whose server is gone, nor leave one behind."""
+    locations._filesystem.cache_clear()
+    yield
+    locations._filesystem.cache_clear()
+
+
+def test_a_bucket_that_is_not_there_and_a_uri_without_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_client: None
+) -> None:
     with s3_server(tmp_path / "s3") as server:
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
