@@ -9,7 +9,7 @@ PIP    := $(PY) -m pip --disable-pip-version-check
 TORCH  := 2.13.0
 export PORT ?= 8000
 
-.PHONY: help setup dev starter-models demo serve stop test proofs lint format lock clean
+.PHONY: help setup dev starter-models demo serve stop test proofs data-dashboard lint format lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -39,6 +39,9 @@ dev: $(VENV)/.dev  ## what tests and checks need, on top
 
 starter-models: setup  ## build the starter models (demo and serve do it by themselves)
 	$(PY) -m deployments.starter
+
+data-dashboard: dev  ## prepared data in the browser (DATA=FOLDER)
+	$(PY) -m data.dashboard --data $(DATA)
 
 demo: setup  ## start, analyse the sample photos, print answers and addresses, go on serving
 	$(PY) -m app.demo

@@ -94,7 +94,12 @@ def overhead(config: TrainingBenchmark, folder: Path) -> dict[str, Any]:
     measured: dict[str, list[float]] = {"ray": [], "without": []}
     with ray_session(RaySettings(num_cpus=config.cpus)):
         for number in range(config.rounds):
-            common = {"max_steps": config.steps, "epochs": 1000, "batch_size": 16, "validate_every": config.steps}
+            common: dict[str, Any] = {
+                "max_steps": config.steps,
+                "epochs": 1000,
+                "batch_size": 16,
+                "validate_every": config.steps,
+            }
             # one thread computes and one process decodes; augmentation would make decoding the slower of the two, and
             # then both loops wait
             common |= {"threads": 1, "loaders": 1, "calibration_tiers": ["clean"], "checkpoint_every": 10**6}
@@ -229,7 +234,13 @@ class Driver:
 def kills(config: TrainingBenchmark, folder: Path) -> dict[str, Any]:
     """An undisturbed run, one whose worker is killed and one whose driver is killed."""
     model = vit(folder / "killed", 64, 4, 64)
-    common = {"epochs": 4, "batch_size": 16, "learning_rate": 1e-3, "threads": 1, "checkpoint_every": 10}
+    common: dict[str, Any] = {
+        "epochs": 4,
+        "batch_size": 16,
+        "learning_rate": 1e-3,
+        "threads": 1,
+        "checkpoint_every": 10,
+    }
     common |= {"num_workers": 2, "loaders": 1, "validate_every": 0, "calibration_tiers": ["clean"]}
     found: dict[str, Any] = {}
     for what in ("undisturbed", "worker", "driver"):

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -125,7 +125,7 @@ def page() -> None:
     st.header(f"{name} {version.manifest.version}, {split}")
     _tiles(version, frame)
     tabs = st.tabs(["Records", "Balance", "Samples", "Rejects", "Near-duplicates", "Compare", "Manifest"])
-    shown = (_records, _balance, _samples, _rejects, _duplicates, _compare, _manifest)
+    shown: tuple[Callable[..., None], ...] = (_records, _balance, _samples, _rejects, _duplicates, _compare, _manifest)
     for tab, show in zip(tabs, shown, strict=True):
         with tab:
             if show is _compare:
@@ -220,7 +220,9 @@ def _bars(frame: pd.DataFrame, name: str) -> None:
     if "label" in frame:
         counts = frame.groupby([values, frame["label"].rename("_label")]).size().unstack(fill_value=0)
         # teal is human on every page of this project, purple is AI
-        colours = [{"human": "#14877a", "stock": "#14877a"}.get(label, "#9c3aa8") for label in counts.columns]
+        colours: list[Any] = [
+            {"human": "#14877a", "stock": "#14877a"}.get(label, "#9c3aa8") for label in counts.columns
+        ]
         st.bar_chart(counts, horizontal=True, color=colours, x_label=name, y_label="pictures")
     else:
         st.bar_chart(values.value_counts(), horizontal=True, color="#14877a", x_label=name, y_label="pictures")

@@ -43,6 +43,7 @@ from data.merge import VersionPictures, balanced, merge
 from data.passes import Refused, Timing, take_particulars
 from data.publish import Content, digest, publish
 from data.raw import RawInput
+from data.report import write_report
 from data.rules import RuleSettings
 from data.session import RaySettings, ray_session
 from data.versions import SPLITS, DatasetName, DataVersion, Split, open_version, versions
@@ -56,6 +57,7 @@ class _Common(SplitSettings, RuleSettings, RaySettings):
 
     output: str = Field(description="folder or s3://bucket/prefix; the version becomes OUTPUT/NAME/VERSION")
     workers: int | None = Field(None, ge=1, description="processes that decode; one for each CPU if not given")
+    report: bool = Field(True, description="write the quality report (report.html, report.json) beside the manifest")
 
 
 class _FromRaw(_Common):
@@ -249,7 +251,7 @@ def _made_before(folder: Location, fingerprint: str) -> DataVersion | None:
 def _version_settings(config: _Common) -> dict[str, Any]:
     """What a version depends on besides content: not where things lie, what works on them, or what may fail."""
     places = {"output", "input", "download", "lists", "with_version", "aivshuman", "flickr30k"}
-    others = {"workers", *RaySettings.model_fields, *RuleSettings.model_fields}
+    others = {"workers", "report", *RaySettings.model_fields, *RuleSettings.model_fields}
     return config.model_dump(mode="json", exclude=places | others) | {"production_share": config.production}
 
 
@@ -320,6 +322,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     assert isinstance(config, AivshumanConfig | Flickr30kConfig | SourceConfig)
     try:
         prepared = prepare(config)
+        if config.report and not (prepared.version.location / "report.html").exists():
+            write_report(prepared.version)
     except Exception as error:
         end(error)
     manifest = prepared.version.manifest

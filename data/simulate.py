@@ -342,7 +342,7 @@ def simulate(config: SimulateConfig) -> Path:
         raise DataError(f"{folder} cannot be written ({error}): choose another --output") from error
     with opened as records:
         simulation = Simulation(config, version, records)
-        run = {
+        run: dict[str, Any] = {
             "name": version.manifest.name,
             "version": version.manifest.version,
             "begun_at": simulation.begun_at,

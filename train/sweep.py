@@ -196,8 +196,8 @@ def run_trial(parameters: dict[str, Any], sweep: dict[str, Any], kind: Kind, par
 
     config = (DetectorSweep if kind == "detector" else CaptionerSweep).model_validate(sweep)
     settings = trial_config(config, parameters, tune.get_context().get_trial_id(), parent)
-    train = {"detector": detector.train, "captioner": captioner.train}[kind]
-    outcome = train(settings, (TuneReportCallback(),), parent)  # type: ignore[arg-type]
+    train: Any = detector.train if kind == "detector" else captioner.train
+    outcome = train(settings, (TuneReportCallback(),), parent)
     last = {name: value for name, value in outcome.metrics.items() if isinstance(value, (int, float))}
     # the run's own reports have said how good it is; this one says that its checkpoint is whole
     tune.report({"finished": 1, "step": outcome.steps, METRIC: _best_of(settings), **last})

@@ -25,7 +25,7 @@ from data.captions import clean_caption, photo_number
 from data.curate import starter_captioner_splits
 from data.errors import DataError
 from data.layouts import read_flickr30k
-from data.prepare import AivshumanConfig, Flickr30kConfig, SourceConfig, prepare
+from data.prepare import AivshumanConfig, Flickr30kConfig, SourceConfig, main, prepare
 from data.raw import RawInput
 from data.session import RaySettings, ray_session
 from data.versions import SCHEMAS, SPLITS, DataVersion, open_version, versions
@@ -79,13 +79,23 @@ def photos(ray: None, tmp_path_factory: pytest.TempPathFactory) -> Made:
     return Made(raw, prepared.version)
 
 
+def test_the_command_writes_the_quality_report_of_a_version_that_has_none(dirty: Made) -> None:
+    folder = Path(dirty.version.location.path)
+    output = str(folder.parent.parent)
+    main(["aivshuman", "--input", str(dirty.raw), "--output", output, "--no-report"])
+    assert not (folder / "report.html").exists()
+    main(["aivshuman", "--input", str(dirty.raw), "--output", output])
+    assert dirty.version.manifest.version in (folder / "report.html").read_text()
+
+
 def everything(version: DataVersion) -> list[dict]:
     return [row for split in SPLITS for row in version.table(split).to_pylist()]
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every file of a version but the manifest, which has the date and the input's place."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
+    """Every file of a version but what has a date and the input's place in it."""
+    dated = {"manifest.json", "report.html", "report.json"}
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in dated)
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
