@@ -266,7 +266,7 @@ class Annotations:
         return self.labels[place], self.weights[place]
 
 
-def annotations(
+def read_annotations(
     version: DataVersion, split: Literal["train", "val"], labels: tuple[str, str], power: float
 ) -> Annotations:
     """A split's labels, and weights of mean 1: half of the sum for each label, and within a label ``n ** power`` for a
@@ -383,8 +383,8 @@ class DetectorJob:
             Normalisation.from_processor(checkpoint.folder),
             self.config,
             total_steps,
-            annotations(self.version, "train", self.labels, self.config.balance),
-            annotations(self.version, "val", self.labels, self.config.balance),
+            read_annotations(self.version, "train", self.labels, self.config.balance),
+            read_annotations(self.version, "val", self.labels, self.config.balance),
             self.config.label_smoothing,
             self.config.penalty,
         )

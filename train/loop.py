@@ -130,9 +130,9 @@ class Job(Protocol):
         ...
 
     def export(
-        self, module: TrainedModule, judged: dict[int, Any], folder: Path, metrics: dict[str, float]
+        self, module: TrainedModule, model: Any, judged: dict[int, Any], folder: Path, metrics: dict[str, float]
     ) -> dict[str, float]:
-        """Write the checkpoint folder; returns the figures of its card."""
+        """Write ``model`` (the best weights, whole) as the checkpoint folder; returns the figures of its card."""
         ...
 
     def samples(self, module: TrainedModule) -> list[tuple[Any, str]]:

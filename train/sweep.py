@@ -271,7 +271,8 @@ def _tune(
                 kind=kind_of(config),
                 parent=parent.run_id if parent else None,
             ),
-            {"cpu": 0},  # a trial only waits for its run's workers; with a CPU each, two trials would starve them
+            # a trial only waits for its run's workers; with a CPU each, two trials would starve them. Tune refuses 0
+            {"cpu": 0.001},
         )
         storage: dict[str, Any] = {} if place.is_local else {"storage_filesystem": place.arrow_filesystem}
         state = (place / "tune").path

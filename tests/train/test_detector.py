@@ -24,12 +24,12 @@ from train.detector import (
     DetectorJob,
     DetectorTraining,
     InTiers,
-    annotations,
     few_of_each,
     load_classifier,
     main,
     output_layer,
     prepare_job,
+    read_annotations,
     wants_new_head,
 )
 from train.module import TrainingError
@@ -149,7 +149,7 @@ def test_a_new_head_has_the_labels_and_keeps_the_tower(vit: Path) -> None:
 
 def test_the_source_data_set_has_its_own_labels(tmp_path: Path) -> None:
     version = open_version(labelled_version(tmp_path, 8, 4, ("stock", "platform")))
-    rows = annotations(version, "train", LABELS["source"], 0.5)
+    rows = read_annotations(version, "train", LABELS["source"], 0.5)
     assert sorted(rows.labels.tolist()) == [0] * 4 + [1] * 4
     assert rows.weights.mean() == pytest.approx(1)
 
@@ -162,7 +162,7 @@ def test_weights_balance_labels_and_temper_large_strata(tmp_path: Path) -> None:
     column = [next(shown) if label == "ai" else "photo" for label in table["label"].to_pylist()]
     changed = table.set_column(table.schema.get_field_index("generator"), "generator", [column])
     fake: Any = SimpleNamespace(table=lambda split, columns: changed.select(columns))
-    rows = annotations(fake, "train", LABELS["aivshuman"], 0.5)
+    rows = read_annotations(fake, "train", LABELS["aivshuman"], 0.5)
     assert rows.weights.sum() == pytest.approx(12)
     assert rows.weights[rows.labels == 0].sum() == pytest.approx(6)
     of = {name: rows.weights[[given == name for given in rows.generators]].sum() for name in ("one", "two")}
@@ -181,12 +181,12 @@ def test_validation_pictures_come_in_every_tier(version: Path, vit: Path) -> Non
         for row, pixels in zip(block["row"], block["pixels"], strict=True)
     }  # fmt: skip assert set(blocks) == {3, 19} and not np.array_equal(blocks[3], blocks[19])
     assert np.abs(blocks[3].astype(int) - blocks[19]).mean() < 30  # the same picture
-    labels, _ = annotations(open_version(version), "val", ("human", "ai"), 0.5).of(np.array([3, 19]))
+    labels, _ = read_annotations(open_version(version), "val", ("human", "ai"), 0.5).of(np.array([3, 19]))
     assert labels[0] == labels[1]
 
 
 def test_thresholds_are_fitted_on_a_few_of_each_generator(tmp_path: Path) -> None:
-    rows = annotations(open_version(labelled_version(tmp_path, 4, 12)), "val", ("human", "ai"), 0.5)
+    rows = read_annotations(open_version(labelled_version(tmp_path, 4, 12)), "val", ("human", "ai"), 0.5)
     chosen = few_of_each(rows, 2)
     assert (rows.labels[chosen] == 1).sum() == 2 and (rows.labels[chosen] == 0).sum() == 6
     first = sorted(id_ for id_, label in zip(rows.ids, rows.labels, strict=True) if label == 1)[:2]
