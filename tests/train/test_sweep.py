@@ -85,6 +85,7 @@ def test_the_page_shows_every_trial(tmp_path: Path) -> None:
     assert page.count("<svg") == 2 and "NaN &lt;b&gt;" in page and "stopped early" in page
 
 
+@pytest.mark.proof
 def test_a_sweep_finds_registers_and_survives_a_bad_trial(folder: Path, arguments: list[str]) -> None:
     (folder / "space.yaml").write_text("learning_rate: {values: [0.003, 1.0e+30]}")  # the second becomes NaN
     own = ["--name", "small", "--trials", "3", "--epochs", "2", "--space", str(folder / "space.yaml"), "--seed", "0"]
@@ -112,6 +113,7 @@ def test_a_sweep_finds_registers_and_survives_a_bad_trial(folder: Path, argument
     assert [trial["id"] for trial in again] == [trial.id for trial in trials]
 
 
+@pytest.mark.proof
 def test_a_sweep_goes_on_only_as_it_was_started(folder: Path, arguments: list[str]) -> None:
     with pytest.raises(SystemExit):
         main([*arguments, "--name", "small", "--trials", "4"])
