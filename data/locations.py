@@ -29,15 +29,19 @@ from data.errors import DataError, explained
 _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
+def _endpoint() -> str | None:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+
+
 @lru_cache(maxsize=8)
-def _filesystem(scheme: str, process: int) -> fsspec.AbstractFileSystem:
-    """One file system a process: s3fs keeps an event loop thread, which does not survive a fork."""
+def _filesystem(scheme: str, process: int, endpoint: str | None) -> fsspec.AbstractFileSystem:
+    """One file system a process and server: s3fs keeps an event loop thread, which does not survive a fork."""
     if scheme == "file":
         return fsspec.filesystem("file", use_listings_cache=False)
     # only AWS answers a part of an object without the checksum of the whole; what is read is checked by its own hash
     checksums = {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
     options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True, "config_kwargs": checksums}
-    if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
+    if endpoint:
         options["endpoint_url"] = endpoint
     return fsspec.filesystem("s3", **options)
 
@@ -93,7 +97,7 @@ class Location:
     @property
     def filesystem(self) -> fsspec.AbstractFileSystem:
         """The fsspec file system, opened in this process on first use."""
-        return _filesystem(self.scheme, os.getpid())
+        return _filesystem(self.scheme, os.getpid(), _endpoint())
 
     @property
     def arrow_filesystem(self) -> pyarrow.fs.FileSystem:

@@ -193,6 +193,7 @@ def test_a_stage_that_is_late_is_null_and_the_others_answer_in_time(service: Sma
     assert time.monotonic() - started < REQUEST_TIMEOUT_S + 30
 
 
+@pytest.mark.proof
 def test_a_client_that_goes_away_takes_its_work_with_it(service: SmallService, halted_engine: None) -> None:
     def leave(number: int) -> bool:
         try:

@@ -28,6 +28,9 @@ from tests.conftest import ROOT, RunningApplication
 from tests.data.made import S3Server, encoded, picture, s3_server
 from tests.train.small_models import small_captioner, small_detector
 
+#: Real engines start several times: minutes on two cores.
+pytestmark = pytest.mark.proof
+
 SAMPLES = sorted((ROOT / "samples").glob("*.jpg"))
 
 

@@ -277,7 +277,7 @@ def test_a_zip_gives_the_same_version(photos: Made, tmp_path: Path) -> None:
     assert content(Path(prepared.version.location.path)) == content(Path(photos.version.location.path))
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.proof)])
 def test_s3_gives_the_same_version(photos: Made, s3: S3Server, packed: bool, tmp_path: Path) -> None:
     if packed:
         zipped(photos.raw, s3.folder / "bucket/set.zip")
@@ -309,6 +309,7 @@ def command(*arguments: str, home: Path | None = None) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.proof
 def test_one_cpu_and_a_kill_give_the_same_version(dirty: Made, tmp_path: Path) -> None:
     arguments = ("aivshuman", "--input", str(dirty.raw), "--output", str(tmp_path / "out"))
     single = (*arguments, "--num-cpus", "1", "--object-store-bytes", str(100 * 2**20))
@@ -389,6 +390,7 @@ def test_published_lists(photos: Made, tmp_path: Path) -> None:
         prepare(config)
 
 
+@pytest.mark.proof
 def test_the_source_set_is_made_of_the_other_two(dirty: Made, photos: Made, tmp_path: Path) -> None:
     config = SourceConfig(
         aivshuman=str(dirty.version.location), flickr30k=str(photos.version.location), output=str(tmp_path)
