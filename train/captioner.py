@@ -32,6 +32,7 @@ from pydantic import ConfigDict, Field
 from torch import nn
 from torch.nn import functional
 
+from data.captions import score_captions
 from data.locations import Location
 from data.versions import DataVersion, open_version
 from deployments.captioner import GENERATION
@@ -39,9 +40,8 @@ from deployments.checkpoints import Checkpoint, cache_root, resolve
 from deployments.pixels import Normalisation
 from deployments.views import ViewSpec
 from train.augment import BlipAugment
-from train.captions import score_captions
 from train.cider import CiderReward
-from train.command import TrainCommand, end, launch, tell
+from train.command import TrainCommand, launch, run_command
 from train.detector import absolute, pictures_of, training_of
 from train.features import Features, compute_features
 from train.module import Optimisation, TrainedModule, TrainingError
@@ -579,23 +579,13 @@ def train(config: CaptionerTraining, callbacks: tuple[Any, ...] = (), parent: st
     """
     version = open_version(config.data)
     job, parameters = prepare_job(config, version)
-
-    def make(run: Any, deadline: float) -> CaptionerJob:
-        ready = replace(job, deadline=deadline, run=run.reference() if run is not None else None)
-        return with_features(ready) if config.freeze == "tower" else ready
-
-    return launch(config, "captioner", version, make, parameters, callbacks, parent)
+    features = with_features if config.freeze == "tower" else None
+    return launch(config, "captioner", version, job, parameters, features, callbacks, parent)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    from pydantic_settings import CliApp
-
-    config = CliApp.run(CaptionerTraining, cli_args=arguments)
-    try:
-        tell(train(config), config.output)
-    except Exception as error:
-        end(error)
+    run_command(CaptionerTraining, train, arguments)
 
 
 if __name__ == "__main__":

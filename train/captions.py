@@ -8,17 +8,13 @@ In: a folder with ``Images/`` and ``captions.txt`` (header ``image,caption``, on
 from __future__ import annotations
 
 import csv
-import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from data.captions import clean_caption as normalise
-from data.captions import score_captions
-
-__all__ = ["CaptionedPhoto", "Split", "normalise", "read_captions", "score_captions", "split_photos"]
+from data.captions import clean_caption, photo_number, photo_order
 
 Split = Literal["train", "val", "test"]
 
@@ -48,7 +44,7 @@ def read_captions(folder: Path) -> list[CaptionedPhoto]:
         if reader.fieldnames is None or not {"image", "caption"} <= set(reader.fieldnames):
             raise ValueError(f"{listing}: expected the columns image,caption, found {reader.fieldnames}")
         for row in reader:
-            if row["caption"] and normalise(row["caption"]):
+            if row["caption"] and clean_caption(row["caption"]):
                 by_photo[row["image"]].append(row["caption"].strip())
     return [CaptionedPhoto(name, tuple(by_photo[name])) for name in sorted(by_photo) if (images / name).is_file()]
 
@@ -58,14 +54,6 @@ def split_photos(
 ) -> dict[Split, list[CaptionedPhoto]]:
     """Split by photo, independent of order and machine: the ``test`` smallest sha256 of the photo's number, then
     ``val``.
-
-    The number is the file name up to the first underscore: Flickr8k appends a secret that Flickr30k leaves away,
-    and the same photo must fall on the same side whichever of the two it comes from.
     """
-
-    def key(photo: CaptionedPhoto) -> str:
-        number = Path(photo.name).stem.split("_")[0]
-        return hashlib.sha256(number.encode()).hexdigest()
-
-    ordered = sorted(photos, key=key)
+    ordered = sorted(photos, key=lambda photo: photo_order(photo_number(photo.name)))
     return {"test": ordered[:test], "val": ordered[test : test + val], "train": ordered[test + val :]}

@@ -19,8 +19,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from pydantic import ConfigDict, Field, field_validator
 
@@ -79,12 +80,16 @@ class TrainCommand(LoopConfig, RaySettings):
         return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
+Command = TypeVar("Command", bound=TrainCommand)
+
+
 def launch(
     config: TrainCommand,
     experiment: str,
     version: DataVersion,
-    make_job: Callable[[Run | None, float], Job],
+    job: Any,
     parameters: int,
+    features: Callable[[Any], Job] | None = None,
     callbacks: Sequence[Any] = (),
     parent: str | None = None,
 ) -> Outcome:
@@ -92,9 +97,10 @@ def launch(
 
     Args:
         experiment: of MLflow.
-        make_job: from the MLflow run and the deadline to the job; Ray is there, and what is computed once (features of
-            a frozen tower) is computed here.
+        job: a dataclass, whose deadline and MLflow run are set here.
         parameters: of the model, for the space that checkpoints need.
+        features: from the job to the job on what is computed once (features of a frozen tower), called when Ray is
+            there.
         callbacks: of Ray Train's ``RunConfig``: how a sweep listens.
         parent: MLflow run id of a sweep.
 
@@ -118,7 +124,9 @@ def launch(
     run = _record(config, experiment, version, folder, parent) if config.record else None
     try:
         if finished is None:
-            outcome = _fit(config, lambda: make_job(run, began + config.limit_s), place, callbacks)
+            reference = run.reference() if run is not None else None
+            ready = replace(job, deadline=began + config.limit_s, run=reference)
+            outcome = _fit(config, lambda: features(ready) if features else ready, place, callbacks)
             finished = _finished(folder) if outcome.status == "finished" else None
         else:  # the driver died between the last step and here
             outcome = finished[0]
@@ -322,6 +330,17 @@ def end(error: BaseException) -> NoReturn:
         raise error
     print(f"error: {found if isinstance(found, known) else describe(found)}", file=sys.stderr, flush=True)
     raise SystemExit(1) from error
+
+
+def run_command(settings: type[Command], train: Callable[[Command], Outcome], arguments: list[str] | None) -> None:
+    """A trainer's command line: settings, training, and the last line or the error for people."""
+    from pydantic_settings import CliApp
+
+    config = CliApp.run(settings, cli_args=arguments)
+    try:
+        tell(train(config), config.output)
+    except Exception as error:
+        end(error)
 
 
 def _causes(error: BaseException | None) -> list[BaseException]:

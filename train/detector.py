@@ -37,8 +37,8 @@ from deployments.images import decode
 from deployments.pixels import Normalisation
 from deployments.views import ViewSpec
 from train.aivshuman import family
-from train.calibration import calibrate, choose_thresholds, sigmoid
-from train.command import TrainCommand, end, launch, tell
+from train.calibration import balanced_weights, calibrate, choose_thresholds, sigmoid
+from train.command import TrainCommand, launch, run_command
 from train.damage import Damage, Tier
 from train.features import Features, compute_features
 from train.module import NonFinite, Optimisation, TrainedModule, TrainingError
@@ -278,12 +278,7 @@ def read_annotations(
         (label, source if generator == "photo" else generator)
         for label, source, generator in zip(numbers.tolist(), table["source"].to_pylist(), generators, strict=True)
     ]
-    sizes = Counter(strata)
-    weights = np.array([sizes[stratum] ** (power - 1.0) for stratum in strata])
-    for label in set(numbers.tolist()):
-        own = numbers == label
-        weights[own] *= len(numbers) / len(set(numbers.tolist())) / weights[own].sum()
-    return Annotations(numbers, weights, generators, tuple(table["id"].to_pylist()))
+    return Annotations(numbers, balanced_weights(numbers, strata, power), generators, tuple(table["id"].to_pylist()))
 
 
 @dataclass(frozen=True)
@@ -610,23 +605,13 @@ def train(config: DetectorTraining, callbacks: tuple[Any, ...] = (), parent: str
     """
     version = open_version(config.data)
     job, parameters = prepare_job(config, version)
-
-    def make(run: Any, deadline: float) -> DetectorJob:
-        ready = replace(job, deadline=deadline, run=run.reference() if run is not None else None)
-        return with_features(ready) if config.freeze == "tower" else ready
-
-    return launch(config, "detector", version, make, parameters, callbacks, parent)
+    features = with_features if config.freeze == "tower" else None
+    return launch(config, "detector", version, job, parameters, features, callbacks, parent)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    from pydantic_settings import CliApp
-
-    config = CliApp.run(DetectorTraining, cli_args=arguments)
-    try:
-        tell(train(config), config.output)
-    except Exception as error:
-        end(error)
+    run_command(DetectorTraining, train, arguments)
 
 
 if __name__ == "__main__":

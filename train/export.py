@@ -26,8 +26,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from deployments.checkpoints import Checkpoint, CheckpointError, publish, resolve, scratch_folder
 from deployments.detector import DetectorModel, verdict
-from deployments.engines import EngineFile, Logits, load_engine, processor_flags
+from deployments.engines import EngineFile, Logits, load_engine
 from deployments.images import ImageError, decode
+from deployments.processor import processor_flags
 from deployments.views import render
 
 Candidate = Literal["openvino-float32", "openvino-bfloat16", "openvino-int8", "onnxruntime-float32", "onnxruntime-int8"]

@@ -19,7 +19,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from app import cluster
-from data import locations
 from data.annotate import AnnotateSettings, annotate
 from data.annotations import FOLDER, read_annotations
 from data.errors import DataError
@@ -41,9 +40,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         (server.folder / "bucket").mkdir()
         for name, value in server.environment.items():
             patch.setenv(name, value)
-        locations._filesystem.cache_clear()  # a client of another test's server
         yield server
-    locations._filesystem.cache_clear()
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from data import locations
 from data.annotate import AnnotateSettings, _Progress, annotate
 from data.annotate_plan import (
     finished_shards,
@@ -113,9 +112,7 @@ def test_an_input_that_cannot_be_annotated_is_refused_with_what_to_do(photos: Pa
 @pytest.fixture
 def fresh_client() -> Iterator[None]:
     """A process keeps its S3 client: neither take another test's, whose server is gone, nor leave one behind."""
-    locations._filesystem.cache_clear()
     yield
-    locations._filesystem.cache_clear()
 
 
 def test_a_bucket_that_is_not_there_and_a_uri_without_one(

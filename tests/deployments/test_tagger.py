@@ -12,6 +12,7 @@ import pytest
 from pydantic import ValidationError
 
 from deployments.checkpoints import Card, Checkpoint
+from deployments.processor import cpu_flags
 from deployments.tag_rules import proposed
 from deployments.tagger import (
     ANSWER,
@@ -19,7 +20,6 @@ from deployments.tagger import (
     TaggerError,
     TaggerSettings,
     build_tagger,
-    cpu_flags,
     engine_arguments,
     engine_environment,
     fast_dtype,

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from data.versions import open_version
 from deployments.captioner import assemble_captioner
 from deployments.checkpoints import resolve
-from tests.train.small import captioned_version, coloured, labelled_version, tiny_blip
+from tests.train.small import coloured, labelled_version
 from train.captioner import (
     PROMPT,
     CaptionerJob,
@@ -33,20 +33,10 @@ from train.loop import fit_locally
 from train.module import TrainingError
 
 
-@pytest.fixture(scope="module")
-def version(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return captioned_version(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def blip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_blip(tmp_path_factory.mktemp("blip") / "model")
-
-
-def job_of(version: Path, blip: Path, **changes: Any) -> CaptionerJob:
+def job_of(photos: Path, blip: Path, **changes: Any) -> CaptionerJob:
     settings = {"epochs": 20, "batch_size": 8, "learning_rate": 5e-3, "augment": False, "threads": 1, "prompt": ""}
-    config = CaptionerTraining(data=str(version), model=str(blip), output="x", **(settings | changes))
-    return prepare_job(config, open_version(version))[0]
+    config = CaptionerTraining(data=str(photos), model=str(blip), output="x", **(settings | changes))
+    return prepare_job(config, open_version(photos))[0]
 
 
 def module_of(job: CaptionerJob) -> CaptionerModule:
@@ -60,8 +50,8 @@ def named(captions: list[str], numbers: range) -> int:
 
 
 @torch.no_grad()
-def test_captions_packed_together_have_the_loss_of_each_alone(version: Path, blip: Path) -> None:
-    module = module_of(job_of(version, blip, prompt="a"))
+def test_captions_packed_together_have_the_loss_of_each_alone(photos: Path, blip: Path) -> None:
+    module = module_of(job_of(photos, blip, prompt="a"))
     model: Any = module.model
     words = [module.vocabulary.encode(text, 30) for text in ("a red picture", "the picture is red", "plain")]
     batch = pack([words], module.vocabulary)
@@ -84,8 +74,8 @@ def test_captions_packed_together_have_the_loss_of_each_alone(version: Path, bli
         place += len(read)
 
 
-def test_the_prompt_is_given_and_unknown_words_are_read_but_never_taught(version: Path, blip: Path) -> None:
-    vocabulary = module_of(job_of(version, blip, prompt="the picture")).vocabulary
+def test_the_prompt_is_given_and_unknown_words_are_read_but_never_taught(photos: Path, blip: Path) -> None:
+    vocabulary = module_of(job_of(photos, blip, prompt="the picture")).vocabulary
     the, picture = vocabulary.words["the"], vocabulary.words["picture"]
     read, said = vocabulary.sequence(vocabulary.encode("is zebra red", 2))
     assert read == [vocabulary.begin, the, picture, vocabulary.words["is"], vocabulary.unknown]
@@ -107,8 +97,8 @@ def test_patches_are_dropped_but_never_the_class_token() -> None:
     assert all(row.diff(dim=0).min() > 0 for row in kept)
 
 
-def test_the_loss_is_that_of_the_model_itself(version: Path, blip: Path) -> None:
-    job = job_of(version, blip)
+def test_the_loss_is_that_of_the_model_itself(photos: Path, blip: Path) -> None:
+    job = job_of(photos, blip)
     module = module_of(job)
     batch = module.prepare(next(job.train_source().load(0, np.arange(6))))
     with torch.no_grad():
@@ -122,8 +112,8 @@ def test_the_loss_is_that_of_the_model_itself(version: Path, blip: Path) -> None
 
 
 @pytest.mark.proof
-def test_rewarded_captions_become_likelier(version: Path, blip: Path) -> None:
-    job = job_of(version, blip, objective="cider", samples_per_photo=8)
+def test_rewarded_captions_become_likelier(photos: Path, blip: Path) -> None:
+    job = job_of(photos, blip, objective="cider", samples_per_photo=8)
     module = module_of(job)
     batch = module.prepare(next(job.train_source().load(0, np.arange(8))))
     optimizer = torch.optim.Adam(module.model.parameters(), lr=3e-3)
@@ -152,9 +142,9 @@ def sampled(module: CaptionerModule, batch: dict[str, torch.Tensor]) -> list[str
 
 
 @pytest.mark.proof
-def test_training_learns_to_name_what_it_sees(version: Path, blip: Path, tmp_path: Path) -> None:
+def test_training_learns_to_name_what_it_sees(photos: Path, blip: Path, tmp_path: Path) -> None:
     outcome, module, _ = fit_locally(
-        job_of(version, blip, epochs=40, validate_every=80), tmp_path, "here", say=lambda _: None
+        job_of(photos, blip, epochs=40, validate_every=80), tmp_path, "here", say=lambda _: None
     )
     assert outcome.metrics["val_bleu4"] > 0.5
     assert named([module.judged[row] for row in range(8)], range(48, 56)) >= 7
@@ -162,15 +152,15 @@ def test_training_learns_to_name_what_it_sees(version: Path, blip: Path, tmp_pat
 
 @pytest.mark.proof
 def test_a_new_captioner_is_clips_tower_under_its_own_words_and_comes_apart_again(
-    version: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DEEPTRUST_CACHE", str(tmp_path / "cache"))
     config = CaptionerTraining(
-        data=str(version), model="new", output="x", new={"hidden_size": 64, "layers": 1, "min_word_count": 1}
+        data=str(photos), model="new", output="x", new={"hidden_size": 64, "layers": 1, "min_word_count": 1}
     )
-    job, parameters = prepare_job(config, open_version(version))
+    job, parameters = prepare_job(config, open_version(photos))
     assert parameters > 86e6 and job.config.prompt == "" and job.config.dropout == 0.15
-    assert prepare_job(config, open_version(version))[0].checkpoint == job.checkpoint
+    assert prepare_job(config, open_version(photos))[0].checkpoint == job.checkpoint
     folder = Path(job.checkpoint)
     assert {"plain", "red", "picture", "[DEC]"} <= job.module(1).vocabulary.words.keys()
     extract(ExtractConfig(checkpoint=str(folder), target=tmp_path / "decoder"))
@@ -180,7 +170,7 @@ def test_a_new_captioner_is_clips_tower_under_its_own_words_and_comes_apart_agai
     assert all(torch.allclose(value, other[name], atol=1e-3) for name, value in one.items())
 
 
-def test_settings_of_the_checkpoints_card_hold_unless_told(version: Path, blip: Path) -> None:
+def test_settings_of_the_checkpoints_card_hold_unless_told(photos: Path, blip: Path) -> None:
     config = CaptionerTraining(data="x", output="x")
     checkpoint = resolve(str(blip))
     known = replace(
@@ -196,12 +186,12 @@ def test_settings_of_the_checkpoints_card_hold_unless_told(version: Path, blip: 
     assert generation_of(config.model_copy(update={"length_penalty": 0.3}), known)["length_penalty"] == 0.3
 
 
-def test_what_cannot_be_trained_is_told(version: Path, blip: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_trained_is_told(photos: Path, blip: Path, tmp_path: Path) -> None:
     config = CaptionerTraining(data="x", model=str(blip), output="x")
     labelled = open_version(labelled_version(tmp_path, 4, 2))
     with pytest.raises(TrainingError, match="no captions"):
         prepare_job(config, labelled)
-    captioned = open_version(version)
+    captioned = open_version(photos)
     with pytest.raises(TrainingError, match="--strategy ddp"):
         prepare_job(config.model_copy(update={"freeze": "tower", "strategy": "fsdp"}), captioned)
     empty = replace(captioned, manifest=captioned.manifest.model_copy(update={"counts": {"train": 3, "val": 0}}))

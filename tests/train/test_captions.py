@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from train.captions import CaptionedPhoto, normalise, read_captions, score_captions, split_photos
+from data.captions import clean_caption, score_captions
+from train.captions import CaptionedPhoto, read_captions, split_photos
 
 
 @pytest.mark.parametrize(
@@ -20,7 +21,7 @@ from train.captions import CaptionedPhoto, normalise, read_captions, score_capti
     ],
 )
 def test_captions_are_normalised(raw: str, expected: str) -> None:
-    assert normalise(raw) == expected
+    assert clean_caption(raw) == expected
 
 
 def test_only_photos_with_a_file_and_a_caption_are_read(tmp_path: Path) -> None:

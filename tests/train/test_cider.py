@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from train.captions import score_captions
+from data.captions import score_captions
 from train.cider import CiderReward
 
 REFERENCES = [

@@ -17,7 +17,7 @@ from PIL import Image
 from data.versions import open_version
 from deployments.checkpoints import resolve
 from deployments.pixels import Normalisation
-from tests.train.small import flags, labelled_version, tiny_vit
+from tests.train.small import flags, labelled_version
 from train import command
 from train.detector import (
     LABELS,
@@ -33,16 +33,6 @@ from train.detector import (
     wants_new_head,
 )
 from train.module import TrainingError
-
-
-@pytest.fixture(scope="module")
-def version(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return labelled_version(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_vit(tmp_path_factory.mktemp("vit"))
 
 
 def arguments(version: Path, vit: Path, folder: Path, **changes: object) -> list[str]:

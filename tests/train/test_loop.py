@@ -13,21 +13,10 @@ import pytest
 import torch
 
 from data.versions import open_version
-from tests.train.small import labelled_version, tiny_vit
 from train.detector import DetectorJob, DetectorTraining, prepare_job
 from train.loop import export, fit_locally, share_of_batch
 from train.module import NonFinite, TrainingError
 from train.stream import Pictures, local_batches, rebatch
-
-
-@pytest.fixture(scope="module")
-def version(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return labelled_version(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_vit(tmp_path_factory.mktemp("vit"))
 
 
 @pytest.fixture

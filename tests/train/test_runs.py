@@ -20,7 +20,7 @@ from deployments.checkpoints import open_checkpoint
 from deployments.detector import DetectorModel
 from deployments.images import decode
 from deployments.views import render
-from tests.train.small import captioned_version, coloured, flags, labelled_version, tiny_blip, tiny_vit, traced
+from tests.train.small import coloured, flags, traced
 from tests.train.test_captioner import job_of, module_of, named
 from tests.train.test_detector import arguments
 from train import captioner, detector
@@ -36,26 +36,6 @@ pytestmark = pytest.mark.proof
 def ray_here() -> Iterator[None]:
     with ray_session(RaySettings(num_cpus=4, object_store_bytes=200 * 2**20)):
         yield
-
-
-@pytest.fixture(scope="module")
-def version(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return labelled_version(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
-def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_vit(tmp_path_factory.mktemp("vit"))
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return captioned_version(tmp_path_factory.mktemp("photos"))
-
-
-@pytest.fixture(scope="module")
-def blip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_blip(tmp_path_factory.mktemp("blip") / "model")
 
 
 def test_a_run_that_the_clock_stopped_goes_on_and_its_checkpoint_serves(
