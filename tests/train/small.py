@@ -179,7 +179,8 @@ def tiny_blip(folder: Path) -> Path:
         "sep_token_id": 3,
         "pad_token_id": 0,
     }
-    vision = {**width, "num_hidden_layers": 2, "image_size": 32, "patch_size": 8}
+    # BLIP's own default of 1e-10 expects trained weights: all pictures would have the same tokens, and none in float16
+    vision = {**width, "num_hidden_layers": 2, "image_size": 32, "patch_size": 8, "initializer_range": 0.02}
     BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     processor = {

@@ -167,4 +167,6 @@ def test_tokens_of_the_frozen_tower_are_those_of_the_whole_model(
     with torch.no_grad():
         tokens = module.model.vision_model(module.pixels(whole["pixels"])).last_hidden_state
     assert torch.allclose(split["features"].float(), tokens, atol=5e-3, rtol=5e-3)
+    # of another picture they are others: rows 0 to 3 have four colours
+    assert (tokens[:4, None] - tokens[None, :4]).abs().mean((2, 3)).fill_diagonal_(1).min() > 0.1
     assert len(module.judge(module.model, split)) == 8
