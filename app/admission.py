@@ -49,6 +49,11 @@ class Admission:
         """Pictures that may be in work now."""
         return int(self._limit)
 
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a place."""
+        return len(self._waiting)
+
     async def enter(self) -> None:
         """Take one place, waiting for it if need be.
 

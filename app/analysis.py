@@ -29,6 +29,7 @@ from app.problems import Problem
 from deployments.annotation import Annotation, Provenance, Stage, Task
 from deployments.heat_map import heat_map
 from deployments.images import decode
+from deployments.metrics import Metrics
 from deployments.pixels import ViewMismatch
 from deployments.provenance import read_provenance
 from deployments.replica import DeadlineExceeded, ModelInfo
@@ -80,9 +81,14 @@ class Graph:
     """The models' handles, what they run, and how a picture goes through them."""
 
     def __init__(
-        self, limits: Limits, production: Mapping[str, DeploymentHandle], canary: Mapping[str, DeploymentHandle]
+        self,
+        limits: Limits,
+        production: Mapping[str, DeploymentHandle],
+        canary: Mapping[str, DeploymentHandle],
+        metrics: Metrics,
     ) -> None:
         self.limits = limits
+        self.metrics = metrics
         self.shares = CanaryShares()
         self.routes = {stage: ModelRoute(production[stage], canary.get(stage)) for stage in _MODEL_STAGES}
         self._threads = ThreadPoolExecutor(limits.decode_threads, thread_name_prefix="decode")
@@ -158,6 +164,7 @@ class Graph:
             for branch in running:
                 branch.cancel()
         record.timings_ms["total"] = _milliseconds(started)
+        self.metrics.picture(record)
         if record.detection is None and record.caption is None and record.tags is None:
             raise _no_answer(record)
         return record

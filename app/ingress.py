@@ -19,6 +19,7 @@ from fastapi.responses import FileResponse, JSONResponse, Response
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.admission import Admission
@@ -29,9 +30,13 @@ from app.problems import Problem, install
 from app.uploads import Upload, UploadLimits, read_uploads
 from deployments.annotation import Task
 from deployments.images import ImageError
+from deployments.metrics import Metrics
 
 _PAGE = Path(__file__).parent / "page"
 _SAMPLES = Path(__file__).parent.parent / "samples"
+
+#: How often gauges are set: what they show changes with every request.
+_SAMPLE_S = 5.0
 
 #: No inline script, nothing from elsewhere; pictures come from the page's own blobs and from data URLs of heat maps.
 _HEADERS = {
@@ -125,20 +130,34 @@ class Ingress:
             max_bytes=limits.picture.max_bytes,
             max_request_bytes=limits.max_request_bytes,
         )
-        self.graph = Graph(limits, production, canary)
+        self.metrics = Metrics()
+        self.graph = Graph(limits, production, canary, self.metrics)
         self.admission = Admission(limits.max_in_flight, limits.max_waiting, limits.max_wait_s, limits.target_s)
         self._watcher: asyncio.Task[None] | None = None
+        self._sampler: asyncio.Task[None] | None = None
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serve's call at start and on a change of ``user_config``: shares of the canaries."""
         self.graph.shares = IngressConfig.model_validate(user_config).canary
         if self._watcher is None:
             self._watcher = asyncio.get_running_loop().create_task(self.graph.watch())
+            self._sampler = asyncio.get_running_loop().create_task(self._sample())
+
+    async def _sample(self) -> None:
+        """Set the gauges, for ever."""
+        while True:
+            self.metrics.queue(self.admission.in_work, self.admission.limit, self.admission.waiting)
+            self.metrics.stages(
+                {stage: route.info is not None for stage, route in self.graph.routes.items()},
+                self.graph.shares.model_dump(),
+            )
+            await asyncio.sleep(_SAMPLE_S)
 
     async def check_health(self) -> None:
-        """Serve's health check: the watcher of the graph is alive."""
-        if self._watcher is not None and self._watcher.done():
-            raise RuntimeError(f"the watcher of the graph ended: {self._watcher.exception()!r}")
+        """Serve's health check: the watcher of the graph and the sampler of gauges are alive."""
+        for task in (self._watcher, self._sampler):
+            if task is not None and task.done():
+                raise RuntimeError(f"the watcher of the graph or the sampler ended: {task.exception()!r}")
 
     # ---- analysis -----------------------------------------------------------------------------------------------
 
@@ -169,6 +188,23 @@ class Ingress:
         return await self._answer(request, frozenset({"tag"}), "false")
 
     async def _answer(self, request: Request, tasks: frozenset[Task], explain: str) -> Response:
+        started, code = time.perf_counter(), "disconnected"
+        try:
+            answer = await self._admitted(request, tasks, explain)
+            code = "ok"
+            return answer
+        except Problem as problem:
+            code = problem.code
+            raise
+        except ClientDisconnect:
+            raise
+        except Exception:
+            code = "internal_error"
+            raise
+        finally:
+            self.metrics.request(request.scope["route"].path, code, time.perf_counter() - started)
+
+    async def _admitted(self, request: Request, tasks: frozenset[Task], explain: str) -> Response:
         deadline = time.time() + self.limits.request_timeout_s
         # before the body is read: an overloaded server buffers nothing
         await self.admission.enter()

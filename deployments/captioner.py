@@ -97,6 +97,8 @@ class CaptionerModel:
 class Captioner(Replica[CaptionerModel]):
     """A replica of the captioner."""
 
+    stage = "captioner"
+
     def load(self, checkpoint: Checkpoint) -> CaptionerModel:
         return CaptionerModel(checkpoint)
 

@@ -115,6 +115,8 @@ class DetectorModel:
 class Detector(Replica[DetectorModel]):
     """A replica of the detector."""
 
+    stage = "detector"
+
     def load(self, checkpoint: Checkpoint) -> DetectorModel:
         return DetectorModel(checkpoint)
 

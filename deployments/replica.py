@@ -18,13 +18,15 @@ import contextlib
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
+from deployments.annotation import Stage
 from deployments.checkpoints import Checkpoint, resolve
+from deployments.metrics import Metrics
 from deployments.pixels import ViewMismatch, check_views
 from deployments.views import ViewSpec
 
@@ -113,7 +115,11 @@ class Door:
 class Replica(Generic[Model]):
     """Base of ``Detector`` and ``Captioner``; subclasses implement ``load``, ``answer`` and their own requests."""
 
+    stage: ClassVar[Stage]
+    """What the model is in the graph; a subclass says it."""
+
     def __init__(self) -> None:
+        self._metrics = Metrics()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._door = Door()
         self._model: Model | None = None
@@ -143,6 +149,8 @@ class Replica(Generic[Model]):
             or current.checkpoint.uri != config.uri
         ):
             self._model = await asyncio.get_running_loop().run_in_executor(self._worker, self.load, checkpoint)
+            before = None if current is None else current.checkpoint.revision
+            self._metrics.in_service(self.stage, checkpoint.revision, before)
 
     @property
     def model(self) -> Model:
@@ -190,7 +198,9 @@ class Replica(Generic[Model]):
         ]
         chosen = [index for index in alive(deadline) if views[index].shape == model.views.shape]
         if chosen:
+            started = time.perf_counter()
             found = await self.compute(self.answer, model, np.stack([views[index] for index in chosen]))
+            self._metrics.batch(self.stage, model.checkpoint.revision, len(chosen), time.perf_counter() - started)
             for index, answer in zip(chosen, found, strict=True):
                 answers[index] = answer
         return answers

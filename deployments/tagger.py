@@ -29,6 +29,7 @@ from ray import serve
 from ray.serve import Application
 
 from deployments.checkpoints import Checkpoint, resolve
+from deployments.metrics import Metrics
 from deployments.processor import processor_flags
 from deployments.replica import ModelInfo, ReplicaConfig
 from deployments.tag_rules import MAX_TAGS, MIN_TAGS, clean_tags, proposed
@@ -215,6 +216,7 @@ class Tagger:
         self._server: Any = None
         self._load = _Load()
         self._swap = asyncio.Lock()
+        self._metrics = Metrics()
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serve the checkpoint that ``user_config["uri"]`` names.
@@ -233,7 +235,9 @@ class Tagger:
                 await self._start(checkpoint)
             elif self._checkpoint.revision != checkpoint.revision:
                 await self._exchange(self._checkpoint, checkpoint)
+            before = None if self._checkpoint is None else self._checkpoint.revision
             self._checkpoint = checkpoint
+            self._metrics.in_service("tagger", checkpoint.revision, before)
 
     async def _start(self, checkpoint: Checkpoint) -> None:
         from ray.serve.llm import LLMConfig, LLMServer
@@ -272,7 +276,9 @@ class Tagger:
         async with asyncio.timeout(self._settings.request_timeout_s):
             raw = await self._ask(caption)
         # read after the answer: a request that waited while weights were exchanged was answered by the new ones
-        return tag_answer(raw, caption, self.checkpoint)
+        answer = tag_answer(raw, caption, self.checkpoint)
+        self._metrics.tagged(answer["revision"], len(answer["tags"]), answer["proposed"])
+        return answer
 
     async def _ask(self, caption: str) -> str:
         """The model's answer. Cancelling this coroutine aborts the request in the engine."""

@@ -99,10 +99,14 @@ async def test_one_who_is_let_in_at_the_moment_of_going_away_gives_the_place_bac
 class Slow(Replica[Any]):
     """A replica whose model tells the sizes of its batches and takes a while for each."""
 
+    stage = "detector"
+
     def __init__(self) -> None:
         super().__init__()
         self.sizes: list[int] = []
-        self._model = SimpleNamespace(views=SimpleNamespace(shape=SHAPE))
+        self._model = SimpleNamespace(
+            views=SimpleNamespace(shape=SHAPE), checkpoint=SimpleNamespace(revision="r1")
+        )
 
     def answer(self, model: Any, views: np.ndarray) -> list[dict[str, Any]]:
         self.sizes.append(len(views))

@@ -1,0 +1,205 @@
+"""What operators see: one place for the name, the labels and the buckets of every figure that this application exports.
+
+Replicas and the ingress record here; Ray's agent on each node exports the figures for Prometheus with Ray's prefix,
+as ``ray_deeptrust_requests_total``, ``ray_deeptrust_stage_seconds_bucket`` and so on, and Serve adds ``application``,
+``deployment`` and ``replica``. What a figure is about bears the ``revision`` of the model that it comes from.
+
+Labels never take their values from what a client sends, and each metric has at most ``MOST_SERIES`` combinations of
+them in a process: what comes later is counted as ``other``. Knows no HTTP and no Prometheus.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from deployments.annotation import Annotation
+
+#: Combinations of label values that one metric may have in one process.
+MOST_SERIES = 128
+#: Before every name, and what Ray puts before that when it exports.
+PREFIX, EXPORTED_PREFIX = "deeptrust_", "ray_"
+OTHER = "other"
+
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_TENTHS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
+_COUNTS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
+_FEW = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0)
+_WORDS = (2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 15.0, 20.0, 30.0, 50.0)
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What a metric is: its name without prefix, its kind, its labels, and a histogram's upper bounds."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    labels: tuple[str, ...]
+    description: str
+    buckets: tuple[float, ...] = ()
+
+    def exported(self) -> list[str]:
+        """What the metric is called where Prometheus reads it."""
+        full = f"{EXPORTED_PREFIX}{PREFIX}{self.name}"
+        if self.kind == "counter":
+            return [f"{full}_total"]
+        return [full] if self.kind == "gauge" else [f"{full}_{part}" for part in ("bucket", "sum", "count")]
+
+
+def _counter(name: str, labels: tuple[str, ...], description: str) -> Definition:
+    return Definition(name, "counter", labels, description)
+
+
+def _gauge(name: str, labels: tuple[str, ...], description: str) -> Definition:
+    return Definition(name, "gauge", labels, description)
+
+
+def _histogram(name: str, buckets: tuple[float, ...], labels: tuple[str, ...], description: str) -> Definition:
+    return Definition(name, "histogram", labels, description, buckets)
+
+
+METRICS = {
+    definition.name: definition
+    for definition in (
+        # the ingress
+        _counter("requests", ("endpoint", "code"), "Requests by end point and `ok`, or the code of their problem"),
+        _histogram("request_seconds", _SECONDS, ("endpoint",), "Time from a request's head to its answer"),
+        _counter("pictures", ("outcome",), "Pictures: `answered`, `partial` (a stage failed), `failed` (all did)"),
+        _gauge("pictures_in_work", (), "Pictures that an ingress replica has in work"),
+        _gauge("pictures_limit", (), "Pictures that an ingress replica lets in at present"),
+        _gauge("requests_waiting", (), "Requests that wait for a place"),
+        _gauge("stage_ready", ("stage",), "1 while a stage has a replica that answers"),
+        _gauge("canary_share", ("stage",), "Share of the pictures that goes to a stage's canary"),
+        # one picture
+        _histogram("stage_seconds", _SECONDS, ("stage", "revision"), "Wall time of a stage, its queue included"),
+        _counter("stage_errors", ("stage", "code"), "Stages that gave no answer to an accepted request"),
+        _counter("verdicts", ("verdict", "revision"), "Verdicts: `ai`, `human`, `uncertain`"),
+        _histogram("ai_probability", _TENTHS, ("revision",), "Calibrated probability that a picture is AI-made"),
+        _counter("provenance", ("c2pa", "declared"), "What files declare of themselves"),
+        _histogram("caption_words", _WORDS, ("revision",), "Words of a caption"),
+        _histogram("picture_tags", _FEW, ("revision",), "Tags of a picture"),
+        # the models' replicas
+        _histogram("batch_pictures", _COUNTS, ("stage", "revision"), "Pictures that a model computed together"),
+        _histogram("batch_seconds", _SECONDS, ("stage", "revision"), "Time that a model computed a batch"),
+        _counter("tags", ("origin", "revision"), "Tags that the `model` gave and that `rules` filled up"),
+        _gauge("model", ("stage", "revision"), "1 for the revision that a replica has in service, 0 for earlier ones"),
+    )
+}
+
+
+class Metric:
+    """One metric, with its bounded label values.
+
+    The mapping of labels is made once for each combination and not for each record.
+    """
+
+    def __init__(self, name: str) -> None:
+        # imported where a replica starts: Serve's metrics take their tags from the replica that they are made in
+        from ray.serve import metrics
+
+        definition = METRICS[name]
+        full, text, keys = PREFIX + name, definition.description, definition.labels
+        self._keys = keys
+        self._tags: dict[tuple[str, ...], dict[str, str]] = {}
+        self._record: Any
+        if definition.kind == "histogram":
+            self._record = metrics.Histogram(full, text, boundaries=list(definition.buckets), tag_keys=keys).observe
+        elif definition.kind == "gauge":
+            self._record = metrics.Gauge(full, text, tag_keys=keys).set
+        else:
+            self._record = metrics.Counter(full, text, tag_keys=keys).inc
+
+    def record(self, value: float, *labels: str) -> None:
+        """Add to a counter, set a gauge, or observe in a histogram; ``labels`` in the order of ``METRICS``."""
+        tags = self._tags.get(labels)
+        if tags is None:
+            if len(self._tags) >= MOST_SERIES:
+                labels = (OTHER,) * len(labels)
+            tags = self._tags.setdefault(labels, dict(zip(self._keys, labels, strict=True)))
+        self._record(value, tags)
+
+
+class Metrics:
+    """Every metric by its name, each made when it is first recorded."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Metric] = {}
+
+    def record(self, name: str, value: float, *labels: str) -> None:
+        """See ``Metric.record``."""
+        metric = self._made.get(name)
+        if metric is None:
+            metric = self._made[name] = Metric(name)
+        metric.record(value, *labels)
+
+    # ---- the ingress --------------------------------------------------------------------------------------------
+
+    def request(self, endpoint: str, code: str, seconds: float) -> None:
+        """A request has been answered: ``ok``, or with the code of a problem."""
+        self.record("requests", 1, endpoint, code)
+        self.record("request_seconds", seconds, endpoint)
+
+    def picture(self, record: Annotation) -> None:
+        """A picture has been through the graph: all that its record says."""
+        revisions = {stage: revision_of(name) for stage, name in record.models.items()}
+        failed = {error.stage for error in record.errors}
+        for error in record.errors:
+            self.record("stage_errors", 1, error.stage, error.code)
+        for stage, milliseconds in record.timings_ms.items():
+            if stage not in failed:
+                self.record("stage_seconds", milliseconds / 1000, stage, revisions.get(stage, ""))
+        answered = 0
+        if (detection := record.detection) is not None:
+            answered += 1
+            revision = revisions["detector"]
+            self.record("verdicts", 1, detection.label, revision)
+            self.record("ai_probability", detection.ai_probability, revision)
+            declared = {True: "ai", False: "camera", None: "nothing"}[detection.provenance.declared_ai]
+            self.record("provenance", 1, detection.provenance.c2pa, declared)
+        if record.caption is not None:
+            answered += 1
+            self.record("caption_words", len(record.caption.text.split()), revisions["captioner"])
+        if record.tags is not None:
+            answered += 1
+            self.record("picture_tags", len(record.tags), revisions["tagger"])
+        self.record("pictures", 1, "failed" if not answered else "partial" if record.errors else "answered")
+
+    def queue(self, in_work: int, limit: int, waiting: int) -> None:
+        """How full an ingress replica is."""
+        self.record("pictures_in_work", in_work)
+        self.record("pictures_limit", limit)
+        self.record("requests_waiting", waiting)
+
+    def stages(self, ready: Mapping[str, bool], canary_shares: Mapping[str, float]) -> None:
+        """Which stages answer, and what their canaries get."""
+        for stage, is_ready in ready.items():
+            self.record("stage_ready", float(is_ready), stage)
+        for stage, share in canary_shares.items():
+            self.record("canary_share", share, stage)
+
+    # ---- the models' replicas -----------------------------------------------------------------------------------
+
+    def batch(self, stage: str, revision: str, pictures: int, seconds: float) -> None:
+        """A model has computed a batch."""
+        self.record("batch_pictures", pictures, stage, revision)
+        self.record("batch_seconds", seconds, stage, revision)
+
+    def tagged(self, revision: str, tags: int, proposed: int) -> None:
+        """A caption has its tags, of which the model itself ``proposed`` so many."""
+        if proposed:
+            self.record("tags", min(proposed, tags), "model", revision)
+        if tags > proposed:
+            self.record("tags", tags - proposed, "rules", revision)
+
+    def in_service(self, stage: str, revision: str, before: str | None = None) -> None:
+        """A replica has taken a revision into service, in place of the one ``before``."""
+        if before is not None and before != revision:
+            self.record("model", 0.0, stage, before)
+        self.record("model", 1.0, stage, revision)
+
+
+def revision_of(name: str) -> str:
+    """The revision in a checkpoint's full name ``URI#revision``."""
+    return name.rpartition("#")[2]
