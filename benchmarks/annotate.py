@@ -182,7 +182,11 @@ def throughput(config: AnnotateBenchmark, photos: list[Path], work: Path) -> dic
 # ------------------------------------------------------------------------------------------------------------- kills
 
 #: What is killed at which share of the shards. Whatever the driver's Ray had in work dies with the driver.
-_KILLS = ((0.15, "CaptionerStage"), (0.3, "driver"), (0.45, "TaggerStage"), (0.6, "driver"), (0.75, "DetectorStage"))
+_KILLS = (
+    *((0.1, "driver"), (0.25, "CaptionerStage")),
+    *((0.4, "driver"), (0.55, "TaggerStage")),
+    *((0.7, "driver"), (0.85, "DetectorStage")),
+)
 #: The undisturbed run is made in so many pieces, each of whole shards: for a machine that is only lent for minutes.
 _PIECES = 4
 
