@@ -275,15 +275,15 @@ def compare(wanted: list[str], plain: list[Annotation], killed: list[Annotation]
 def kills(config: AnnotateBenchmark, photos: list[Path], work: Path) -> dict[str, Any] | None:
     """Annotate twice, once with kills, and compare; None while steps are left to do."""
     chosen = photos[: config.count]
-    for seconds in undisturbed(config, chosen, work):
-        print(f"a piece without kills took {seconds:.0f} s", flush=True)
-        if config.one_step:
-            return None
     folder, output = work / "photos", work / "killed"
     if not folder.is_dir():
         link(chosen, folder)
     for _ in disturbed(config, folder, output, -(-len(chosen) // config.shard_pictures)):
-        if config.one_step and not (output / "manifest.json").is_file():
+        if config.one_step:
+            return None
+    for seconds in undisturbed(config, chosen, work):
+        print(f"a piece without kills took {seconds:.0f} s", flush=True)
+        if config.one_step:
             return None
     plain = [record for place in sorted(work.glob("undisturbed-*")) for record in read_annotations(str(place))]
     compared = compare([photo.name for photo in chosen], plain, list(read_annotations(str(output))))
