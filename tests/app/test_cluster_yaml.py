@@ -1,0 +1,160 @@
+"""`cluster.yaml`: Ray's launcher takes it, shells and `ray start` understand its commands, and what it says of the nodes
+is what `serve_config.yaml` counts on.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.scripts import scripts
+
+from app import cluster
+from app.config import read_serve_config
+
+ROOT = Path(__file__).parents[2]
+SHELL = {"PATH": "/usr/bin:/bin", "RAY_HEAD_IP": "192.0.2.1", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def config() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "cluster.yaml").read_text())
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, config: dict[str, Any]) -> Path:
+    """A node's home folder after the first set-up command."""
+    folder = tmp_path_factory.mktemp("home")
+    shell(folder, config["setup_commands"][0])
+    return folder
+
+
+def shell(home: Path, command: str) -> str:
+    """Run a command as the launcher has a node run it, in another home."""
+    # the launcher's own wrapping: `... && (command)`
+    command = f"true && export PYTHONWARNINGS=ignore && ({command})"
+    return subprocess.run(
+        ["bash", "-c", command], env=SHELL | {"HOME": str(home)}, cwd=home, capture_output=True, text=True, check=True
+    ).stdout
+
+
+def environment(home: Path) -> dict[str, str]:
+    """What a node's environment is once the file has been read."""
+    text = shell(home, ". ~/deeptrust/cluster.env && env -0")
+    return dict(entry.split("=", 1) for entry in text.split("\0") if "=" in entry)
+
+
+def start_options(home: Path, command: str) -> dict[str, Any]:
+    """What `ray start` understands of a node's command."""
+    words = shell(home, "ray() { printf '%s\\n' \"$@\"; }; " + command).splitlines()
+    assert words[0] == "start"
+    return scripts.start.make_context("start", words[1:]).params
+
+
+@pytest.fixture(scope="module")
+def nodes(home: Path, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {
+        "A": start_options(home, config["head_start_ray_commands"][1]),
+        "B": start_options(home, config["worker_start_ray_commands"][1]),
+    }
+
+
+def labels(options: dict[str, Any]) -> dict[str, str]:
+    return dict(entry.split("=") for entry in options["labels"].split(","))
+
+
+def test_rays_launcher_takes_it(config: dict[str, Any]) -> None:
+    prepared = prepare_config(config)
+    validate_config(prepared)
+    assert prepared["provider"]["type"] == "local"
+    assert prepared["max_workers"] == len(config["provider"]["worker_ips"])
+    # what is read on the head and on every worker comes from one place
+    first = config["setup_commands"][0]
+    assert prepared["head_setup_commands"][0] == prepared["worker_setup_commands"][0] == first
+
+
+def test_what_is_sited_stands_at_the_top_alone(config: dict[str, Any]) -> None:
+    addresses = config["metadata"]["addresses"]
+    assert config["provider"]["head_ip"] == addresses["head"]
+    assert config["provider"]["worker_ips"] == addresses["workers"]
+    text = (ROOT / "cluster.yaml").read_text()
+    below = text[text.index("cluster_name:") :]
+    for address in (addresses["head"], *addresses["workers"]):
+        assert address not in below
+
+
+def test_ray_asks_for_a_token_and_calls_nobody(home: Path, config: dict[str, Any]) -> None:
+    found = environment(home)
+    assert found["RAY_AUTH_MODE"] == "token"
+    token = config["file_mounts"]["~/.ray/auth_token"]
+    assert found["RAY_AUTH_TOKEN_PATH"] == token.replace("~", str(home))
+    assert found["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
+def test_what_a_node_and_its_secrets_say_comes_last(home: Path) -> None:
+    last = (home / "deeptrust" / "cluster.env").read_text().strip().splitlines()[-2:]
+    assert [line.split()[-1] for line in last] == ["/etc/deeptrust/node", "/etc/deeptrust/secrets"]
+
+
+def test_it_serves_with_the_flags_of_make_serve(home: Path) -> None:
+    ours = {key: value for key, value in cluster.environment(8000).items() if os.environ.get(key) != value}
+    # the instance's own, and what is said only to a machine that is alone
+    alone = {"DEEPTRUST_INSTANCE", "PYTHONPATH", "RAY_AUTH_TOKEN_PATH", "RAY_DISABLE_IMPORT_WARNING"}
+    alone |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR", "RAY_PROMETHEUS_HOST"}
+    shared = {key: value for key, value in ours.items() if key not in alone}
+    assert "RAY_worker_niceness" in shared
+    found = environment(home)
+    assert {key: found.get(key) for key in shared} == shared
+    assert "OMP_NUM_THREADS" not in found, "the launcher's 1 would be every worker's"
+
+
+def test_the_nodes_have_the_gpus_and_labels_that_the_graph_counts_on(nodes: dict[str, dict[str, Any]]) -> None:
+    graph = read_serve_config(ROOT / "serve_config.yaml")["applications"][0]
+    gpus = {name: options["num_gpus"] for name, options in nodes.items()}
+    assert gpus == {"A": 2, "B": 1}
+    least = most = 0.0
+    for deployment in graph["deployments"]:
+        options = deployment.get("ray_actor_options") or {}
+        wanted = options.get("num_gpus", 0.0)
+        scaling = deployment.get("autoscaling_config") or {}
+        least += wanted * scaling.get("min_replicas", 1)
+        if not deployment["name"].endswith("Canary"):
+            most += wanted * scaling.get("max_replicas", 1)
+        for key, value in (options.get("label_selector") or {}).items():
+            fitting = [name for name, node in nodes.items() if labels(node).get(key) == value]
+            assert fitting == ["A"], f"{deployment['name']} prefers {key}={value}"
+    tagger = graph["args"]["tagger"]
+    least += tagger["num_gpus"]
+    most += tagger["num_gpus"] * tagger["max_replicas"]
+    assert least <= gpus["A"], "at rest all models are on node A, and node B is training's"
+    assert most <= sum(gpus.values())
+
+
+def test_labels_are_ones_that_ray_takes(nodes: dict[str, dict[str, Any]]) -> None:
+    from ray._private.label_utils import parse_node_labels_string, validate_node_labels
+
+    for options in nodes.values():
+        validate_node_labels(parse_node_labels_string(options["labels"]))
+
+
+def test_a_worker_finds_the_head(nodes: dict[str, dict[str, Any]]) -> None:
+    assert nodes["A"]["head"] and not nodes["B"]["head"]
+    assert nodes["B"]["address"] == f"192.0.2.1:{nodes['A']['port']}"
+    assert nodes["A"]["dashboard_host"] == "127.0.0.1"
+    assert nodes["A"]["metrics_export_port"] == nodes["B"]["metrics_export_port"]
+    for node in nodes.values():
+        assert node["object_store_memory"] > 2**30 and node["object_spilling_directory"]
+
+
+def test_set_up_installs_the_pinned_list_and_nothing_else(config: dict[str, Any]) -> None:
+    (install,) = [command for command in config["setup_commands"] if "pip install" in command]
+    assert "--no-deps -r requirements/gpu.txt" in install
+    assert (ROOT / "requirements" / "gpu.txt").is_file()
+    for commands in ("setup_commands", "head_setup_commands", "head_start_ray_commands", "worker_start_ray_commands"):
+        for command in config[commands]:
+            subprocess.run(["bash", "-n", "-c", command], check=True)
