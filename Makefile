@@ -9,7 +9,7 @@ PIP    := $(PY) -m pip --disable-pip-version-check
 TORCH  := 2.13.0
 export PORT ?= 8000
 
-.PHONY: help setup dev starter-models demo serve stop test proofs data-dashboard lint format lock clean
+.PHONY: help setup dev starter-models demo serve monitoring dashboards stop test proofs data-dashboard lint format lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -31,7 +31,13 @@ $(VENV)/.dev: $(VENV)/.serving requirements/dev.txt
 	@if command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
 	  { command -v chromium && [ -e /usr/share/wordnet/index.noun ]; } >/dev/null || \
 	    { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core wordnet-base; } >/dev/null; fi
+	@$(INSTALL_PROMETHEUS)
 	touch $@
+
+# Prometheus is a Debian package too. Where systemd runs, the package starts one on every interface: not ours.
+INSTALL_PROMETHEUS := command -v prometheus >/dev/null || { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] \
+	  && { apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus; } >/dev/null \
+	  && { ! command -v systemctl >/dev/null || systemctl disable --now prometheus; } >/dev/null 2>&1; } || true
 
 setup: $(VENV)/.serving  ## the serving environment (.venv)
 
@@ -48,6 +54,13 @@ demo: setup  ## start, analyse the sample photos, print answers and addresses, g
 
 serve: setup  ## start and serve in the foreground until Ctrl-C (PORT=8000)
 	$(PY) -m app.serve
+
+monitoring: setup  ## Prometheus with the alert rules on the running application, until Ctrl-C
+	@$(INSTALL_PROMETHEUS)
+	$(PY) -m app.monitoring
+
+dashboards: dev  ## write the Grafana dashboards again (monitoring/grafana)
+	$(PY) -m monitoring.dashboards
 
 stop:  ## end it: no process and no port is left
 	@test -x $(PY) && $(PY) -m app.stop || true

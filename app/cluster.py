@@ -71,6 +71,8 @@ def environment(port: int) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(paths),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(folder / "auth_token"),
+        # where Grafana's provisioning, which Ray writes, looks for dashboards
+        "RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR": str(folder / "grafana"),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DISABLE_IMPORT_WARNING": "1",
         # ten looks a second at a handful of replicas are a twentieth of a core
@@ -99,6 +101,7 @@ def start(port: int, num_cpus: int, object_store_bytes: int) -> Instance:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700)
     _owner_file(port).write_text(str(os.getpid()))
+    shutil.copytree(_ROOT / "monitoring" / "grafana", folder / "grafana")
     secret = folder / "auth_token"
     secret.touch(mode=0o600)
     secret.write_text(secrets.token_hex(32))
