@@ -32,7 +32,7 @@ from deployments.images import decode
 from deployments.metrics import Metrics
 from deployments.pixels import ViewMismatch
 from deployments.provenance import read_provenance
-from deployments.replica import DeadlineExceeded, ModelInfo
+from deployments.replica import DeadlineExceeded, ModelFailed, ModelInfo
 from deployments.views import Box, ViewSpec, regions, render
 
 Explain = Literal["png", "grid"]
@@ -204,10 +204,10 @@ class Graph:
         async def request(handle: DeploymentHandle, info: ModelInfo) -> tuple[dict[str, Any], Any]:
             assert info.views is not None
             views = await self._views(prepared, info.views)
-            verdict = await _await(handle.detect.remote(views, progress.deadline), progress.deadline)
+            verdict = await _await(handle.detect.remote(views, info.views, progress.deadline), progress.deadline)
             if explain is None:
                 return verdict, None
-            maps = await _await(handle.explain.remote(views, progress.deadline), progress.deadline)
+            maps = await _await(handle.explain.remote(views, info.views, progress.deadline), progress.deadline)
             return verdict, heat_map(maps, prepared.regions[info.views], explain == "png")
 
         answer = await self._stage(progress, "detector", request)
@@ -219,7 +219,7 @@ class Graph:
         async def caption(handle: DeploymentHandle, info: ModelInfo) -> dict[str, Any]:
             assert info.views is not None
             views = await self._views(prepared, info.views)
-            return await _await(handle.caption.remote(views, progress.deadline), progress.deadline)
+            return await _await(handle.caption.remote(views, info.views, progress.deadline), progress.deadline)
 
         captioned = await self._stage(progress, "captioner", caption)
         if captioned is None:
@@ -281,6 +281,8 @@ class Graph:
                     handle, info = route.production, route.info
                     continue
                 progress.annotation.failed(stage, "unavailable", "the model's replica went away")
+            except ModelFailed as error:
+                progress.annotation.failed(stage, "failed", f"the model failed: {error.args[0]}")
             except RayTaskError as error:
                 progress.annotation.failed(stage, "failed", f"the model failed: {type(error.cause).__name__}")
             except Exception as error:

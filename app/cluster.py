@@ -71,10 +71,11 @@ def environment(port: int) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(paths),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(folder / "auth_token"),
-        # where Grafana's provisioning, which Ray writes, looks for dashboards
-        "RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR": str(folder / "grafana"),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DISABLE_IMPORT_WARNING": "1",
+        # Ray takes 127.0.0.1 for the machine's own address and listens on every interface, unless it is told that this
+        # machine is no part of a cluster
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         # ten looks a second at a handful of replicas are a twentieth of a core
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
         "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
@@ -101,7 +102,6 @@ def start(port: int, num_cpus: int, object_store_bytes: int) -> Instance:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700)
     _owner_file(port).write_text(str(os.getpid()))
-    shutil.copytree(_ROOT / "monitoring" / "grafana", folder / "grafana")
     secret = folder / "auth_token"
     secret.touch(mode=0o600)
     secret.write_text(secrets.token_hex(32))

@@ -6,7 +6,8 @@ Three measurements, each on real photos over HTTP with the client on the same ma
 * ``ratio``     throughput against the same three models called back to back in this process, without HTTP, in
 alternating rounds
 * ``overload``  four times the clients that saturate it, no think time: goodput against its best, what is refused,
-memory
+memory, and which process works how long for an answer. Steady state: what is answered in the first seconds, while the
+batches fill, and after the clients have stopped does not count
 
     python -m benchmarks.serving --photos DIR [--parts photos,ratio,overload] [--url http://127.0.0.1:8000]
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 import random
 import statistics
 import time
@@ -44,7 +46,8 @@ class ServingConfig(BaseModel):
     clients: int = Field(16, ge=1, description="clients that saturate it")
     rounds: int = Field(3, ge=1, description="alternating rounds of `ratio`")
     round_photos: int = Field(64, ge=8, description="photos in a round")
-    overload_s: float = Field(60.0, gt=0, description="length of each phase of `overload`")
+    overload_s: float = Field(150.0, gt=0, description="length of each phase of `overload`, counted after `warm_s`")
+    warm_s: float = Field(30.0, ge=0, description="beginning of a phase of `overload` that does not count")
     seed: int = 11
 
 
@@ -58,11 +61,18 @@ class Load:
     latencies_ms: list[float] = field(default_factory=list)
     retry_after: int = 0
     errors: Counter[str] = field(default_factory=Counter)
+    completed_at: list[float] = field(default_factory=list)
+    """When each complete answer came, seconds since the start."""
+    window: tuple[float, float] | None = None
+    """From when to when answers count, seconds since the start; None: all of the time."""
 
     @property
     def goodput(self) -> float:
         """Complete answers a second."""
-        return self.complete / self.seconds
+        if self.window is None:
+            return self.complete / self.seconds
+        begin, end = self.window
+        return sum(begin <= moment < end for moment in self.completed_at) / (end - begin)
 
     def summary(self) -> dict[str, Any]:
         """Figures for the result file."""
@@ -100,9 +110,9 @@ async def drive(url: str, photos: list[bytes], clients: int, seconds: float | No
             load.statuses[answer.status_code] += 1
             if answer.status_code == 200:
                 record = answer.json()
-                load.complete += not record["errors"] and bool(
-                    record["detection"] and record["caption"] and record["tags"]
-                )
+                if not record["errors"] and record["detection"] and record["caption"] and record["tags"]:
+                    load.complete += 1
+                    load.completed_at.append(time.perf_counter() - started)
                 load.errors.update(f"{error['stage']}: {error['code']}" for error in record["errors"])
                 load.latencies_ms.append((time.perf_counter() - begun) * 1000)
             load.retry_after += answer.status_code == 429 and "retry-after" in answer.headers
@@ -154,6 +164,20 @@ def memory_bytes(port: int) -> int:
             total += process.memory_full_info().pss
         except psutil.Error:
             continue
+    return total
+
+
+def cpu_seconds(port: int) -> Counter[str]:
+    """Processor time of the application's processes so far, and of this one, the client, by what they are."""
+    total: Counter[str] = Counter()
+    for process in [*cluster.processes(port), psutil.Process()]:
+        try:
+            # a replica's title ends with the method that it is answering
+            title = process.cmdline()[0].split(".")[0] if process.name().startswith("ray::") else process.name()
+            times = process.cpu_times()
+        except (psutil.Error, IndexError):
+            continue
+        total["client" if process.pid == os.getpid() else title] += times.user + times.system
     return total
 
 
@@ -220,18 +244,27 @@ def main(arguments: list[str] | None = None) -> None:
         }
         print(result["ratio_median"], write_result("serving_ratio", result), flush=True)
     if "overload" in parts:
-        memory = [memory_bytes(port)]
-        best = asyncio.run(drive(config.url, photos, config.clients, config.overload_s))
-        memory.append(memory_bytes(port))
-        flooded = asyncio.run(drive(config.url, photos, 4 * config.clients, config.overload_s))
-        memory.append(memory_bytes(port))
-        again = asyncio.run(drive(config.url, photos, config.clients, config.overload_s))
-        memory.append(memory_bytes(port))
-        reference = max(best.goodput, again.goodput)
+        memory, phases = [memory_bytes(port)], []
+        for clients in (config.clients, 4 * config.clients, config.clients):
+            before = cpu_seconds(port)
+            load = asyncio.run(drive(config.url, photos, clients, config.warm_s + config.overload_s))
+            load.window = (config.warm_s, config.warm_s + config.overload_s)
+            spent = cpu_seconds(port) - before
+            memory.append(memory_bytes(port))
+            phases.append(
+                load.summary()
+                | {
+                    "clients": clients,
+                    "cpu_seconds_per_answer": {
+                        name: round(value / max(1, load.complete), 3) for name, value in spent.most_common(12)
+                    },
+                }
+            )
+            print(phases[-1], flush=True)
+        reference = max(phases[0]["goodput_per_s"], phases[2]["goodput_per_s"])
         result = {
-            "at_saturation": [best.summary(), again.summary()],
-            "overloaded": flooded.summary() | {"clients": 4 * config.clients},
-            "goodput_of_best": round(flooded.goodput / reference, 3),
+            "phases": phases,
+            "goodput_of_best": round(phases[1]["goodput_per_s"] / reference, 3),
             "memory_mb_before_after_each_phase": [round(value / 2**20) for value in memory],
         }
         print(result, write_result("serving_overload", result), flush=True)

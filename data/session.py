@@ -37,6 +37,9 @@ def ray_session(settings: RaySettings | None = None) -> Iterator[int]:
     set, it connects to that cluster and only disconnects at the end. Else it starts one that listens on loopback,
     without dashboard, and stops it.
     """
+    # read once, when Ray is imported: without it 127.0.0.1 is taken for the machine's own address, open to everybody
+    if os.environ.get("RAY_ADDRESS", "local") == "local":
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
 
     settings = settings or RaySettings()

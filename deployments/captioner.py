@@ -105,12 +105,12 @@ class Captioner(Replica[CaptionerModel]):
     def answer(self, model: CaptionerModel, views: np.ndarray) -> list[dict[str, Any]]:
         return [{"text": text, "model": model.checkpoint.name} for text in model.caption(views)]
 
-    async def caption(self, views: np.ndarray, deadline: float) -> dict[str, Any]:
-        """Caption one picture: views ``(1, size, size, 3)`` -> ``{"text", "model"}``.
+    async def caption(self, views: np.ndarray, spec: ViewSpec, deadline: float) -> dict[str, Any]:
+        """Caption one picture: views ``(1, size, size, 3)``, made by ``spec`` -> ``{"text", "model"}``.
 
         Raises: as ``Replica.batched``.
         """
-        return await self.batched(views, deadline)
+        return await self.batched(views, spec, deadline)
 
 
 def assemble_captioner(source: Path, target: Path) -> None:

@@ -131,19 +131,19 @@ class Detector(Replica[DetectorModel]):
             for probability in map(float, model.detect(views))
         ]
 
-    async def detect(self, views: np.ndarray, deadline: float) -> dict[str, Any]:
-        """One picture's views ``(V, S, S, 3)`` -> ``{"label", "ai_probability", "model"}``.
+    async def detect(self, views: np.ndarray, spec: ViewSpec, deadline: float) -> dict[str, Any]:
+        """One picture's views ``(V, S, S, 3)``, made by ``spec`` -> ``{"label", "ai_probability", "model"}``.
 
         Raises: as ``Replica.batched``.
         """
-        return await self.batched(views, deadline)
+        return await self.batched(views, spec, deadline)
 
-    async def explain(self, views: np.ndarray, deadline: float) -> list[list[list[float]]]:
+    async def explain(self, views: np.ndarray, spec: ViewSpec, deadline: float) -> list[list[list[float]]]:
         """Heat map of one picture for each of its views, rows of values in 0..1.
 
         Raises: as ``detect``.
         """
-        check_views(views, self.model.views.shape)
+        self.check(views, spec)
         if not alive([deadline]):
             raise DeadlineExceeded("the detector had no time left for a heat map")
         return np.round(await self.compute(self.model.explain, views), 3).tolist()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class ViewMismatch(ValueError):
-    """The views do not have the shape that the model reads; the sender's view specification is out of date."""
+    """The views are not those that the model reads; the sender's view specification is out of date."""
 
 
 @dataclass(frozen=True)

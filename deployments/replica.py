@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -30,9 +31,19 @@ from deployments.metrics import Metrics
 from deployments.pixels import ViewMismatch, check_views
 from deployments.views import ViewSpec
 
+_log = logging.getLogger("ray.serve")
+
 
 class DeadlineExceeded(TimeoutError):
     """The request's time was over before its batch began; nobody waits for the answer."""
+
+
+class ModelFailed(RuntimeError):
+    """A model could not compute an answer; the message is the name of the error, which its replica has logged.
+
+    Raised in place of the libraries' own exceptions: whoever waits for an answer unpickles what is raised, and would
+    import PyTorch or vLLM (half a gigabyte) for the sake of its class.
+    """
 
 
 class ReplicaConfig(BaseModel):
@@ -160,43 +171,57 @@ class Replica(Generic[Model]):
         return self._model
 
     async def compute(self, function: Any, *arguments: Any) -> Any:
-        """Run ``function`` on the worker thread."""
+        """Run ``function`` on the worker thread.
+
+        Raises:
+            ModelFailed: it raised something.
+        """
 
         def timed() -> Any:
             self._busy_since = time.monotonic()
             try:
                 return function(*arguments)
+            except Exception as error:
+                raise failed(error) from None
             finally:
                 self._busy_since = None
 
         return await asyncio.get_running_loop().run_in_executor(self._worker, timed)
 
-    async def batched(self, views: np.ndarray, deadline: float) -> dict[str, Any]:
-        """The answer to one picture's views ``(V, S, S, 3)``, computed in a batch with others'.
+    def check(self, views: np.ndarray, spec: ViewSpec) -> None:
+        """Raise ``ViewMismatch`` unless these are views ``(V, S, S, 3)`` made as the model in service asks for."""
+        if spec != self.model.views:
+            raise ViewMismatch(f"views made by {spec}, and this revision reads {self.model.views}")
+        check_views(views, spec.shape)
+
+    async def batched(self, views: np.ndarray, spec: ViewSpec, deadline: float) -> dict[str, Any]:
+        """The answer to one picture's views ``(V, S, S, 3)``, made by ``spec``, computed in a batch with others'.
 
         Raises:
             ViewMismatch: ask ``info`` for the view specification again.
             DeadlineExceeded: ``deadline`` (``time.time()`` seconds) passed while the picture waited.
         """
-        check_views(views, self.model.views.shape)
+        self.check(views, spec)
         async with self._door:
-            answer = await self._batch(views, deadline)  # type: ignore[call-arg]
+            answer = await self._batch(views, spec, deadline)  # type: ignore[call-arg]
         if isinstance(answer, Exception):
             raise answer
         return answer
 
     @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.005)
-    async def _batch(self, views: list[np.ndarray], deadline: list[float]) -> list[dict[str, Any] | Exception]:
+    async def _batch(
+        self, views: list[np.ndarray], specs: list[ViewSpec], deadline: list[float]
+    ) -> list[dict[str, Any] | Exception]:
         self._door.shut()
         model = self.model
         answers: list[dict[str, Any] | Exception] = [
             # a revision with other views may have come into service while they waited
-            ViewMismatch(f"views {array.shape} are not this revision's {model.views.shape}")
-            if array.shape != model.views.shape
+            ViewMismatch("another revision has come into service")
+            if spec != model.views
             else DeadlineExceeded("the model had no time left for this picture")
-            for array in views
+            for spec in specs
         ]
-        chosen = [index for index in alive(deadline) if views[index].shape == model.views.shape]
+        chosen = [index for index in alive(deadline) if specs[index] == model.views]
         if chosen:
             started = time.perf_counter()
             found = await self.compute(self.answer, model, np.stack([views[index] for index in chosen]))
@@ -221,6 +246,12 @@ class Replica(Generic[Model]):
         since = self._busy_since
         if since is not None and time.monotonic() - since > _STUCK_AFTER_S:
             raise RuntimeError(f"a batch has been running for {time.monotonic() - since:.0f} s")
+
+
+def failed(error: Exception) -> ModelFailed:
+    """Log what a model raised; what to raise to the caller."""
+    _log.error("the model failed", exc_info=error)
+    return ModelFailed(type(error).__name__)
 
 
 def alive(deadlines: list[float]) -> list[int]:

@@ -31,7 +31,7 @@ from ray.serve import Application
 from deployments.checkpoints import Checkpoint, resolve
 from deployments.metrics import Metrics
 from deployments.processor import processor_flags
-from deployments.replica import ModelInfo, ReplicaConfig
+from deployments.replica import ModelInfo, ReplicaConfig, failed
 from deployments.tag_rules import MAX_TAGS, MIN_TAGS, clean_tags, proposed
 
 PROMPT_FILE = Path(__file__).with_name("tag_prompt.yaml")
@@ -50,7 +50,7 @@ _STUCK_AFTER_S = 120.0
 
 
 class TaggerError(RuntimeError):
-    """The engine refused or failed a request, or a checkpoint does not fit the running engine."""
+    """The engine refused a request, or a checkpoint does not fit the running engine."""
 
 
 class TagExample(BaseModel):
@@ -270,11 +270,17 @@ class Tagger:
             how many tags held of those that the model itself gave.
 
         Raises:
-            TaggerError: the engine refused or failed the request.
+            TaggerError: the engine refused the request.
+            ModelFailed: the engine failed.
             TimeoutError: no answer within ``request_timeout_s``.
         """
-        async with asyncio.timeout(self._settings.request_timeout_s):
-            raw = await self._ask(caption)
+        try:
+            async with asyncio.timeout(self._settings.request_timeout_s):
+                raw = await self._ask(caption)
+        except (TaggerError, TimeoutError):
+            raise
+        except Exception as error:
+            raise failed(error) from None
         # read after the answer: a request that waited while weights were exchanged was answered by the new ones
         answer = tag_answer(raw, caption, self.checkpoint)
         self._metrics.tagged(answer["revision"], len(answer["tags"]), answer["proposed"])

@@ -135,11 +135,20 @@ class SmallService:
         """vLLM's own processes."""
         return [process for process in cluster.processes(self.port) if process.name().startswith("VLLM")]
 
-    def listening(self) -> list[int]:
-        """Ports on which any process of this instance listens."""
+    def memory_maps(self, deployment: str) -> set[str]:
+        """Files that the replicas of a deployment have mapped into their memory."""
+        return {
+            Path(mapped.path).name
+            for process in cluster.processes(self.port)
+            if process.name().startswith("ray::ServeRepl") and f":{deployment}" in " ".join(process.cmdline())
+            for mapped in process.memory_maps()
+        }
+
+    def listening(self) -> list[tuple[str, int]]:
+        """Addresses and ports on which any process of this instance listens."""
         return sorted(
             {
-                connection.laddr.port
+                (connection.laddr.ip, connection.laddr.port)
                 for process in cluster.processes(self.port)
                 for connection in _connections(process)
                 if connection.status == psutil.CONN_LISTEN

@@ -7,6 +7,7 @@ The tests share one application and stand in the order of its life.
 from __future__ import annotations
 
 import io
+import ipaddress
 import os
 import signal
 import socket
@@ -19,8 +20,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import pytest
+from ray.serve.generated import serve_pb2, serve_pb2_grpc
 
 from app import cluster
 from tests.app.small_service import REQUEST_TIMEOUT_S, ROOT, TAGGER_REQUESTS, SmallService, small_service
@@ -96,6 +99,20 @@ def test_while_the_models_load_the_page_is_there_and_each_stage_says_how_far_it_
     # vLLM takes longest by far: the others are told to be ready before it is
     assert any(state["stages"]["tagger"]["status"] == "starting" for state in told)
     assert all(status == 200 for status, _ in service.while_starting)
+
+
+def test_nobody_else_reaches_it(service: SmallService) -> None:
+    """Everything listens on loopback; only the port by which Serve's replicas talk to each other cannot be told to, and
+    refuses whoever has no token.
+    """
+    for address, port in service.listening():
+        if ipaddress.ip_address(address.removeprefix("::ffff:")).is_loopback:
+            continue
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            call = serve_pb2_grpc.ASGIServiceStub(channel).HandleRequest
+            with pytest.raises(grpc.RpcError) as refused:
+                call(serve_pb2.ASGIRequest(), timeout=30)
+        assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED, (address, port)
 
 
 def test_every_stage_answers(service: SmallService) -> None:
@@ -204,6 +221,7 @@ def test_a_client_that_goes_away_takes_its_work_with_it(service: SmallService, h
 
     with ThreadPoolExecutor(CLIENTS) as pool:
         assert all(pool.map(leave, range(TAGGER_REQUESTS)))
+        time.sleep(2)  # on its way from the proxy to the engine; the work itself would go on for nine seconds more
         # those who left filled the tagger: were their work still in it, others would be refused as `overloaded`
         records = [answer.json() for answer in pool.map(lambda n: post(service, 20 + n), range(TAGGER_REQUESTS))]
     assert [error["code"] for record in records for error in record["errors"]] == ["timeout"] * TAGGER_REQUESTS
@@ -223,6 +241,9 @@ def test_a_stage_that_has_died_is_null_with_its_error(service: SmallService) -> 
     assert record["detection"] and record["caption"] and record["tags"] is None
     (error,) = record["errors"]
     assert error["stage"] == "tagger" and error["code"] in {"failed", "unavailable", "timeout"}
+    # what failed there must not bring its libraries here
+    ingress = service.memory_maps("Ingress")
+    assert ingress and not [name for name in ingress if name.startswith("libtorch")]
 
 
 @pytest.mark.proof
@@ -235,7 +256,7 @@ def test_it_comes_back_by_itself_and_the_others_answer_meanwhile(service: SmallS
 
 
 def test_stop_leaves_no_process_no_port_and_no_file(service: SmallService) -> None:
-    ports, processes = service.listening(), cluster.processes(service.port)
+    ports, processes = [port for _, port in service.listening()], cluster.processes(service.port)
     assert service.port in ports
     command = [sys.executable, "-m", "app.stop"]
     environment = os.environ | {"PORT": str(service.port)}

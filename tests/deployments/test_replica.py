@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import pickle
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +12,14 @@ import numpy as np
 import pytest
 
 from deployments.pixels import ViewMismatch
-from deployments.replica import DeadlineExceeded, Door, Replica, alive
+from deployments.replica import DeadlineExceeded, Door, ModelFailed, Replica, alive
+from deployments.views import ViewSpec
 
 pytestmark = pytest.mark.anyio
 
-SHAPE = (1, 2, 2, 3)
+SPEC = ViewSpec(size_px=16)
+#: As large, and shows another part of the picture.
+OTHER = ViewSpec(size_px=16, views=("centre",))
 
 
 @pytest.fixture
@@ -24,7 +28,7 @@ def anyio_backend() -> str:
 
 
 def picture(value: int) -> np.ndarray:
-    return np.full(SHAPE, value, dtype=np.uint8)
+    return np.full(SPEC.shape, value, dtype=np.uint8)
 
 
 async def visit(door: Door, log: list[str], name: str, leave: asyncio.Event) -> None:
@@ -96,6 +100,10 @@ async def test_one_who_is_let_in_at_the_moment_of_going_away_gives_the_place_bac
     assert log[-1] == "c"
 
 
+def loaded(views: ViewSpec) -> Any:
+    return SimpleNamespace(views=views, checkpoint=SimpleNamespace(revision="r1"))
+
+
 class Slow(Replica[Any]):
     """A replica whose model tells the sizes of its batches and takes a while for each."""
 
@@ -104,9 +112,7 @@ class Slow(Replica[Any]):
     def __init__(self) -> None:
         super().__init__()
         self.sizes: list[int] = []
-        self._model = SimpleNamespace(
-            views=SimpleNamespace(shape=SHAPE), checkpoint=SimpleNamespace(revision="r1")
-        )
+        self._model = loaded(SPEC)
 
     def answer(self, model: Any, views: np.ndarray) -> list[dict[str, Any]]:
         self.sizes.append(len(views))
@@ -129,7 +135,7 @@ def replica(monkeypatch: pytest.MonkeyPatch) -> Slow:
 async def test_pictures_that_come_one_by_one_during_a_batch_are_computed_together_after_it(replica: Slow) -> None:
     async def come(value: int) -> dict[str, Any]:
         await asyncio.sleep(0.01 * value)
-        return await replica.batched(picture(value), time.time() + 60)
+        return await replica.batched(picture(value), SPEC, time.time() + 60)
 
     answers = await asyncio.gather(*(come(value) for value in range(7)))
     assert [answer["value"] for answer in answers] == list(range(7))
@@ -139,14 +145,14 @@ async def test_pictures_that_come_one_by_one_during_a_batch_are_computed_togethe
 
 
 async def test_a_batch_is_never_larger_than_the_door(replica: Slow) -> None:
-    await asyncio.gather(*(replica.batched(picture(value), time.time() + 60) for value in range(20)))
+    await asyncio.gather(*(replica.batched(picture(value), SPEC, time.time() + 60) for value in range(20)))
     assert replica.sizes == [8, 8, 4]
 
 
 async def test_a_picture_whose_time_is_over_is_refused_and_the_others_answered(replica: Slow) -> None:
     late, good = await asyncio.gather(
-        replica.batched(picture(1), time.time() - 1),
-        replica.batched(picture(2), time.time() + 60),
+        replica.batched(picture(1), SPEC, time.time() - 1),
+        replica.batched(picture(2), SPEC, time.time() + 60),
         return_exceptions=True,
     )
     assert isinstance(late, DeadlineExceeded)
@@ -154,9 +160,38 @@ async def test_a_picture_whose_time_is_over_is_refused_and_the_others_answered(r
     assert replica.sizes == [1]
 
 
-async def test_views_of_another_shape_are_refused(replica: Slow) -> None:
+async def test_views_of_another_shape_or_making_are_refused(replica: Slow) -> None:
     with pytest.raises(ViewMismatch):
-        await replica.batched(np.zeros((1, 4, 4, 3), np.uint8), time.time() + 60)
+        await replica.batched(np.zeros((1, 4, 4, 3), np.uint8), SPEC, time.time() + 60)
+    with pytest.raises(ViewMismatch):
+        await replica.batched(picture(1), OTHER, time.time() + 60)
+
+
+async def test_views_made_for_the_revision_before_are_refused_in_the_batch(replica: Slow) -> None:
+    first = asyncio.create_task(replica.batched(picture(1), SPEC, time.time() + 60))
+    await asyncio.sleep(0.05)  # it is computed; the next one waits at the door
+    waiting = asyncio.create_task(replica.batched(picture(2), SPEC, time.time() + 60))
+    await settle()
+    replica._model = loaded(OTHER)
+    assert (await first)["value"] == 1
+    with pytest.raises(ViewMismatch):
+        await waiting
+
+
+async def test_what_a_model_raises_is_logged_here_and_named_there(replica: Slow, caplog: Any) -> None:
+    class OfALibrary(Exception):
+        """Its class could not be imported where the answer is waited for."""
+
+    def fail(*_: Any) -> Any:
+        raise OfALibrary("out of memory")
+
+    replica.answer = fail  # type: ignore[method-assign]
+    with pytest.raises(ModelFailed, match=r"^OfALibrary$") as raised:
+        await replica.batched(picture(1), SPEC, time.time() + 60)
+    assert raised.value.__cause__ is None and "out of memory" in caplog.text
+    assert pickle.loads(pickle.dumps(raised.value)).args == ("OfALibrary",)
+    del replica.answer
+    assert await replica.batched(picture(2), SPEC, time.time() + 60) == {"value": 2}
 
 
 async def test_positions_of_those_who_have_time_left() -> None:
