@@ -113,7 +113,8 @@ def _too_large(limit: int) -> Problem:
     return Problem("too_large", f"At most {limit} bytes are accepted.", {"Connection": "close"})
 
 
-async def _read_body(request: Request, limit: int) -> bytes:
+async def read_body(request: Request, limit: int) -> bytes:
+    """The whole body. Raises Problem (`too_large`) at the first byte beyond ``limit``."""
     body = bytearray()
     async for piece in _bounded_stream(request, limit):
         body += piece
@@ -121,7 +122,7 @@ async def _read_body(request: Request, limit: int) -> bytes:
 
 
 async def _read_raw(request: Request, limits: UploadLimits) -> Upload:
-    data = await _read_body(request, min(limits.max_bytes, limits.max_request_bytes))
+    data = await read_body(request, min(limits.max_bytes, limits.max_request_bytes))
     return _upload(None, data)
 
 
@@ -260,7 +261,7 @@ async def _read_multipart(request: Request, boundary: bytes, limits: UploadLimit
 
 
 async def _read_json(request: Request, limits: UploadLimits) -> list[Upload]:
-    body = await _read_body(request, limits.max_body_bytes)
+    body = await read_body(request, limits.max_body_bytes)
     if not body:
         raise Problem("empty_body", "The request has no body.")
     # Tens of megabytes of base64 take a while: not on the event loop.

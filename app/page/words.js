@@ -29,6 +29,10 @@ const PROBLEMS = {
   too_many_pictures: "Too many pictures in one request. Add fewer at a time.",
   method_not_allowed: "The service refused the request. Reload the page to get its newest version.",
   not_found: "The service does not know this address. Reload the page to get its newest version.",
+  conflict: "This was said before, and otherwise. Reload the page, then say it again.",
+  unauthorized: "This service wants a key. Reload the page and give yours as the password.",
+  forbidden: "Your key does not allow this.",
+  rate_limited: "Too many requests with your key. Wait a moment, then press Retry.",
   overloaded: "The service is still too busy after several tries. Wait a minute, then press Retry.",
   timeout: "The analysis took too long. Press Retry; if it happens again, use a smaller version of the picture.",
   unavailable: "The service cannot answer at the moment. Press Retry in a minute.",
@@ -93,3 +97,23 @@ export const plural = (n, one, many) => `${n} ${n === 1 ? one : many}`;
 const STATUS = {starting: "starting", ready: "ready", failed: "could not start"};
 
 export const stageText = (status) => STATUS[status] ?? String(status);
+
+export const PARTS = {verdict: "The verdict", caption: "The caption", tags: "The tags"};
+
+/* "Dog,  wet grass" -> ["dog", "wet grass"]: tags as the service takes them. */
+export const tagList = (text) => [...new Set(text.toLowerCase().split(",").map((tag) => tag.trim().slice(0, 32).trim()).filter(Boolean))].slice(0, 32);
+
+const SAID = {
+  not_found: "This answer is not kept any more. Analyse the picture again, then say it.",
+  bad_parameter: "This cannot be kept: use shorter text without special characters.",
+  conflict: "This was said before, and otherwise. Say it again.",
+};
+
+export const feedbackProblem = (code) => SAID[code] ?? "This could not be kept at the moment. Try again in a minute.";
+
+const SEARCHED = {
+  bad_parameter: "The service cannot search for this: tags have at most 32 characters, words 200.",
+  not_found: "Nothing is kept here.",
+};
+
+export const searchProblem = (code) => SEARCHED[code] ?? "The search failed. Try again in a minute.";

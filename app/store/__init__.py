@@ -1,0 +1,6 @@
+"""What is kept of answers: predictions, feedback on them, pictures, and search over them. Its parts:
+
+``settings`` what is kept where, ``models`` and ``migrations`` the tables, ``database`` SQLite and PostgreSQL alike,
+``events`` what one transaction does, ``writer`` the thread that does it, ``search`` what is found, ``pictures`` the
+files, and ``store`` all of it as the ingress uses it.
+"""

@@ -1,0 +1,233 @@
+"""What one transaction of the store does: rows in, feedback in, a picture's traces out, old rows out.
+
+Functions on a connection, the same for both databases. Knows no threads and no HTTP.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, delete, func, insert, select, text, update
+from sqlalchemy.dialects import postgresql, sqlite
+
+from app.store.models import Deletion, Feedback, Picture, Prediction, first_id, new_id
+
+#: How long a deletion is remembered: longer than an answer waits in a replica's queue.
+_REMEMBER_DELETIONS_S = 24 * 3600.0
+
+
+class UnknownAnswer(LookupError):
+    """No answer that is kept has this id."""
+
+
+class KeyConflict(ValueError):
+    """The same key was sent before with something else."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """What somebody says of one part of an answer."""
+
+    answer_id: str
+    part: str
+    correct: bool
+    value: Any = None
+    """What would be right; None: not said."""
+    sha256: str | None = None
+    """The picture that is meant, where an id was given to several."""
+    said_by: str | None = None
+    key: str | None = None
+    """The caller's own name of this event; None: what is said is its name."""
+
+    @property
+    def content(self) -> str:
+        """A hash of all that is said."""
+        said = [self.answer_id, self.sha256, self.part, self.correct, self.value, self.said_by]
+        return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+    @property
+    def row_key(self) -> str:
+        return f"content:{self.content}" if self.key is None else f"key:{self.key}"
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """An event that is kept."""
+
+    id: int
+    sha256: str
+    is_new: bool
+    has_picture: bool
+
+
+def _insert_unless_there(connection: Connection, table: Any) -> Any:
+    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
+    return dialect.insert(table).on_conflict_do_nothing()
+
+
+def write_predictions(connection: Connection, rows: Sequence[dict[str, Any]]) -> None:
+    """Insert answers; those that are there already (the same id) are left, and those of pictures whose deletion was
+    asked for after them are not written.
+    """
+    hashes = {row["sha256"] for row in rows}
+    deleted = dict(connection.execute(select(Deletion.sha256, Deletion.id).where(Deletion.sha256.in_(hashes))).all())
+    rows = [row for row in rows if deleted.get(row["sha256"], 0) < row["id"]]
+    if rows:
+        connection.execute(_insert_unless_there(connection, Prediction), rows)
+
+
+def add_feedback(connection: Connection, event: Event) -> Receipt:
+    """Keep an event, and the answer that it is about.
+
+    Raises:
+        UnknownAnswer: no answer has its id.
+        KeyConflict: its key belongs to another event.
+    """
+    known = _known(connection, event)
+    if known is not None:
+        return known
+    wanted = select(Prediction.id, Prediction.sha256).where(Prediction.answer_id == event.answer_id)
+    if event.sha256 is not None:
+        wanted = wanted.where(Prediction.sha256 == event.sha256)
+    prediction = connection.execute(wanted.order_by(Prediction.id.desc()).limit(1)).first()
+    if prediction is None:
+        raise UnknownAnswer(event.answer_id)
+    row = {
+        "id": new_id(time.time()),
+        "key": event.row_key,
+        "content": event.content,
+        "prediction_id": prediction.id,
+        "part": event.part,
+        "correct": event.correct,
+        "value": None if event.value is None else json.dumps(event.value, ensure_ascii=False),
+        "said_by": event.said_by,
+    }
+    added = connection.execute(_insert_unless_there(connection, Feedback).returning(Feedback.id), row)
+    if added.first() is None:  # another process was quicker with the same key
+        known = _known(connection, event)
+        if known is None:
+            raise UnknownAnswer(event.answer_id)
+        return known
+    connection.execute(update(Prediction).where(Prediction.id == prediction.id).values(flagged=True, expires_id=None))
+    return Receipt(row["id"], prediction.sha256, True, has_picture(connection, prediction.sha256))
+
+
+def _known(connection: Connection, event: Event) -> Receipt | None:
+    found = connection.execute(
+        select(Feedback.id, Feedback.content, Prediction.sha256)
+        .join(Prediction, Prediction.id == Feedback.prediction_id)
+        .where(Feedback.key == event.row_key)
+    ).first()
+    if found is None:
+        return None
+    if found.content != event.content:
+        raise KeyConflict(event.row_key)
+    return Receipt(found.id, found.sha256, False, has_picture(connection, found.sha256))
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------------
+
+
+def has_picture(connection: Connection, sha256: str) -> bool:
+    """Whether a picture is kept."""
+    return media_type(connection, sha256) is not None
+
+
+def media_type(connection: Connection, sha256: str) -> str | None:
+    """Of a picture that is kept; None: it is not."""
+    return connection.execute(
+        select(Picture.media_type).where(Picture.sha256 == sha256, Picture.stored.is_(True))
+    ).scalar_one_or_none()
+
+
+def expect_picture(connection: Connection, sha256: str, kind: str, size_bytes: int, only_flagged: bool) -> bool:
+    """Note that a picture is about to be stored; False: there is no answer about it to keep it for."""
+    wanted = select(Prediction.id).where(Prediction.sha256 == sha256)
+    if only_flagged:
+        wanted = wanted.where(Prediction.flagged.is_(True))
+    if connection.execute(wanted.limit(1)).first() is None:
+        return False
+    row = {"sha256": sha256, "id": new_id(time.time()), "media_type": kind, "size_bytes": size_bytes, "stored": False}
+    connection.execute(_insert_unless_there(connection, Picture), row)
+    return True
+
+
+def picture_stored(connection: Connection, sha256: str) -> bool:
+    """Note that a picture lies where it should; False: it was deleted meanwhile and must go."""
+    changed = connection.execute(update(Picture).where(Picture.sha256 == sha256).values(stored=True))
+    return changed.rowcount > 0
+
+
+def forget_picture(connection: Connection, sha256: str, at_s: float) -> dict[str, int]:
+    """Remove every answer about a picture and what was said of them; counts of what was removed. The picture's own row
+    stays, as one that is not stored, until its file has gone (``picture_removed``).
+    """
+    connection.execute(delete(Deletion).where(Deletion.sha256 == sha256))
+    connection.execute(insert(Deletion).values(sha256=sha256, id=new_id(at_s)))
+    about = select(Prediction.id).where(Prediction.sha256 == sha256)
+    feedback = connection.execute(delete(Feedback).where(Feedback.prediction_id.in_(about))).rowcount
+    predictions = connection.execute(delete(Prediction).where(Prediction.sha256 == sha256)).rowcount
+    pictures = connection.execute(
+        update(Picture).where(Picture.sha256 == sha256, Picture.stored.is_(True)).values(stored=False)
+    ).rowcount
+    return {"pictures": pictures, "predictions": predictions, "feedback": feedback}
+
+
+def picture_removed(connection: Connection, sha256: str) -> None:
+    """Note that a picture's file has gone."""
+    connection.execute(delete(Picture).where(Picture.sha256 == sha256, Picture.stored.is_(False)))
+
+
+def unwanted_pictures(connection: Connection, most: int) -> list[str]:
+    """Pictures whose file is to be removed: about which nothing is kept any more, or that were never stored whole. One
+    that is not old may be on its way in.
+    """
+    waiting = select(Picture.sha256).where(text("NOT stored"), Picture.id < first_id(time.time() - 3600))
+    return list(connection.execute(waiting.limit(most)).scalars())
+
+
+# ---- retention ------------------------------------------------------------------------------------------------------
+
+
+def remove_old(connection: Connection, now_s: float, keep_days: float | None, most: int) -> int:
+    """Remove up to ``most`` answers that have expired or are too old; how many there were."""
+    now = first_id(now_s)
+    reasons = [(Prediction.expires_id < now) & Prediction.flagged.is_(False)]
+    if keep_days is not None:
+        reasons.append(Prediction.id < first_id(now_s - keep_days * 86400))
+    removed = 0
+    for reason in reasons:
+        ids = connection.execute(select(Prediction.id).where(reason).limit(most - removed)).scalars().all()
+        removed += _remove(connection, ids)
+    connection.execute(delete(Deletion).where(Deletion.id < first_id(now_s - _REMEMBER_DELETIONS_S)))
+    return removed
+
+
+def remove_surplus(connection: Connection, keep_count: int, most: int) -> int:
+    """Remove up to ``most`` of the oldest answers without feedback, when there are more than ``keep_count``."""
+    count = connection.execute(select(func.count()).select_from(Prediction)).scalar_one()
+    if count <= keep_count:
+        return 0
+    ids = connection.execute(
+        select(Prediction.id)
+        .where(Prediction.flagged.is_(False))
+        .order_by(Prediction.id)
+        .limit(min(most, count - keep_count))
+    ).scalars()
+    return _remove(connection, ids.all())
+
+
+def _remove(connection: Connection, ids: Sequence[int]) -> int:
+    if not ids:
+        return 0
+    hashes = connection.execute(select(Prediction.sha256).where(Prediction.id.in_(ids))).scalars().all()
+    connection.execute(delete(Feedback).where(Feedback.prediction_id.in_(ids)))
+    removed = connection.execute(delete(Prediction).where(Prediction.id.in_(ids))).rowcount
+    known = select(Prediction.id).where(Prediction.sha256 == Picture.sha256).exists()
+    connection.execute(update(Picture).where(Picture.sha256.in_(hashes), ~known).values(stored=False))
+    return removed

@@ -1,0 +1,164 @@
+"""The tables: answers, what people said of them, pictures, and what was asked to be deleted.
+
+Every row's ``id`` is a number that grows with time (``new_id``): newest first, pages, dates and retention are ranges of
+the one primary key, and the full text index of SQLite, which can be read by row number only, has them too. Times are
+UTC.
+
+What the models said is ``record``, the annotation as it was answered. The columns beside it are what is looked up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import unicodedata
+from datetime import UTC, datetime
+
+from sqlalchemy import BigInteger, Boolean, Float, ForeignKey, Index, Integer, String, Text, text
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from deployments.annotation import Annotation
+
+#: Milliseconds since 1970 are the upper bits of an id, the lower ones are drawn.
+_DRAWN_BITS = 22
+_RANDOM = random.SystemRandom()
+
+#: 64 bits in both databases; SQLite's row number must be called INTEGER.
+_Id = BigInteger().with_variant(Integer, "sqlite")
+
+
+def new_id(at_s: float) -> int:
+    """An id for something that happened at ``at_s`` (seconds since 1970)."""
+    return first_id(at_s) | _RANDOM.getrandbits(_DRAWN_BITS)
+
+
+def first_id(at_s: float) -> int:
+    """The least id of that moment."""
+    return int(at_s * 1000) << _DRAWN_BITS
+
+
+def time_of(row_id: int) -> datetime:
+    """When what has this id happened."""
+    return datetime.fromtimestamp((row_id >> _DRAWN_BITS) / 1000, UTC)
+
+
+class Base(DeclarativeBase):
+    """All tables of the store."""
+
+
+class Prediction(Base):
+    """One answer."""
+
+    __tablename__ = "predictions"
+
+    id: Mapped[int] = mapped_column(_Id, primary_key=True, autoincrement=False)
+    answer_id: Mapped[str] = mapped_column(String(128))
+    """The answer's `id`: the caller's own, which may come again, or a new one."""
+    sha256: Mapped[str] = mapped_column(String(64))
+    verdict: Mapped[str | None] = mapped_column(String(16))
+    ai_probability: Mapped[float | None] = mapped_column(Float)
+    declared_ai: Mapped[bool | None] = mapped_column(Boolean)
+    flagged: Mapped[bool] = mapped_column(Boolean)
+    """Somebody gave feedback on it."""
+    expires_id: Mapped[int | None] = mapped_column(BigInteger)
+    """Unless it is flagged it goes away when this id is reached."""
+    record: Mapped[str] = mapped_column(Text)
+    """JSON of the annotation, without heat map: caption, tags, model revisions, provenance, timings, errors."""
+    caption_words: Mapped[str] = mapped_column(Text)
+    """The caption and the tags as full text search reads them: lower case, without accents. PostgreSQL derives
+    `caption_text` and `tags_text` (tsvector) from them, SQLite the table `prediction_words` (FTS5)."""
+    tags_words: Mapped[str] = mapped_column(Text)
+    facets: Mapped[str] = mapped_column(Text)
+    """Verdict and tags as words of their own (`verdict_facet`, `tag_facet`), so that they are found with the text."""
+
+    __table_args__ = (
+        Index("ix_predictions_answer", "answer_id", "id"),
+        Index("ix_predictions_sha256", "sha256"),
+        Index("ix_predictions_verdict", "verdict", "id"),
+        Index(
+            "ix_predictions_expires",
+            "expires_id",
+            postgresql_where=text("expires_id IS NOT NULL"),
+            sqlite_where=text("expires_id IS NOT NULL"),
+        ),
+    )
+
+
+class Feedback(Base):
+    """What somebody said of one part of an answer."""
+
+    __tablename__ = "feedback"
+
+    id: Mapped[int] = mapped_column(_Id, primary_key=True, autoincrement=False)
+    key: Mapped[str] = mapped_column(String(200), unique=True)
+    """What makes two requests the same event."""
+    content: Mapped[str] = mapped_column(String(64))
+    """Hash of what was said: the same key with another content is a mistake."""
+    prediction_id: Mapped[int] = mapped_column(ForeignKey("predictions.id", ondelete="CASCADE"), index=True)
+    part: Mapped[str] = mapped_column(String(16))
+    correct: Mapped[bool] = mapped_column(Boolean)
+    value: Mapped[str | None] = mapped_column(Text)
+    """JSON of what would be right."""
+    said_by: Mapped[str | None] = mapped_column(String(128))
+
+
+class Picture(Base):
+    """A picture that is kept, or is about to be (`stored` is false)."""
+
+    __tablename__ = "pictures"
+
+    sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
+    id: Mapped[int] = mapped_column(BigInteger)
+    media_type: Mapped[str] = mapped_column(String(32))
+    size_bytes: Mapped[int] = mapped_column(Integer)
+    stored: Mapped[bool] = mapped_column(Boolean)
+
+    __table_args__ = (
+        Index("ix_pictures_waiting", "id", postgresql_where=text("NOT stored"), sqlite_where=text("NOT stored")),
+    )
+
+
+class Deletion(Base):
+    """Somebody asked for a picture to be deleted: answers from before, still in a queue somewhere, are not written."""
+
+    __tablename__ = "deletions"
+
+    sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
+    id: Mapped[int] = mapped_column(BigInteger)
+
+
+def plain(words: str) -> str:
+    """Lower case without accents."""
+    decomposed = unicodedata.normalize("NFKD", words)
+    return "".join(character for character in decomposed if not unicodedata.combining(character)).lower()
+
+
+def verdict_facet(verdict: str) -> str:
+    """A word that stands for a verdict and is no word of any caption."""
+    return f"xxverdict{verdict}"
+
+
+def tag_facet(tag: str) -> str:
+    """A word that stands for a whole tag, spaces and all: letters only, which no tokenizer takes apart."""
+    digest = hashlib.sha256(tag.encode()).hexdigest()[:24]
+    return "xxtag" + digest.translate(str.maketrans("0123456789", "ghijklmnop"))
+
+
+def row_of(annotation: Annotation, at_s: float, expires_s: float | None) -> dict[str, object]:
+    """An answer as a row of `predictions`. PostgreSQL takes no NUL in a text; in the record's JSON it is escaped."""
+    detection, caption, tags = annotation.detection, annotation.caption, annotation.tags or []
+    facets = [verdict_facet(detection.label)] if detection else []
+    return {
+        "id": new_id(at_s),
+        "answer_id": annotation.id,
+        "sha256": annotation.sha256,
+        "verdict": detection.label if detection else None,
+        "ai_probability": detection.ai_probability if detection else None,
+        "declared_ai": detection.provenance.declared_ai if detection else None,
+        "flagged": False,
+        "expires_id": None if expires_s is None else first_id(expires_s),
+        "record": annotation.model_dump_json(exclude={"detection": {"heat_map"}}),
+        "caption_words": plain(caption.text).replace("\0", " ") if caption else "",
+        "tags_words": plain(" , ".join(tags)),
+        "facets": " ".join([*facets, *(tag_facet(tag) for tag in tags)]),
+    }

@@ -1,0 +1,359 @@
+"""The store as the ingress uses it: answers in without waiting, feedback and deletions that are committed when they
+return, pages of what is kept out.
+
+**Feedback on an answer just given.** Answers are written behind the request, so feedback may come first. The same
+process's writer puts answers before feedback into one transaction. Another replica's writer commits within a tenth of
+a second: feedback that finds no answer looks again for a moment before it says so. So that this holds whatever ``keep``
+says, every answer is written, and those that are not to be kept expire after ``feedback_window_h`` unless feedback
+comes. The alternative, feedback that carries the answer, would let anybody write answers. What a replica had in its
+queue when it was killed (a tenth of a second's) is lost; what was acknowledged is not.
+
+Knows no HTTP and no Ray.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from typing import Any, TypeVar
+
+from sqlalchemy import Connection, select
+from sqlalchemy.exc import SQLAlchemyError
+
+from app.store import events
+from app.store.database import Database, StoreUnavailable
+from app.store.events import Event, Receipt, UnknownAnswer
+from app.store.models import Feedback, Picture, time_of
+from app.store.pictures import PictureFiles, PicturesUnavailable
+from app.store.search import Place, Query, find
+from app.store.settings import StoreSettings
+from app.store.writer import Answered, Writer
+from deployments.annotation import Annotation
+from deployments.containers import sniff
+from deployments.images import ImageError, decode
+
+_log = logging.getLogger("ray.serve")
+Value = TypeVar("Value")
+
+_MAX_JOBS = 1000
+_MAX_READS = 64
+#: When feedback that found no answer looks again: another replica may be about to write it.
+_LOOK_AGAIN_S = (0.15, 0.35)
+_TIDY_ROWS = 500
+_SMALL_PX = 384
+
+
+class StoreOff(LookupError):
+    """Nothing is kept here, by the settings."""
+
+
+class StoreBusy(RuntimeError):
+    """Too many searches at a time."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """An answer that a search found."""
+
+    at: datetime
+    annotation: Annotation
+    has_picture: bool
+    judged: tuple[str, ...]
+    """Parts of it that got feedback."""
+
+
+class Store:
+    """Everything that is kept. Belongs to one process; ``start`` it there."""
+
+    def __init__(
+        self,
+        settings: StoreSettings,
+        max_picture_bytes: int = 20 * 2**20,
+        unusable: Callable[[], str] | None = None,
+    ) -> None:
+        """
+        Args:
+            max_picture_bytes: the largest picture that is taken.
+            unusable: asked once, on a thread: why this database cannot be used here, or "".
+        """
+        self.settings, self.max_picture_bytes = settings, max_picture_bytes
+        self._message = ""
+        self.taking_in = 0
+        """Pictures that are being received, for whoever bounds them."""
+        self._unusable = unusable
+        self._writer: Writer | None = None
+        self._files: PictureFiles | None = None
+        self._database: Database | None = None
+        if settings.keep == "off":
+            return
+        try:
+            self._database = Database(settings.database_url, settings.timeout_s)
+            self._files = PictureFiles(settings.pictures_place) if settings.pictures_place else None
+        except (StoreUnavailable, PicturesUnavailable) as error:
+            self._message = str(error)  # an answer does not fail for want of a store
+            _log.error("the store cannot be used: %s", error)
+            return
+        self._writer = Writer(self._database, settings.max_queue, _MAX_JOBS, self._tidy)
+        self._readers = ThreadPoolExecutor(4, thread_name_prefix="store-read")
+        self._reads = 0
+        self._pictures: queue.Queue[tuple[str, bytes] | None] = queue.Queue()
+        self._picture_bytes, self._picture_lock = 0, threading.Lock()
+        self.pictures_dropped = 0
+
+    def start(self) -> None:
+        """Open the database and begin to write, both on threads."""
+        if self._writer is None:
+            return
+        threading.Thread(target=self._start, name="store-start", daemon=True).start()
+
+    def _start(self) -> None:
+        assert self._writer is not None
+        if self._unusable is not None and (reason := self._unusable()):
+            self._message = reason
+            _log.error("the store cannot be used: %s", reason)
+            return
+        self._writer.start()
+        if self._files is not None and self.settings.pictures == "all":
+            threading.Thread(target=self._write_pictures, name="store-pictures", daemon=True).start()
+
+    def close(self, patience_s: float = 5.0) -> None:
+        """Write what waits, if that is possible in time."""
+        if self._writer is not None and not self._message:
+            self._writer.close(patience_s)
+            self._readers.shutdown(wait=False, cancel_futures=True)
+
+    def status(self) -> dict[str, Any]:
+        """What this process's store does, for operators and for the page."""
+        message = self._message or (self._writer.message if self._writer else "")
+        state = "off" if self.settings.keep == "off" else "unavailable" if message else "ready"
+        answer: dict[str, Any] = {
+            "state": "starting" if message == "starting" else state,
+            "message": message,
+            "keep": self.settings.keep,
+            "pictures": self.settings.pictures if self._files is not None else "none",
+        }
+        if self._writer is not None:
+            counts = {"queued": self._writer.queued, "written": self._writer.written, "dropped": self._writer.dropped}
+            answer |= counts | {"pictures_dropped": self.pictures_dropped}
+        return answer
+
+    # ---- answers in ---------------------------------------------------------------------------------------------
+
+    def offer(self, annotation: Annotation, data: bytes) -> None:
+        """Keep an answer, and its picture if all are kept. Returns at once and raises nothing."""
+        if self._writer is None or self._message:
+            return
+        settings, now = self.settings, time.time()
+        kept = settings.keep == "all" or (
+            settings.keep == "sampled" and int(annotation.sha256[:8], 16) / 2**32 < settings.sample_share
+        )
+        expires_s = None if kept else now + settings.feedback_window_h * 3600
+        if self._writer.offer(Answered(annotation, now, expires_s)) and kept and settings.pictures == "all":
+            self._offer_picture(annotation.sha256, data)
+
+    def _offer_picture(self, sha256: str, data: bytes) -> None:
+        if self._files is None:
+            return
+        with self._picture_lock:
+            if self._picture_bytes + len(data) > self.settings.max_picture_queue_bytes:
+                self.pictures_dropped += 1
+                return
+            self._picture_bytes += len(data)
+        self._pictures.put((sha256, data))
+
+    def _write_pictures(self) -> None:
+        while (item := self._pictures.get()) is not None:
+            sha256, data = item
+            try:
+                self._keep_picture(sha256, data, only_flagged=False)
+            except (StoreUnavailable, PicturesUnavailable, SQLAlchemyError):
+                self.pictures_dropped += 1
+            except Exception:
+                self.pictures_dropped += 1
+                _log.exception("a picture could not be kept")
+            finally:
+                with self._picture_lock:
+                    self._picture_bytes -= len(data)
+
+    # ---- feedback -----------------------------------------------------------------------------------------------
+
+    async def feedback(self, event: Event) -> Receipt:
+        """Keep an event; returns when it is committed.
+
+        Raises:
+            UnknownAnswer: no answer that is kept has its id.
+            KeyConflict: its key was used for something else.
+            StoreUnavailable: not now. It may be kept nevertheless; sent again with the same key it is kept once.
+        """
+        for pause_s in (*_LOOK_AGAIN_S, None):
+            try:
+                return await self._commit(partial(events.add_feedback, event=event))
+            except UnknownAnswer:
+                if pause_s is None:
+                    raise
+            await asyncio.sleep(pause_s)
+        raise AssertionError("not reached")
+
+    async def _commit(self, run: Callable[[Connection], Value]) -> Value:
+        return await self._within(self._submit(run))
+
+    def _submit(self, run: Callable[[Connection], Value]) -> Future[Value]:
+        if self.settings.keep == "off":
+            raise StoreOff
+        if self._writer is None or self._message:
+            raise StoreUnavailable(self._message)
+        return self._writer.submit(run)
+
+    async def _within(self, outcome: Future[Value]) -> Value:
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(outcome), self.settings.timeout_s)
+        except TimeoutError:
+            raise StoreUnavailable("the database did not answer in time") from None
+
+    # ---- pictures -----------------------------------------------------------------------------------------------
+
+    @property
+    def wants_pictures(self) -> bool:
+        """Who gives feedback is asked for the picture."""
+        return self._files is not None
+
+    async def keep_picture(self, sha256: str, data: bytes) -> bool:
+        """Keep a picture about which there is feedback; False: there is none.
+
+        Raises:
+            StoreOff: pictures are not kept.
+            StoreUnavailable: not now.
+        """
+        if self._files is None and not self._message:
+            raise StoreOff
+        return await self._read_thread(partial(self._keep_picture, sha256, data, only_flagged=True))
+
+    def _keep_picture(self, sha256: str, data: bytes, only_flagged: bool) -> bool:
+        assert self._files is not None
+        kind = f"image/{(sniff(data) or 'octet-stream').lower()}"
+
+        def commit(run: Callable[[Connection], bool]) -> bool:
+            try:
+                return self._submit(run).result(self.settings.timeout_s)
+            except TimeoutError:
+                raise StoreUnavailable("the database did not answer in time") from None
+
+        if not commit(
+            partial(events.expect_picture, sha256=sha256, kind=kind, size_bytes=len(data), only_flagged=only_flagged)
+        ):
+            return False
+        self._files.write(sha256, data)
+        if commit(partial(events.picture_stored, sha256=sha256)):
+            return True
+        self._files.remove(sha256)  # it was deleted while it was written
+        return False
+
+    async def picture(self, sha256: str, small: bool = False) -> tuple[bytes, str] | None:
+        """A picture that is kept, and its media type; ``small``: as a JPEG of at most 384 pixels a side."""
+
+        def read() -> tuple[bytes, str] | None:
+            assert self._database is not None
+            with self._database.reading() as connection:
+                kind = events.media_type(connection, sha256)
+            data = self._files.read(sha256) if kind is not None and self._files is not None else None
+            if data is None or kind is None:
+                return None
+            return (_small(data), "image/jpeg") if small else (data, kind)
+
+        return await self._read_thread(read)
+
+    async def delete_picture(self, sha256: str) -> dict[str, int]:
+        """Remove a picture, all answers about it and what was said of them; counts of what was removed.
+
+        Raises:
+            StoreUnavailable: something of it may be left; ask again.
+        """
+        at_s = time.time()
+        removed = await self._commit(partial(events.forget_picture, sha256=sha256, at_s=at_s))
+        if self._files is not None:
+            await self._read_thread(partial(self._files.remove, sha256))
+        await self._commit(partial(events.picture_removed, sha256=sha256))
+        return removed
+
+    # ---- search -------------------------------------------------------------------------------------------------
+
+    async def search(self, query: Query) -> tuple[list[Found], Place | None]:
+        """A page of what is kept, and where the next one begins.
+
+        Raises:
+            StoreBusy, StoreUnavailable, StoreOff
+        """
+        return await self._read_thread(partial(self._search, query))
+
+    def _search(self, query: Query) -> tuple[list[Found], Place | None]:
+        assert self._database is not None
+        with self._database.reading() as connection:
+            rows, following = find(connection, self._database.dialect, query)
+            flagged = [row["id"] for row in rows if row["flagged"]]
+            judged: dict[int, list[str]] = {}
+            if flagged:
+                about = select(Feedback.prediction_id, Feedback.part).where(Feedback.prediction_id.in_(flagged))
+                for prediction_id, part in connection.execute(about):
+                    judged.setdefault(prediction_id, []).append(part)
+            hashes = {row["sha256"] for row in rows}
+            kept = select(Picture.sha256).where(Picture.sha256.in_(hashes), Picture.stored.is_(True))
+            stored = set(connection.execute(kept).scalars()) if hashes else set()
+        found = [
+            Found(
+                time_of(row["id"]),
+                Annotation.model_validate_json(row["record"]),
+                row["sha256"] in stored,
+                tuple(sorted(set(judged.get(row["id"], ())))),
+            )
+            for row in rows
+        ]
+        return found, following
+
+    async def _read_thread(self, run: Callable[[], Value]) -> Value:
+        if self.settings.keep == "off":
+            raise StoreOff
+        if self._writer is None or self._message:
+            raise StoreUnavailable(self._message)
+        if self._reads >= _MAX_READS:
+            raise StoreBusy
+        self._reads += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._readers, run)
+        except (PicturesUnavailable, ImageError) as error:
+            _log.warning("%s", error)
+            raise StoreUnavailable(str(error)) from error
+        finally:
+            self._reads -= 1
+
+    # ---- retention ----------------------------------------------------------------------------------------------
+
+    def _tidy(self, database: Database) -> float:
+        """Remove a little of what is too old; seconds until there may be more."""
+        with database.writing() as connection:
+            removed = events.remove_old(connection, time.time(), self.settings.keep_days, _TIDY_ROWS)
+            if removed < _TIDY_ROWS and self.settings.keep_count is not None:
+                removed += events.remove_surplus(connection, self.settings.keep_count, _TIDY_ROWS)
+            unwanted = events.unwanted_pictures(connection, 100)
+        if unwanted and self._files is not None:
+            for sha256 in unwanted:
+                self._files.remove(sha256)
+                with database.writing() as connection:
+                    events.picture_removed(connection, sha256)
+        return 0.2 if removed >= _TIDY_ROWS or len(unwanted) == 100 else 60.0
+
+
+def _small(data: bytes) -> bytes:
+    picture = decode(data).image
+    picture.thumbnail((_SMALL_PX, _SMALL_PX))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=80)
+    return buffer.getvalue()
