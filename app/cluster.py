@@ -71,6 +71,8 @@ def environment(port: int) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(paths),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(folder / "auth_token"),
+        # where Grafana's provisioning, which Ray writes, looks for dashboards
+        "RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR": str(folder / "grafana"),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DISABLE_IMPORT_WARNING": "1",
         # Ray takes 127.0.0.1 for the machine's own address and listens on every interface, unless it is told that this
@@ -102,6 +104,7 @@ def start(port: int, num_cpus: int, object_store_bytes: int) -> Instance:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700)
     _owner_file(port).write_text(str(os.getpid()))
+    shutil.copytree(_ROOT / "monitoring" / "grafana", folder / "grafana")
     secret = folder / "auth_token"
     secret.touch(mode=0o600)
     secret.write_text(secrets.token_hex(32))
