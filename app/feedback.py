@@ -269,7 +269,11 @@ def router(store_of: Callable[[], Awaitable[Store]]) -> APIRouter:
             raise Problem("not_found", "This picture is not kept here.")
         data, kind = found
         # somebody's file on our own origin: whatever a browser makes of it, it runs nothing and stays nowhere
-        headers = {"content-security-policy": "default-src 'none'; sandbox", "cache-control": "no-store"}
+        headers = {
+            "content-security-policy": "default-src 'none'; sandbox",
+            "x-content-type-options": "nosniff",
+            "cache-control": "no-store",
+        }
         return Response(data, media_type=kind, headers=headers)
 
     @routes.delete(
@@ -311,8 +315,8 @@ def router(store_of: Callable[[], Awaitable[Store]]) -> APIRouter:
                 words=q or None,
                 verdict=verdict,
                 tags=tuple(tag or ()),
-                from_id=0 if since is None else first_id(max(0.0, since.timestamp())),
-                until_id=MAX_ID if until is None else min(MAX_ID, first_id(max(0.0, until.timestamp()))),
+                from_id=0 if since is None else _id_at(since),
+                until_id=MAX_ID if until is None else _id_at(until),
                 place=Place() if cursor is None else Place.parse(cursor),
                 limit=limit,
             )
@@ -352,6 +356,11 @@ async def _read_event(request: Request) -> VerdictFeedback | CaptionFeedback | T
     except ValidationError as error:
         faults = [{**fault, "loc": ("body", *fault["loc"])} for fault in error.errors(include_url=False)]
         raise RequestValidationError(faults) from None
+
+
+def _id_at(moment: datetime) -> int:
+    """The least id of a moment, as far as ids go."""
+    return min(MAX_ID, first_id(max(0.0, moment.timestamp())))
 
 
 def _problem(error: Exception) -> Problem:

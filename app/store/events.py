@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, delete, func, insert, select, text, update
+from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, text, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from app.store.models import Deletion, Feedback, Picture, Prediction, first_id, new_id
@@ -197,7 +197,7 @@ def unwanted_pictures(connection: Connection, most: int) -> list[str]:
 def remove_old(connection: Connection, now_s: float, keep_days: float | None, most: int) -> int:
     """Remove up to ``most`` answers that have expired or are too old; how many there were."""
     now = first_id(now_s)
-    reasons = [(Prediction.expires_id < now) & Prediction.flagged.is_(False)]
+    reasons: list[ColumnElement[bool]] = [(Prediction.expires_id < now) & Prediction.flagged.is_(False)]
     if keep_days is not None:
         reasons.append(Prediction.id < first_id(now_s - keep_days * 86400))
     removed = 0

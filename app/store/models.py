@@ -19,8 +19,9 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from deployments.annotation import Annotation
 
-#: Milliseconds since 1970 are the upper bits of an id, the lower ones are drawn.
-_DRAWN_BITS = 22
+#: Milliseconds since 1970 are the upper bits of an id, until the year 2109; the lower ones are drawn. Two answers of one
+#: millisecond have the same id, and the second is not kept, once in two million.
+_DRAWN_BITS = 21
 _RANDOM = random.SystemRandom()
 
 #: 64 bits in both databases; SQLite's row number must be called INTEGER.

@@ -1,7 +1,8 @@
 """The store's routes and the page in a small server of their own: no Ray and no model.
 
-`python -m tests.app.small_store PORT URL` serves what the ingress serves of them. `POST /v1/analyze` answers a record
-made up from the picture's bytes and keeps it as the ingress does: a test says in the query what the record is to hold.
+`python -m tests.app.small_store PORT SETTINGS [page]` serves what the ingress serves of them. `POST /v1/analyze`
+answers a record made up from the picture's bytes and keeps it as the ingress does: a test says in the query what the
+record is to hold.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from fastapi.responses import FileResponse, JSONResponse
 
 from app import cluster
 from app.feedback import router
-from app.ingress import SecurityHeaders
 from app.problems import install
 from app.store.settings import StoreSettings
 from app.store.store import Store
@@ -33,7 +33,7 @@ from deployments.annotation import Annotation, Caption, Detection, Provenance
 ROOT = Path(__file__).parents[2]
 
 
-def small_store(settings: StoreSettings) -> FastAPI:
+def small_store(settings: StoreSettings, page: bool) -> FastAPI:
     """The application; its store starts and ends with it."""
     store = Store(settings)
 
@@ -47,7 +47,10 @@ def small_store(settings: StoreSettings) -> FastAPI:
         return store
 
     app = FastAPI(lifespan=lifespan)
-    app.add_middleware(SecurityHeaders)
+    if page:
+        from app.ingress import SecurityHeaders  # with all of Ray
+
+        app.add_middleware(SecurityHeaders)
     install(app)
     app.include_router(router(store_of))
 
@@ -87,7 +90,7 @@ def small_store(settings: StoreSettings) -> FastAPI:
         return []
 
     @app.get("/")
-    async def page() -> FileResponse:
+    async def index() -> FileResponse:
         return FileResponse(ROOT / "app" / "page" / "index.html")
 
     @app.get("/page/{name}")
@@ -100,13 +103,14 @@ def small_store(settings: StoreSettings) -> FastAPI:
 class SmallStore:
     """The server in a process of its own, to be killed and started again."""
 
-    def __init__(self, settings: StoreSettings, port: int = 0) -> None:
-        self.settings, self.port = settings, port or cluster.free_port()
+    def __init__(self, settings: StoreSettings, page: bool = False) -> None:
+        self.settings, self.page, self.port = settings, page, cluster.free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         command = [sys.executable, "-m", "tests.app.small_store", str(self.port), self.settings.model_dump_json()]
+        command += ["page"] if self.page else []
         self.process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
         limit = time.monotonic() + 120
         while True:
@@ -132,9 +136,9 @@ class SmallStore:
 
 
 @contextlib.contextmanager
-def running_store(settings: StoreSettings) -> Iterator[SmallStore]:
+def running_store(settings: StoreSettings, page: bool = False) -> Iterator[SmallStore]:
     """A server, stopped afterwards."""
-    server = SmallStore(settings)
+    server = SmallStore(settings, page)
     server.start()
     try:
         yield server
@@ -146,7 +150,7 @@ if __name__ == "__main__":
     import uvicorn
 
     uvicorn.run(
-        small_store(StoreSettings.model_validate_json(sys.argv[2])),
+        small_store(StoreSettings.model_validate_json(sys.argv[2]), "page" in sys.argv[3:]),
         host="127.0.0.1",
         port=int(sys.argv[1]),
         log_level="warning",
