@@ -4,6 +4,8 @@
  * words.js, how the service is asked is service.js. */
 
 import {Card, element} from "./card.js";
+import * as feedback from "./feedback.js";
+import * as gallery from "./gallery.js";
 import * as service from "./service.js";
 import * as words from "./words.js";
 
@@ -21,6 +23,7 @@ let inFlight = 0;
 let pausedUntil = 0; // ms since the epoch: the service said when to come back
 let pauseTimer = 0;
 let thresholds = null;
+let keeps = false; // answers are kept: they can be judged and found
 
 /* ---- pictures in ---------------------------------------------------------------------------------------------- */
 
@@ -129,7 +132,9 @@ async function run(card) {
   card.analysing();
   try {
     const answer = await service.post("v1/analyze", card.file, job.abort.signal);
-    if (jobs.has(card)) announce(card.done(answer, thresholds));
+    if (!jobs.has(card)) return;
+    announce(card.done(answer, thresholds));
+    if (keeps) feedback.offer(card);
   } catch (error) {
     if (jobs.has(card)) await recover(card, job, error instanceof service.Problem ? error : new service.Problem("bad_answer"));
   } finally {
@@ -224,6 +229,8 @@ function watch() {
       await new Promise((resolve) => setTimeout(resolve, POLL_MS));
     }
     thresholds = (await service.models().catch(() => ({}))).detector?.thresholds ?? null;
+    keeps = (await service.store()).state !== "off";
+    if (keeps) gallery.show();
     asking = null;
     ready = true;
     pump();

@@ -1,4 +1,4 @@
-/* The HTTP API as the page uses it: pictures in, answers or a `Problem` out. Knows no DOM.
+/* The HTTP API as the page uses it: pictures, feedback and searches in, answers or a `Problem` out. Knows no DOM.
  *
  * A picture travels as a raw body, so its file name never leaves this machine. */
 
@@ -46,16 +46,19 @@ export async function sampleFile(name) {
 
 /* Post one picture. Throws `Problem`; when `signal` aborts, its AbortError. */
 export async function post(path, file, signal) {
+  return ask(path, {method: "POST", body: file, headers: {"content-type": kindOf(file)}}, signal);
+}
+
+const kindOf = (file) => (file.type.startsWith("image/") ? file.type : "application/octet-stream");
+
+/* One request, and its answer's JSON (null: it has no body). Throws `Problem`, or the AbortError of `signal`. */
+async function ask(path, options, signal = new AbortController().signal) {
   const late = AbortSignal.timeout(GIVE_UP_MS);
   let answer, text;
   try {
     answer = await fetch(path, {
-      method: "POST",
-      body: file,
-      headers: {
-        accept: "application/json",
-        "content-type": file.type.startsWith("image/") ? file.type : "application/octet-stream",
-      },
+      ...options,
+      headers: {accept: "application/json", ...options.headers},
       signal: AbortSignal.any([signal, late]),
     });
     text = await answer.text();
@@ -70,12 +73,51 @@ export async function post(path, file, signal) {
     // a proxy in between may answer in HTML: judged by its status below
   }
   if (answer.ok) {
-    if (body === null || typeof body !== "object") throw new Problem("bad_answer");
+    if (text && (body === null || typeof body !== "object")) throw new Problem("bad_answer");
     return body;
   }
   const byStatus = {413: "too_large", 415: "unsupported_media_type", 429: "overloaded", 502: "unavailable", 503: "unavailable", 504: "timeout"};
   const code = body?.code ?? byStatus[answer.status] ?? (answer.status >= 500 ? "internal_error" : "bad_request");
   throw new Problem(code, String(body?.detail ?? ""), answer.status, retryAfter(answer.headers.get("retry-after")));
+}
+
+/* ---- what is kept --------------------------------------------------------------------------------------------- */
+
+const SAY_AGAIN = 3;
+
+/* {state, keep, pictures}; a service that keeps nothing, or an older one, is "off". */
+export async function store() {
+  try {
+    const {ok, body} = await getJson("v1/store");
+    return ok ? body : {state: "off"};
+  } catch {
+    return {state: "off"};
+  }
+}
+
+/* Say something of an answer. Sent again with the same key while the service cannot keep it: it is kept once. */
+export async function feedback(event) {
+  const key = [...crypto.getRandomValues(new Uint8Array(16))].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+  const headers = {"content-type": "application/json", "idempotency-key": key};
+  for (let tries = 1; ; tries++) {
+    try {
+      return await ask("v1/feedback", {method: "POST", body: JSON.stringify(event), headers});
+    } catch (problem) {
+      if (!["unavailable", "overloaded", "network"].includes(problem.code) || tries >= SAY_AGAIN) throw problem;
+      await new Promise((resolve) => setTimeout(resolve, (problem.retryAfter ?? 1) * 1000));
+    }
+  }
+}
+
+export async function keepPicture(sha256, file) {
+  const headers = {"content-type": kindOf(file)};
+  await ask(`v1/pictures/${encodeURIComponent(sha256)}`, {method: "PUT", body: file, headers});
+}
+
+export async function search(query) {
+  const body = await ask(`v1/search?${query}`, {});
+  if (!Array.isArray(body?.items)) throw new Problem("bad_answer");
+  return body;
 }
 
 /* Retry-After: seconds, or a date. */

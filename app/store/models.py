@@ -19,8 +19,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from deployments.annotation import Annotation
 
-#: Milliseconds since 1970 are the upper bits of an id, until the year 2109; the lower ones are drawn. Two answers of one
-#: millisecond have the same id, and the second is not kept, once in two million.
+#: Milliseconds since 1970 are the upper bits of an id, until the year 2109; the lower ones are drawn. Once in two
+#: million two answers of one millisecond have the same id, and the second is not kept.
 _DRAWN_BITS = 21
 _RANDOM = random.SystemRandom()
 
