@@ -25,6 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.admission import Admission
 from app.analysis import TASKS, Explain, Graph
 from app.config import IngressConfig, Limits
+from app.keys import RequireKey, check_exposure
 from app.openapi import ANALYZE_BODY, ANALYZE_RESPONSES, use_local_docs
 from app.problems import Problem, install
 from app.uploads import Upload, UploadLimits, read_uploads
@@ -73,6 +74,7 @@ api = FastAPI(
     docs_url=None,
     redoc_url=None,
 )
+api.add_middleware(RequireKey)
 api.add_middleware(SecurityHeaders)
 install(api)
 use_local_docs(api)
@@ -94,6 +96,13 @@ def _static(folder: Path, name: str) -> Response:
     if name not in {path.name for path in folder.iterdir() if path.is_file()}:
         raise Problem("not_found", f"there is no {name[:100]!r} here")
     return FileResponse(folder / name, headers={"cache-control": "no-cache"})
+
+
+def _http_host() -> str | None:
+    """Where Serve listens; None: nowhere."""
+    from ray.serve.context import _get_global_client
+
+    return _get_global_client().http_config.host
 
 
 def _parse_tasks(text: str) -> frozenset[Task]:
@@ -137,9 +146,14 @@ class Ingress:
         self._sampler: asyncio.Task[None] | None = None
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Serve's call at start and on a change of ``user_config``: shares of the canaries."""
+        """Serve's call at start and on a change of ``user_config``: shares of the canaries.
+
+        Raises:
+            KeyFileError: others reach the application, and there are no API keys.
+        """
         self.graph.shares = IngressConfig.model_validate(user_config).canary
         if self._watcher is None:
+            check_exposure(await asyncio.to_thread(_http_host))
             self._watcher = asyncio.get_running_loop().create_task(self.graph.watch())
             self._sampler = asyncio.get_running_loop().create_task(self._sample())
 

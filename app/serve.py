@@ -21,9 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app import cluster
 from app.config import CANARIES, ConfigError, read_serve_config
+from app.keys import KeyFileError, check_exposure
 from deployments.checkpoints import CheckpointError, resolve
-
-_LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 
 
 class ServeSettings(BaseModel):
@@ -52,11 +51,10 @@ def prepare(settings: ServeSettings) -> dict[str, Any]:
     except ConfigError as error:
         raise StartError(str(error)) from error
     host = config.get("http_options", {}).get("host", "127.0.0.1")
-    if host not in _LOOPBACK:
-        raise StartError(
-            f"{settings.config}: http_options.host is {host}: without API keys it listens on loopback only. "
-            "Set it to 127.0.0.1 and put an authenticating proxy in front"
-        )
+    try:
+        check_exposure(host)
+    except KeyFileError as error:
+        raise StartError(f"{settings.config}: {error}") from error
     config.setdefault("http_options", {})["host"] = host
     for uri in sorted(_checkpoints(config)):
         started = time.monotonic()

@@ -1,0 +1,388 @@
+"""API keys: who may ask for what, and how often.
+
+``python -m app.keys create|list|revoke`` keeps a file of names, scopes and hashes; the key itself is printed once and
+kept nowhere. ``DEEPTRUST_KEYS`` names the file to the commands and to the application, which looks at it again when it
+has changed: a key that is revoked ends within a second, without a restart. While the variable is unset everybody may
+ask for everything, and the application listens on loopback only.
+
+A key comes as ``Authorization: Bearer KEY``, or as the password of HTTP Basic under any user name, which is how a
+browser asks for it. Rate limits hold for each ingress replica. Knows no route's meaning beyond its scope.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import datetime
+import fcntl
+import hashlib
+import hmac
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, get_args
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import CliPositionalArg, CliSubCommand
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from app.problems import Problem
+
+_log = logging.getLogger("ray.serve")
+
+VARIABLE = "DEEPTRUST_KEYS"
+KeyScope = Literal["read", "feedback", "admin"]
+LOOPBACK = frozenset(("127.0.0.1", "localhost", "::1"))
+#: How long a change of the file may go unnoticed.
+_LOOK_S = 1.0
+#: `dt_`, eight characters that name the key, and 256 random bits: no dictionary helps, a plain hash is enough.
+_KEY = re.compile(r"dt_([0-9a-f]{8})_([A-Za-z0-9_-]{43})")
+#: Answered to everybody: whoever watches over the application has no key.
+_OPEN = frozenset(("/healthz", "/readyz"))
+
+
+class KeyFileError(ValueError):
+    """The file of keys cannot be used, or a command cannot be done; the message says what to do."""
+
+
+class Key(BaseModel):
+    """One key, as the file knows it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    id: str = Field(pattern="^[0-9a-f]{8}$", description="the part of the key that names it")
+    name: str = Field(min_length=1, max_length=64, pattern=r"^[\w.@ -]+$", description="whose it is")
+    scopes: frozenset[KeyScope] = Field(min_length=1, description="`admin` holds the others")
+    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="of the secret part")
+    per_second: float = Field(gt=0, description="requests a second, lasting")
+    burst: int = Field(ge=1, description="requests at once")
+    created: str = ""
+    revoked: str | None = None
+
+
+class KeyFile(BaseModel):
+    """Everything in the file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    keys: list[Key] = Field(default_factory=list)
+
+
+def read_keys(path: Path) -> KeyFile:
+    """The file's content.
+
+    Raises:
+        KeyFileError: it is not there, or is no file of keys.
+    """
+    try:
+        return KeyFile.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise KeyFileError(
+            f"cannot read {path}: {error.strerror}. Make it with `python -m app.keys create NAME`"
+        ) from error
+    except ValidationError as error:
+        raise KeyFileError(f"{path} is no file of API keys: {error.errors()[0]['msg']}") from error
+
+
+@contextlib.contextmanager
+def changing(path: Path) -> Iterator[KeyFile]:
+    """The file's content, to be changed; written when the block ends well, at once or not at all.
+
+    Raises:
+        KeyFileError: it is no file of keys.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (path.parent / f".{path.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        content = read_keys(path) if path.exists() else KeyFile()
+        yield content
+        written = path.parent / f".{path.name}.new"
+        descriptor = os.open(written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(json.dumps(content.model_dump(mode="json"), indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        written.replace(path)
+
+
+def create(path: Path, name: str, scopes: frozenset[KeyScope], per_second: float, burst: int) -> str:
+    """Add a key and return it: it cannot be read again.
+
+    Raises:
+        KeyFileError: a key of this name is in use.
+    """
+    identity, secret = secrets.token_hex(4), secrets.token_urlsafe(32)
+    with changing(path) as content:
+        if any(key.name == name and key.revoked is None for key in content.keys):
+            raise KeyFileError(f"there is a key named {name!r}; revoke it first, or choose another name")
+        content.keys.append(
+            Key(
+                id=identity,
+                name=name,
+                scopes=scopes,
+                sha256=_digest(secret),
+                per_second=per_second,
+                burst=burst,
+                created=_now(),
+            )
+        )
+    return f"dt_{identity}_{secret}"
+
+
+def revoke(path: Path, name: str) -> None:
+    """End a key, by its name or id.
+
+    Raises:
+        KeyFileError: there is none.
+    """
+    with changing(path) as content:
+        found = [key for key in content.keys if name in (key.name, key.id) and key.revoked is None]
+        if not found:
+            raise KeyFileError(f"no key in use is named {name!r}; see `python -m app.keys list`")
+        for key in found:
+            key.revoked = _now()
+
+
+def _digest(secret: str) -> str:
+    return hashlib.sha256(secret.encode()).hexdigest()
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+class Bucket:
+    """A token bucket: ``burst`` requests at once, ``per_second`` lasting."""
+
+    def __init__(self, per_second: float, burst: int, now: float) -> None:
+        self.per_second, self.burst = per_second, burst
+        self._tokens, self._at = float(burst), now
+
+    def take(self, now: float) -> float:
+        """Take a token: 0, or the seconds until there is one."""
+        self._tokens = min(self.burst, self._tokens + (now - self._at) * self.per_second)
+        self._at = now
+        if self._tokens >= 1:
+            self._tokens -= 1
+            return 0.0
+        return (1 - self._tokens) / self.per_second
+
+
+class KeyRing:
+    """The keys of a file, looked at again when it has changed.
+
+    A file that cannot be read lets nobody in; one that cannot be read *any more* leaves those in who were, and says so
+    in the log.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._keys: dict[str, Key] = {}
+        self._buckets: dict[str, Bucket] = {}
+        self._seen: tuple[int, ...] | None = None
+        self._looked = -math.inf
+
+    def find(self, text: str) -> Key | None:
+        """The key that this is, if it is one and has not been revoked."""
+        self._look()
+        parts = _KEY.fullmatch(text)
+        if parts is None or (key := self._keys.get(parts[1])) is None:
+            return None
+        return key if hmac.compare_digest(_digest(parts[2]), key.sha256) else None
+
+    def wait_s(self, key: Key) -> float:
+        """Count a request: 0, or how long its key has to wait."""
+        bucket, now = self._buckets.get(key.id), time.monotonic()
+        if bucket is None or (bucket.per_second, bucket.burst) != (key.per_second, key.burst):
+            bucket = self._buckets[key.id] = Bucket(key.per_second, key.burst, now)
+        return bucket.take(now)
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        if now - self._looked < _LOOK_S:
+            return
+        self._looked = now
+        try:
+            status = self._path.stat()
+            seen = (status.st_mtime_ns, status.st_size, status.st_ino)
+            if seen == self._seen:
+                return
+            content = read_keys(self._path)
+        except (OSError, KeyFileError) as error:
+            _log.error("API keys: %s", error)
+            return
+        self._seen = seen
+        self._keys = {key.id: key for key in content.keys if key.revoked is None}
+        self._buckets = {identity: bucket for identity, bucket in self._buckets.items() if identity in self._keys}
+
+
+def check_exposure(host: str | None) -> None:
+    """Whether the application may listen at ``host``: beyond loopback it wants keys; and keys that are wanted, it wants
+    to be able to read.
+
+    Raises:
+        KeyFileError: it may not; the message says what to do.
+    """
+    named = os.environ.get(VARIABLE)
+    if named:
+        if all(key.revoked for key in read_keys(Path(named)).keys):
+            raise KeyFileError(f"{named} holds no key in use: make one with `python -m app.keys create NAME`")
+    elif host is not None and host not in LOOPBACK:
+        raise KeyFileError(
+            f"http_options.host is {host}: without API keys it listens on loopback only. Make some with `python -m "
+            f"app.keys create NAME` and let {VARIABLE} name their file, or set the host to 127.0.0.1"
+        )
+
+
+def scope_of(method: str, path: str) -> KeyScope:
+    """What a request needs."""
+    if path.startswith(("/v1/review", "/v1/admin")):
+        return "admin"
+    return "feedback" if path.startswith("/v1/feedback") and method not in ("GET", "HEAD") else "read"
+
+
+class RequireKey:
+    """ASGI middleware: nothing but health is answered without a key, once ``DEEPTRUST_KEYS`` names a file."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        path = os.environ.get(VARIABLE)
+        self.ring = KeyRing(Path(path)) if path else None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self.ring is not None and scope["type"] == "http" and scope["path"] not in _OPEN:
+            try:
+                _admit(self.ring, scope)
+            except Problem as problem:
+                await problem.to_response()(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+
+def _admit(ring: KeyRing, scope: Scope) -> None:
+    """Let a request pass.
+
+    Raises:
+        Problem: `unauthorized`, `forbidden` or `rate_limited`.
+    """
+    headers = Headers(scope=scope)
+    kind, _, credentials = headers.get("authorization", "").partition(" ")
+    credentials = credentials.strip()
+    if kind.lower() == "basic":
+        with contextlib.suppress(binascii.Error, UnicodeDecodeError):
+            credentials = base64.b64decode(credentials, validate=True).decode().partition(":")[2]
+    key = ring.find(credentials)
+    if key is None:
+        raise Problem(
+            "unauthorized",
+            "Send an API key that is in use, as `Authorization: Bearer KEY`.",
+            headers={"WWW-Authenticate": 'Basic realm="DeepTrust", charset="UTF-8"'},
+        )
+    # a browser sends Basic credentials along with what another site's page makes it send
+    origin = headers.get("origin")
+    foreign = origin is not None and urlsplit(origin).netloc != headers.get("host")
+    if kind.lower() == "basic" and foreign and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
+        raise Problem("forbidden", "A page of another site may not use this browser's key.")
+    wanted = scope_of(scope["method"], scope["path"])
+    if not key.scopes & {wanted, "admin"}:
+        raise Problem("forbidden", f"This key has no scope `{wanted}`.")
+    if (wait_s := ring.wait_s(key)) > 0:
+        seconds = max(1, math.ceil(wait_s))
+        raise Problem(
+            "rate_limited",
+            f"At most {key.per_second:g} requests a second with this key; try again in {seconds} s",
+            headers={"Retry-After": str(seconds)},
+        )
+
+
+# ---- commands ----------------------------------------------------------------------------------------------------
+
+
+class _Command(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    file: Path | None = Field(None, description=f"file of keys; unset: what {VARIABLE} names")
+
+    def path(self) -> Path:
+        """The file that is meant."""
+        named = self.file or os.environ.get(VARIABLE)
+        if not named:
+            raise KeyFileError(f"which file? Give --file, or set {VARIABLE} as for the application")
+        return Path(named)
+
+
+class CreateCommand(_Command):
+    """Make a key and print it, once."""
+
+    name: CliPositionalArg[str] = Field(description="whose it is")
+    scopes: str = Field("read", description="comma-separated: read, feedback, admin")
+    per_second: float = Field(50.0, gt=0, description="requests a second that each ingress replica lets through")
+    burst: int = Field(100, ge=1, description="requests at once")
+
+    def cli_cmd(self) -> None:
+        """Do it."""
+        scopes = {scope.strip() for scope in self.scopes.split(",")}
+        if not scopes <= set(get_args(KeyScope)):
+            raise KeyFileError(f"--scopes {self.scopes}: choose from {', '.join(get_args(KeyScope))}")
+        print(create(self.path(), self.name, frozenset(scopes), self.per_second, self.burst))  # type: ignore[arg-type]
+        print("keep it: it cannot be shown again", file=sys.stderr)
+
+
+class ListCommand(_Command):
+    """Names, scopes and limits of all keys."""
+
+    def cli_cmd(self) -> None:
+        """Do it."""
+        print(f"{'id':8}  {'name':24}  {'scopes':20}  {'a second':>8}  {'created':25}  revoked")
+        for key in read_keys(self.path()).keys:
+            scopes = ",".join(sorted(key.scopes))
+            line = f"{key.id}  {key.name:24}  {scopes:20}  {key.per_second:8g}  {key.created:25}  {key.revoked or ''}"
+            print(line.rstrip())
+
+
+class RevokeCommand(_Command):
+    """End a key; the application refuses it within a second."""
+
+    name: CliPositionalArg[str] = Field(description="name or id")
+
+    def cli_cmd(self) -> None:
+        """Do it."""
+        revoke(self.path(), self.name)
+
+
+class KeyCommands(BaseModel):
+    """``python -m app.keys``."""
+
+    create: CliSubCommand[CreateCommand]
+    list: CliSubCommand[ListCommand]
+    revoke: CliSubCommand[RevokeCommand]
+
+    def cli_cmd(self) -> None:
+        """Run the command that was named."""
+        from pydantic_settings import CliApp
+
+        CliApp.run_subcommand(self)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command; what is wrong becomes one line and exit status 1."""
+    from pydantic_settings import CliApp
+
+    try:
+        CliApp.run(KeyCommands, cli_args=arguments)
+    except (KeyFileError, ValidationError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""API keys: who gets in, for what and how often; how they are made, kept and ended."""
+
+from __future__ import annotations
+
+import base64
+import json
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from app import keys
+from app.keys import (
+    VARIABLE,
+    Bucket,
+    KeyFileError,
+    KeyRing,
+    RequireKey,
+    check_exposure,
+    create,
+    main,
+    read_keys,
+    revoke,
+    scope_of,
+)
+from app.problems import MEDIA_TYPE, install
+from tests.app.small_app import send
+
+READ: frozenset[Any] = frozenset({"read"})
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "keys.json"
+    monkeypatch.setenv(VARIABLE, str(path))
+    # every request looks whether the file has changed
+    monkeypatch.setattr(keys, "_LOOK_S", 0.0)
+    return path
+
+
+def app() -> FastAPI:
+    made = FastAPI()
+    install(made)
+
+    @made.api_route("/{path:path}", methods=["GET", "POST"])
+    def anything(path: str) -> dict[str, str]:
+        return {"path": path}
+
+    made.add_middleware(RequireKey)
+    return made
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {key}"}
+
+
+def basic(key: str) -> dict[str, str]:
+    return {"authorization": "Basic " + base64.b64encode(f"anybody:{key}".encode()).decode()}
+
+
+def code(answer: httpx.Response) -> tuple[int, str]:
+    if answer.status_code == 200:
+        return 200, "ok"
+    assert answer.headers["content-type"] == MEDIA_TYPE
+    return answer.status_code, answer.json()["code"]
+
+
+def test_without_a_file_everybody_may_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert code(send(app(), "GET", "/v1/models")) == (200, "ok")
+
+
+def test_with_keys_nothing_but_health_is_answered_without_one(file: Path) -> None:
+    create(file, "backend", READ, 50, 100)
+    asked = app()
+    for path in ("/", "/docs", "/openapi.json", "/v1/models", "/v1/analyze", "/healthz/x", "/samples/a.jpg"):
+        refused = send(asked, "GET", path)
+        assert code(refused) == (401, "unauthorized"), path
+        assert refused.headers["www-authenticate"].startswith("Basic")
+    for path in ("/healthz", "/readyz"):
+        assert code(send(asked, "GET", path)) == (200, "ok")
+
+
+@pytest.mark.parametrize("way", [bearer, basic])
+def test_a_key_opens_and_nothing_like_it_does(file: Path, way) -> None:
+    key = create(file, "backend", READ, 50, 100)
+    asked = app()
+    assert code(send(asked, "POST", "/v1/analyze", headers=way(key))) == (200, "ok")
+    other = create(file.with_name("other.json"), "other", READ, 50, 100)
+    swapped = key[:12] + other[12:]
+    for wrong in ("", "x", key[:-1], key + "A", key.swapcase(), other, swapped, " ", "dt_", key.replace("_", "-")):
+        assert code(send(asked, "POST", "/v1/analyze", headers=way(wrong))) == (401, "unauthorized"), wrong
+    for header in ("Basic", "Basic ===", "Basic " + base64.b64encode(b"\xff\xfe").decode(), f"Token{key}", "Bearer"):
+        assert code(send(asked, "POST", "/v1/analyze", headers={"authorization": header}))[0] == 401, header
+
+
+def test_scopes(file: Path) -> None:
+    made: dict[str, str] = {
+        name: create(file, name, frozenset({name}), 50, 100)  # type: ignore[arg-type]
+        for name in ("read", "feedback", "admin")
+    }
+    asked = app()
+    wanted = {
+        ("POST", "/v1/analyze"): "read",
+        ("GET", "/v1/models"): "read",
+        ("POST", "/v1/feedback"): "feedback",
+        ("GET", "/v1/feedback/1"): "read",
+        ("GET", "/v1/review"): "admin",
+    }
+    for (method, path), scope in wanted.items():
+        assert scope_of(method, path) == scope
+        for name, key in made.items():
+            expected = (200, "ok") if name in (scope, "admin") else (403, "forbidden")
+            assert code(send(asked, method, path, headers=bearer(key))) == expected, (method, path, name)
+
+
+def test_a_revoked_key_is_refused_without_a_restart_and_the_others_are_not(file: Path) -> None:
+    one, two = create(file, "one", READ, 50, 100), create(file, "two", READ, 50, 100)
+    asked = app()
+    assert code(send(asked, "GET", "/", headers=bearer(one))) == (200, "ok")
+    revoke(file, "one")
+    assert code(send(asked, "GET", "/", headers=bearer(one))) == (401, "unauthorized")
+    assert code(send(asked, "GET", "/", headers=bearer(two))) == (200, "ok")
+    again = create(file, "one", READ, 50, 100)  # the name is free again
+    assert code(send(asked, "GET", "/", headers=bearer(again))) == (200, "ok")
+
+
+def test_a_key_has_its_rate_and_does_not_eat_anothers(file: Path) -> None:
+    slow, other = create(file, "slow", READ, 0.01, 3), create(file, "other", READ, 50, 100)
+    asked = app()
+    answers = [send(asked, "GET", "/", headers=bearer(slow)) for _ in range(5)]
+    assert [code(answer) for answer in answers] == [(200, "ok")] * 3 + [(429, "rate_limited")] * 2
+    assert 1 <= int(answers[-1].headers["retry-after"]) <= 100
+    assert code(send(asked, "GET", "/", headers=bearer(other))) == (200, "ok")
+
+
+def test_a_bucket_fills_at_its_rate_and_never_beyond_its_size() -> None:
+    bucket = Bucket(2.0, 3, now=0.0)
+    assert [bucket.take(0.0) for _ in range(4)] == [0, 0, 0, pytest.approx(0.5)]
+    assert bucket.take(0.5) == 0 and bucket.take(0.5) > 0
+    assert [bucket.take(1000.0) for _ in range(4)] == [0, 0, 0, pytest.approx(0.5)]
+
+
+def test_another_sites_page_cannot_use_a_browsers_key(file: Path) -> None:
+    key = create(file, "person", frozenset({"admin"}), 50, 100)
+    asked = app()
+    foreign = {"origin": "https://elsewhere.example"}
+    assert code(send(asked, "POST", "/v1/feedback", headers=basic(key) | foreign)) == (403, "forbidden")
+    assert code(send(asked, "POST", "/v1/feedback", headers=basic(key) | {"origin": "null"})) == (403, "forbidden")
+    assert code(send(asked, "POST", "/v1/feedback", headers=basic(key) | {"origin": "http://test"})) == (200, "ok")
+    # nobody but the caller itself sends this one
+    assert code(send(asked, "POST", "/v1/feedback", headers=bearer(key) | foreign)) == (200, "ok")
+
+
+def test_a_file_that_is_not_there_lets_nobody_in(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    key = create(file.with_name("other.json"), "x", READ, 50, 100)
+    assert code(send(app(), "GET", "/", headers=bearer(key))) == (401, "unauthorized")
+    assert "cannot read" in caplog.text or "No such file" in caplog.text
+
+
+def test_a_file_that_breaks_leaves_in_who_was_and_says_so(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    key = create(file, "one", READ, 50, 100)
+    ring = KeyRing(file)
+    assert ring.find(key) is not None
+    file.write_text("{")
+    assert ring.find(key) is not None
+    assert "no file of API keys" in caplog.text
+
+
+def test_the_file_holds_no_key_and_is_its_owners_alone(file: Path) -> None:
+    key = create(file, "one", READ, 50, 100)
+    text = file.read_text()
+    assert key not in text and key.split("_", 2)[2] not in text
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert json.loads(text)["keys"][0]["name"] == "one"
+
+
+def test_keys_made_at_the_same_time_are_all_kept(file: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda number: create(file, f"key {number}", READ, 50, 100), range(24)))
+    ring = KeyRing(file)
+    assert all(ring.find(key) for key in made)
+
+
+def test_commands(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["create", "backend", "--scopes", "read,feedback", "--per-second", "5"])
+    key = capsys.readouterr().out.strip()
+    found = KeyRing(file).find(key)
+    assert found is not None and found.scopes == {"read", "feedback"} and found.per_second == 5
+    main(["list"])
+    listed = capsys.readouterr().out
+    assert "backend" in listed and "feedback,read" in listed and key not in listed
+    main(["revoke", "backend"])
+    assert KeyRing(file).find(key) is None
+    assert read_keys(file).keys[0].revoked
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["create", "a", "--scopes", "write"], "choose from read, feedback, admin"),
+        (["revoke", "nobody"], "no key in use is named 'nobody'"),
+        (["create", "taken"], "there is a key named 'taken'"),
+    ],
+)
+def test_a_command_that_cannot_be_done_says_why(file: Path, arguments: list[str], complaint: str) -> None:
+    create(file, "taken", READ, 50, 100)
+    before = file.read_bytes()
+    with pytest.raises(SystemExit, match=complaint):
+        main(arguments)
+    assert file.read_bytes() == before
+
+
+def test_without_a_file_a_command_says_which_to_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    with pytest.raises(SystemExit, match=VARIABLE):
+        main(["list"])
+
+
+def test_beyond_loopback_it_wants_keys_that_it_can_read(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KeyFileError, match="cannot read"):
+        check_exposure("127.0.0.1")
+    create(file, "one", READ, 50, 100)
+    check_exposure("127.0.0.1")
+    check_exposure("0.0.0.0")
+    revoke(file, "one")
+    with pytest.raises(KeyFileError, match="holds no key in use"):
+        check_exposure("0.0.0.0")
+    monkeypatch.delenv(VARIABLE)
+    for host in ("127.0.0.1", "localhost", None):
+        check_exposure(host)
+    for host in ("0.0.0.0", "192.0.2.1", "::"):
+        with pytest.raises(KeyFileError, match="loopback only"):
+            check_exposure(host)
+
+
+def test_a_file_of_something_else_is_no_file_of_keys(tmp_path: Path) -> None:
+    (tmp_path / "keys.json").write_text('{"keys": [{"name": "x"}]}')
+    with pytest.raises(KeyFileError, match="no file of API keys"):
+        create(tmp_path / "keys.json", "y", READ, 50, 100)
