@@ -42,7 +42,7 @@ def configuration(discovery: Path, scrape_interval_s: int) -> str:
     every = f"{scrape_interval_s}s"
     return yaml.safe_dump(
         {
-            "global": {"scrape_interval": every, "evaluation_interval": every},
+            "global": {"scrape_interval": every, "scrape_timeout": every, "evaluation_interval": every},
             "rule_files": [str(_ALERTS)],
             "scrape_configs": [
                 # Ray names the job `ray` in its file

@@ -6,9 +6,13 @@ The tests share one application and stand in the order of its life.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import ipaddress
+import json
 import os
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -27,11 +31,14 @@ from ray.serve.generated import serve_pb2, serve_pb2_grpc
 
 from app import cluster
 from tests.app.small_service import REQUEST_TIMEOUT_S, ROOT, TAGGER_REQUESTS, SmallService, small_service
+from tests.monitoring.expressions import ELSEWHERE, needed, panels
 from tests.train.small_models import noise
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 CLIENTS = 8
+#: Ray keeps up to date there whom Prometheus should ask.
+DISCOVERY = "prom_metrics_service_discovery.json"
 #: One for all threads: making a client takes longer than an answer does.
 _HTTP = httpx.Client(limits=httpx.Limits(max_connections=None))
 
@@ -253,6 +260,56 @@ def test_it_comes_back_by_itself_and_the_others_answer_meanwhile(service: SmallS
         assert record["detection"] and record["caption"]
         time.sleep(1)
     assert record["errors"] == [] and record["tags"] is not None
+
+
+def exported(service: SmallService) -> set[str]:
+    """Names of everything that Prometheus would read off this instance."""
+    found: set[str] = set()
+    for group in json.loads((cluster.instance_folder(service.port) / "ray" / DISCOVERY).read_text()):
+        for target in group["targets"]:
+            lines = _HTTP.get(f"http://{target}/metrics", timeout=60).text.splitlines()
+            found |= {re.split(r"[{ ]", line)[0] for line in lines if not line.startswith("#")}
+    return found
+
+
+def test_every_metric_that_dashboards_and_alerts_ask_for_is_exported(service: SmallService) -> None:
+    wanted = {name for name in needed() if name != "up" and not name.startswith(ELSEWHERE)}
+    # Ray's workers hand their figures on every ten seconds
+    limit = time.monotonic() + 90
+    while (missing := wanted - exported(service)) and time.monotonic() < limit:
+        time.sleep(2)
+    assert missing == set()
+
+
+@pytest.mark.proof
+@pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus: apt-get install prometheus")
+def test_every_panel_shows_something_and_every_rule_is_evaluated(service: SmallService) -> None:
+    port = cluster.free_port()
+    command = [sys.executable, "-m", "app.monitoring", "--listen", f"127.0.0.1:{port}", "--scrape-interval-s", "5"]
+    prometheus = subprocess.Popen(command, env=os.environ | {"PORT": str(service.port)}, cwd=ROOT)
+    queries = [query for query in panels() if not any(name in query for name in ELSEWHERE)]
+    assert len(queries) > 30
+    try:
+        with Load(service, "/v1/analyze"):
+            limit, empty = time.monotonic() + 180, queries
+            while empty and time.monotonic() < limit:
+                time.sleep(5)
+                with contextlib.suppress(httpx.HTTPError):
+                    empty = [query for query in empty if not ask(port, "query", query=query)["result"]]
+            assert empty == [], ask(port, "targets")["activeTargets"]
+            (groups,) = ask(port, "rules").values()
+            rules = [rule for group in groups for rule in group["rules"]]
+            assert len(rules) > 10 and {rule["health"] for rule in rules} == {"ok"}
+    finally:
+        prometheus.terminate()
+        prometheus.wait(60)
+
+
+def ask(port: int, what: str, **parameters: str) -> Any:
+    """An answer of Prometheus's HTTP API."""
+    answer = _HTTP.get(f"http://127.0.0.1:{port}/api/v1/{what}", params=parameters, timeout=60).json()
+    assert answer["status"] == "success", answer
+    return answer["data"]
 
 
 def test_stop_leaves_no_process_no_port_and_no_file(service: SmallService) -> None:
