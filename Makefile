@@ -32,12 +32,18 @@ $(VENV)/.dev: $(VENV)/.serving requirements/dev.txt
 	  { command -v chromium && [ -e /usr/share/wordnet/index.noun ]; } >/dev/null || \
 	    { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core wordnet-base; } >/dev/null; fi
 	@$(INSTALL_PROMETHEUS)
+	@$(INSTALL_POSTGRES)
 	touch $@
 
 # Prometheus is a Debian package too. Where systemd runs, the package starts one on every interface: not ours.
 INSTALL_PROMETHEUS := command -v prometheus >/dev/null || { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] \
 	  && { apt-get update -qq && apt-get install -y -qq --no-install-recommends prometheus; } >/dev/null \
 	  && { ! command -v systemctl >/dev/null || systemctl disable --now prometheus; } >/dev/null 2>&1; } || true
+
+# Tests start PostgreSQL servers of their own from the programs of this package. The one that it makes is not wanted.
+INSTALL_POSTGRES := ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] \
+	  && { apt-get update -qq && apt-get install -y -qq --no-install-recommends postgresql; } >/dev/null \
+	  && { ! command -v systemctl >/dev/null || systemctl disable --now postgresql; } >/dev/null 2>&1; } || true
 
 setup: $(VENV)/.serving  ## the serving environment (.venv)
 
