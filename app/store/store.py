@@ -117,7 +117,12 @@ class Store:
 
     def _start(self) -> None:
         assert self._writer is not None
-        if self._unusable is not None and (reason := self._unusable()):
+        try:
+            reason = self._unusable() if self._unusable is not None else ""
+        except Exception:  # what cannot be found out is no reason
+            _log.exception("whether the store can be used was not found out")
+            reason = ""
+        if reason:
             self._message = reason
             _log.error("the store cannot be used: %s", reason)
             return

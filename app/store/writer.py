@@ -140,7 +140,9 @@ class Writer:
                 if now >= self._tidy_at:
                     break
                 self._wake.wait(max(0.0, (self._retry_at if self._retry_at > now else self._tidy_at) - now))
-            rows = [self._rows.popleft() for _ in range(min(_BATCH_ROWS, len(self._rows)))]
+            # what a job asks about may be the last answer in the queue
+            most = len(self._rows) if self._jobs else _BATCH_ROWS
+            rows = [self._rows.popleft() for _ in range(min(most, len(self._rows)))]
             jobs = [self._jobs.popleft() for _ in range(min(_BATCH_JOBS, len(self._jobs)))]
             last = self._stopping and not self._rows and not self._jobs
         return rows, [job for job in jobs if job.outcome.set_running_or_notify_cancel()], last

@@ -277,9 +277,9 @@ def test_feedback_finds_an_answer_that_was_given_a_moment_before(stores: Stores)
     store = stores()
 
     async def all_at_once() -> list[Any]:
-        for i in range(50):
+        for i in range(1500):  # more than one batch
             store.offer(annotation(f"a{i}"), PICTURE)
-        return await asyncio.gather(*(store.feedback(Event(f"a{i}", "verdict", True)) for i in range(50)))
+        return await asyncio.gather(*(store.feedback(Event(f"a{i}", "verdict", True)) for i in range(1450, 1500)))
 
     receipts = run(all_at_once())
     assert len({receipt.id for receipt in receipts}) == 50 and count(store, Feedback) == 50
