@@ -42,6 +42,8 @@ _log = logging.getLogger("ray.serve")
 
 VARIABLE = "DEEPTRUST_KEYS"
 KeyScope = Literal["read", "feedback", "admin"]
+_LOOKING = frozenset(("GET", "HEAD", "OPTIONS"))
+_ANNOTATING = frozenset(("/v1/analyze", "/v1/detect", "/v1/caption", "/v1/tag"))
 LOOPBACK = frozenset(("127.0.0.1", "localhost", "::1"))
 #: How long a change of the file may go unnoticed.
 _LOOK_S = 1.0
@@ -245,10 +247,12 @@ def check_exposure(host: str | None) -> None:
 
 
 def scope_of(method: str, path: str) -> KeyScope:
-    """What a request needs."""
-    if path.startswith(("/v1/review", "/v1/admin")):
+    """What a request needs: to annotate, to look and to search is `read`, whatever else writes is `feedback`, and to
+    remove and to review is `admin`.
+    """
+    if method == "DELETE" or path.startswith(("/v1/review", "/v1/admin")):
         return "admin"
-    return "feedback" if path.startswith("/v1/feedback") and method not in ("GET", "HEAD") else "read"
+    return "read" if method in _LOOKING or path in _ANNOTATING else "feedback"
 
 
 class RequireKey:
@@ -290,8 +294,12 @@ def _admit(ring: KeyRing, scope: Scope) -> None:
         )
     # a browser sends Basic credentials along with what another site's page makes it send
     origin = headers.get("origin")
-    foreign = origin is not None and urlsplit(origin).netloc != headers.get("host")
-    if kind.lower() == "basic" and foreign and scope["method"] not in ("GET", "HEAD", "OPTIONS"):
+    own = (
+        headers.get("sec-fetch-site") == "same-origin"
+        or origin is None
+        or urlsplit(origin).netloc == headers.get("host")
+    )
+    if kind.lower() == "basic" and not own and scope["method"] not in _LOOKING:
         raise Problem("forbidden", "A page of another site may not use this browser's key.")
     wanted = scope_of(scope["method"], scope["path"])
     if not key.scopes & {wanted, "admin"}:

@@ -46,7 +46,7 @@ def app() -> FastAPI:
     made = FastAPI()
     install(made)
 
-    @made.api_route("/{path:path}", methods=["GET", "POST"])
+    @made.api_route("/{path:path}", methods=["GET", "POST", "PUT", "DELETE"])
     def anything(path: str) -> dict[str, str]:
         return {"path": path}
 
@@ -109,6 +109,11 @@ def test_scopes(file: Path) -> None:
         ("GET", "/v1/models"): "read",
         ("POST", "/v1/feedback"): "feedback",
         ("GET", "/v1/feedback/1"): "read",
+        ("PUT", "/v1/pictures/0"): "feedback",
+        ("GET", "/v1/pictures/0"): "read",
+        ("DELETE", "/v1/pictures/0"): "admin",
+        ("GET", "/v1/search"): "read",
+        ("POST", "/v1/something-new"): "feedback",
         ("GET", "/v1/review"): "admin",
     }
     for (method, path), scope in wanted.items():
@@ -152,6 +157,9 @@ def test_another_sites_page_cannot_use_a_browsers_key(file: Path) -> None:
     assert code(send(asked, "POST", "/v1/feedback", headers=basic(key) | foreign)) == (403, "forbidden")
     assert code(send(asked, "POST", "/v1/feedback", headers=basic(key) | {"origin": "null"})) == (403, "forbidden")
     assert code(send(asked, "POST", "/v1/feedback", headers=basic(key) | {"origin": "http://test"})) == (200, "ok")
+    # behind a proxy that gives another `Host`: no page can make this header up
+    behind = {"origin": "https://photos.example", "sec-fetch-site": "same-origin"}
+    assert code(send(asked, "POST", "/v1/feedback", headers=basic(key) | behind)) == (200, "ok")
     # nobody but the caller itself sends this one
     assert code(send(asked, "POST", "/v1/feedback", headers=bearer(key) | foreign)) == (200, "ok")
 
