@@ -14,6 +14,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from app.store.settings import StoreSettings
 from deployments.images import ImageLimits
 from deployments.tagger import TaggerSettings
 
@@ -46,6 +47,7 @@ class AppArgs(_Strict):
     """``args`` of ``app.main:build``. Changing them restarts every replica: revisions do not belong here."""
 
     limits: Limits = Field(Limits())
+    store: StoreSettings = Field(StoreSettings())
     tagger: TaggerSettings = Field(TaggerSettings())
     tagger_canary: TaggerSettings | None = Field(None, description="null: the tagger's canary is not deployed")
 

@@ -1,7 +1,8 @@
 """The HTTP interface, version 1, and the page: the first deployment that a request meets.
 
-Admission, limits and problems are decided here; the work is ``app.analysis``. Uploads are held in memory only, never
-written, and their names are never used. Knows no model.
+Admission, limits and problems are decided here; the work is ``app.analysis``, and what is kept of its answers
+``app.store``. Uploads are held in memory only, unless the store's settings say otherwise, and their names are never
+used. Knows no model.
 """
 
 from __future__ import annotations
@@ -25,9 +26,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.admission import Admission
 from app.analysis import TASKS, Explain, Graph
 from app.config import IngressConfig, Limits
+from app.feedback import router
 from app.keys import RequireKey, check_exposure
 from app.openapi import ANALYZE_BODY, ANALYZE_RESPONSES, use_local_docs
 from app.problems import Problem, install
+from app.store.settings import StoreSettings
+from app.store.store import Store
 from app.uploads import Upload, UploadLimits, read_uploads
 from deployments.annotation import Task
 from deployments.images import ImageError
@@ -79,6 +83,14 @@ api.add_middleware(SecurityHeaders)
 install(api)
 use_local_docs(api)
 
+
+async def _store() -> Store:
+    """The store of the replica that answers."""
+    return serve.get_replica_context().servable_object.store
+
+
+api.include_router(router(_store))
+
 Tasks = Annotated[str, Query(description="comma-separated: detect, caption, tag", examples=["detect,caption"])]
 ExplainQuery = Annotated[
     Literal["false", "true", "png", "grid"], Query(description="add a heat map; `true` means `png`")
@@ -113,6 +125,16 @@ def _parse_tasks(text: str) -> frozenset[Task]:
     return frozenset(task for task in TASKS if task in chosen)
 
 
+def _why_not(settings: StoreSettings) -> str:
+    """Why a store cannot be used on this cluster, or "": replicas on two nodes would each have a SQLite file."""
+    import ray
+
+    nodes = sum(bool(node["Alive"]) for node in ray.nodes())
+    if settings.database_url.startswith("sqlite") and nodes > 1:
+        return f"a SQLite store serves one node and there are {nodes}: give store.url a PostgreSQL"
+    return ""
+
+
 def _item(result: dict[str, Any] | BaseException) -> dict[str, Any]:
     """One picture's place in the answer for several: its record, or its problem."""
     if isinstance(result, Problem):
@@ -129,7 +151,11 @@ class Ingress:
     """The application's HTTP side; holds the graph and what is in flight."""
 
     def __init__(
-        self, limits: Limits, production: Mapping[str, DeploymentHandle], canary: Mapping[str, DeploymentHandle]
+        self,
+        limits: Limits,
+        production: Mapping[str, DeploymentHandle],
+        canary: Mapping[str, DeploymentHandle],
+        store: StoreSettings,
     ) -> None:
         # one warning for each malformed body would let anybody fill the log
         logging.getLogger("python_multipart").setLevel(logging.ERROR)
@@ -141,6 +167,8 @@ class Ingress:
         )
         self.metrics = Metrics()
         self.graph = Graph(limits, production, canary, self.metrics)
+        self.store = Store(store, limits.picture.max_bytes, lambda: _why_not(store))
+        self.store.start()
         self.admission = Admission(limits.max_in_flight, limits.max_waiting, limits.max_wait_s, limits.target_s)
         self._watcher: asyncio.Task[None] | None = None
         self._sampler: asyncio.Task[None] | None = None
@@ -166,6 +194,11 @@ class Ingress:
                 self.graph.shares.model_dump(),
             )
             await asyncio.sleep(_SAMPLE_S)
+
+    def __del__(self) -> None:
+        """Serve's call when the replica ends: what waits is written."""
+        if hasattr(self, "store"):
+            self.store.close()
 
     async def check_health(self) -> None:
         """Serve's health check: the watcher of the graph and the sampler of gauges are alive."""
@@ -252,6 +285,7 @@ class Ingress:
         except ImageError as error:
             raise Problem.of_image(error) from None
         self.admission.observe(time.perf_counter() - started)
+        self.store.offer(record, upload.data)
         return record.model_dump(mode="json")
 
     # ---- what runs ----------------------------------------------------------------------------------------------

@@ -34,4 +34,5 @@ def build(args: AppArgs) -> Application:
             "captioner": serve.deployment(Captioner, name=CANARIES["captioner"]).bind(),
             **({"tagger": build_tagger(args.tagger_canary, name=CANARIES["tagger"])} if args.tagger_canary else {}),
         },
+        args.store,
     )

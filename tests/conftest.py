@@ -23,6 +23,12 @@ def shared_data() -> Path:
     return Path(folder)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def store_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What applications under test keep does not come among what their user's own application keeps."""
+    os.environ["DEEPTRUST_STORE_URL"] = f"sqlite:///{tmp_path_factory.mktemp('store')}/store.db"
+
+
 @dataclass(frozen=True)
 class RunningApplication:
     """The application under test."""

@@ -135,6 +135,19 @@ def test_every_stage_answers(service: SmallService) -> None:
     }
 
 
+def test_feedback_finds_the_answer_and_search_finds_both(service: SmallService) -> None:
+    record = post(service, 5).json()
+    event = {"id": record["id"], "part": "verdict", "right": False, "value": "human"}
+    said = _HTTP.post(f"{service.url}/v1/feedback", json=event, timeout=120)
+    assert said.status_code == 201, said.text
+    assert said.json()["picture"] == "wanted"
+    kept = _HTTP.put(f"{service.url}/v1/pictures/{record['sha256']}", content=picture(5), timeout=120)
+    assert kept.status_code == 201, kept.text
+    (item,) = _HTTP.get(f"{service.url}/v1/search", params={"limit": 1}, timeout=120).json()["items"]
+    assert item["annotation"] == record and item["picture"] and item["feedback"] == ["verdict"]
+    assert _HTTP.get(f"{service.url}/v1/store", timeout=120).json()["dropped"] == 0
+
+
 def test_models_are_exchanged_under_load_and_no_request_is_lost(service: SmallService) -> None:
     before = {name: service.replicas(name) for name in ("Detector", "Captioner")}
     with Load(service, "/v1/analyze?tasks=detect,caption") as load:
