@@ -137,7 +137,9 @@ def percentile(values: list[float], share: float) -> float:
 async def measure(url: str, settings: StoreBenchmark) -> dict[str, Any]:
     """Fill one database and ask it everything."""
     language = Language(1)
-    store = Store(StoreSettings(url=url, keep_count=None, keep_days=None, pictures="none", timeout_s=60))
+    store = Store(
+        StoreSettings(url=url, keep_count=None, keep_days=None, pictures="none", timeout_s=60, search_timeout_s=60)
+    )
     database = store._database
     assert database is not None
     database.open()

@@ -38,7 +38,7 @@ class StoreUnavailable(RuntimeError):
 class Database:
     """One database. ``open`` may be called again whenever it has failed."""
 
-    def __init__(self, url: str, timeout_s: float, read_timeout_s: float = 2.0) -> None:
+    def __init__(self, url: str, timeout_s: float, read_timeout_s: float) -> None:
         """
         Raises:
             StoreUnavailable: the URL is none, or for a database other than the two.

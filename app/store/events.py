@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, text, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from app.store.models import Deletion, Feedback, Picture, Prediction, first_id, new_id
+from app.store.models import Deletion, Feedback, Picture, Prediction, first_id, last_id, new_id
 
 #: How long a deletion is remembered: longer than an answer waits in a replica's queue.
 _REMEMBER_DELETIONS_S = 24 * 3600.0
@@ -168,7 +168,7 @@ def forget_picture(connection: Connection, sha256: str, at_s: float) -> dict[str
     stays, as one that is not stored, until its file has gone (``picture_removed``).
     """
     connection.execute(delete(Deletion).where(Deletion.sha256 == sha256))
-    connection.execute(insert(Deletion).values(sha256=sha256, id=new_id(at_s)))
+    connection.execute(insert(Deletion).values(sha256=sha256, id=last_id(at_s)))
     about = select(Prediction.id).where(Prediction.sha256 == sha256)
     feedback = connection.execute(delete(Feedback).where(Feedback.prediction_id.in_(about))).rowcount
     predictions = connection.execute(delete(Prediction).where(Prediction.sha256 == sha256)).rowcount

@@ -38,6 +38,11 @@ def first_id(at_s: float) -> int:
     return int(at_s * 1000) << _DRAWN_BITS
 
 
+def last_id(at_s: float) -> int:
+    """The greatest id of that moment."""
+    return first_id(at_s) | (1 << _DRAWN_BITS) - 1
+
+
 def time_of(row_id: int) -> datetime:
     """When what has this id happened."""
     return datetime.fromtimestamp((row_id >> _DRAWN_BITS) / 1000, UTC)

@@ -49,6 +49,8 @@ class StoreSettings(BaseModel):
     max_picture_queue_bytes: int = Field(64 * 2**20, ge=0, description="pictures that wait to be written")
     timeout_s: float = Field(5.0, gt=0, le=60, description="longest wait for the database; then feedback gets 503")
 
+    search_timeout_s: float = Field(2.0, gt=0, le=60, description="longest time of a search; then it gets 503")
+
     @field_validator("keep", mode="before")
     @classmethod
     def _off(cls, value: Any) -> Any:

@@ -96,7 +96,7 @@ class Store:
         if settings.keep == "off":
             return
         try:
-            self._database = Database(settings.database_url, settings.timeout_s)
+            self._database = Database(settings.database_url, settings.timeout_s, settings.search_timeout_s)
             self._files = PictureFiles(settings.pictures_place) if settings.pictures_place else None
         except (StoreUnavailable, PicturesUnavailable) as error:
             self._message = str(error)  # an answer does not fail for want of a store

@@ -28,7 +28,8 @@ from tests.train.small_models import noise
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallStore]:
     folder = tmp_path_factory.mktemp("store")
-    with running_store(StoreSettings(url=f"sqlite:///{folder}/store.db", timeout_s=1.0)) as running:
+    settings = StoreSettings(url=f"sqlite:///{folder}/store.db", timeout_s=3.0, search_timeout_s=60)
+    with running_store(settings) as running:
         yield running
 
 

@@ -33,7 +33,8 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallStore]:
     folder = tmp_path_factory.mktemp("store")
-    with running_store(StoreSettings(url=f"sqlite:///{folder}/store.db"), page=True) as running:
+    settings = StoreSettings(url=f"sqlite:///{folder}/store.db", timeout_s=60, search_timeout_s=60)
+    with running_store(settings, page=True) as running:
         yield running
 
 

@@ -30,6 +30,8 @@ from deployments.annotation import Annotation, Caption, Detection, Provenance
 from tests.app.postgres import Postgres, find_programs, postgres_server
 
 PICTURE = b"\xff\xd8\xff\xe0 the bytes of a picture"
+#: A busy machine is no database that fails.
+PATIENT: dict[str, Any] = {"timeout_s": 60.0, "search_timeout_s": 60.0}
 SHA = hashlib.sha256(PICTURE).hexdigest()
 
 
@@ -57,7 +59,10 @@ class Stores:
         self.url, self.folder, self.opened = url, folder, []
 
     def __call__(self, **settings: Any) -> Store:
-        store = Store(StoreSettings(url=self.url, pictures_url=str(self.folder / "pictures"), **settings))
+        settings = PATIENT | {"pictures_url": str(self.folder / "pictures")} | settings
+        store = Store(StoreSettings(url=self.url, **settings))
+        assert store._writer is not None
+        store._writer._tidy_at = float("inf")  # tests tidy up when they mean to
         self.opened.append(store)
         store.start()
         return store
@@ -123,7 +128,7 @@ def count(store: Store, table: Any) -> int:
 
 
 def test_migrations_make_the_tables_that_the_code_has_and_take_them_away_again(url: str) -> None:
-    database = Database(url, 5)
+    database = Database(url, 60, 60)
     database.open()
     database.open()
     extra = {"tags_text", "all_text"}  # full text is the databases' own and not in the models
@@ -147,7 +152,7 @@ def test_migrations_make_the_tables_that_the_code_has_and_take_them_away_again(u
 
 
 def test_a_database_of_a_newer_program_is_left_alone(url: str) -> None:
-    database = Database(url, 5)
+    database = Database(url, 60, 60)
     database.open()
     with database.writing() as connection:
         connection.execute(text("UPDATE deeptrust_store_version SET version_num = '9999'"))
@@ -157,7 +162,7 @@ def test_a_database_of_a_newer_program_is_left_alone(url: str) -> None:
 
 
 def _open(url: str) -> None:
-    database = Database(url, 30)
+    database = Database(url, 60, 60)
     database.open()
     database.close()
 
@@ -485,7 +490,7 @@ def test_a_cursor_that_no_page_gave_is_refused(cursor: str) -> None:
 
 def test_while_it_is_locked_feedback_is_told_so_answers_wait_and_nothing_is_lost(tmp_path: Path) -> None:
     file = tmp_path / "store.db"
-    store = Store(StoreSettings(url=f"sqlite:///{file}", timeout_s=0.3))
+    store = Store(StoreSettings(url=f"sqlite:///{file}", timeout_s=0.3, search_timeout_s=60))
     store.start()
     keep(store, annotation("before"))
     lock = sqlite3.connect(file, isolation_level=None)
@@ -527,7 +532,7 @@ def test_what_the_queue_cannot_hold_is_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("damage", ["removed", "garbage"])
 def test_a_file_that_is_taken_away_is_noticed(tmp_path: Path, damage: str) -> None:
     file = tmp_path / "store.db"
-    store = Store(StoreSettings(url=f"sqlite:///{file}", timeout_s=0.5))
+    store = Store(StoreSettings(url=f"sqlite:///{file}", timeout_s=10, search_timeout_s=60))
     store.start()
     keep(store, annotation("lost"))
     other = tmp_path / "other"
@@ -551,7 +556,7 @@ def test_a_file_that_is_taken_away_is_noticed(tmp_path: Path, damage: str) -> No
 
 
 def test_postgres_that_goes_away_and_comes_back(postgres: Postgres, tmp_path: Path) -> None:
-    store = Stores(postgres.url("restarted"), tmp_path)(timeout_s=2.0)
+    store = Stores(postgres.url("restarted"), tmp_path)(timeout_s=10.0)
     keep(store, annotation("before"))
     postgres.stop()
     try:
@@ -578,7 +583,7 @@ def test_closing_writes_what_waits(stores: Stores) -> None:
 
 
 def _write(url: str, start: int) -> None:
-    store = Store(StoreSettings(url=url))
+    store = Store(StoreSettings(url=url, **PATIENT))
     store.start()
     for i in range(start, start + 200):
         store.offer(annotation(f"a{i}"), PICTURE)
