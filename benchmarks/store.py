@@ -193,15 +193,17 @@ async def measure(url: str, settings: StoreBenchmark) -> dict[str, Any]:
 def main() -> None:
     """Measure, print, write."""
     settings, load = CliApp.run(StoreBenchmark), os.getloadavg()[0]
-    results = [asyncio.run(measure(url, settings)) for url in settings.url]
-    result = {
+    result: dict[str, Any] = {
         "rows": settings.rows,
         "repeats": settings.repeats,
         "goal_ms": GOAL_MS,
         "load_before": round(load, 1),
-        "databases": results,
+        "databases": [],
     }
-    print(write_result("store", result))
+    for url in settings.url:
+        result["databases"].append(asyncio.run(measure(url, settings)))
+        print(write_result("store", result), flush=True)
+
 
 
 if __name__ == "__main__":
