@@ -27,7 +27,7 @@ import psutil
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from benchmarks.report import write_result
+from benchmarks.report import RESULTS, provenance, write_result
 from data.session import RaySettings, ray_session
 from data.versions import open_version
 from train.detector import DetectorTraining, prepare_job, train
@@ -42,7 +42,7 @@ class TrainingBenchmark(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     data: str = Field(description="prepared aivshuman")
-    parts: str = Field("overhead,workers,kills", description="which measurements")
+    parts: str = Field("overhead,workers,kills", description="which measurements; the others' last results are kept")
     rounds: int = Field(2, ge=1, description="alternating rounds of `overhead`")
     steps: int = Field(30, ge=10, description="steps of a round of `overhead`")
     compared: int = Field(50, ge=2, description="losses that `workers` compares")
@@ -271,12 +271,16 @@ def main(arguments: list[str] | None = None) -> None:
 
     config = CliApp.run(TrainingBenchmark, cli_args=arguments)
     measures = {"overhead": overhead, "workers": workers, "kills": kills}
-    result: dict[str, Any] = {}
+    file = RESULTS / "training.json"
+    result: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
         for part in config.parts.split(","):
-            result[part] = measures[part](config, Path(folder))
+            measured = measures[part](config, Path(folder))
+            # written part by part: minutes lie between them
+            result[part] = measured | {"commit": provenance()["commit"], "finished_at": provenance()["finished_at"]}
             print(json.dumps(result[part], indent=1), flush=True)
-    print(write_result("training", result))
+            write_result("training", result)
+    print(f"written to {file}")
 
 
 if __name__ == "__main__":

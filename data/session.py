@@ -11,13 +11,15 @@ import math
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 _ROOT = Path(__file__).parent.parent
+#: Attempts to start an own Ray.
+_STARTS = 3
 
 
 class RaySettings(BaseModel):
@@ -54,6 +56,29 @@ def ray_session(settings: RaySettings | None = None) -> Iterator[int]:
             defaults = {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_IMPORT_WARNING": "1"}
             os.environ.update({name: value for name, value in defaults.items() if name not in os.environ})
             os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+            _start(settings, common)
+    try:
+        cpus = max(1, math.floor(ray.cluster_resources().get("CPU", 1)))
+        with _data_context(cpus):
+            yield cpus
+    finally:
+        if own_connection:
+            ray.shutdown()
+
+
+def _start(settings: RaySettings, common: dict[str, Any]) -> None:
+    """Start an own Ray; again if it does not come up.
+
+    Its node waits 15 seconds for agents of its own, a fixed time (ray-project/ray#65983), and ends without them: what
+    they import takes longer on busy cores.
+    """
+    import psutil
+    import ray
+
+    this = psutil.Process()
+    for left in reversed(range(_STARTS)):
+        before = set(this.children())
+        try:
             ray.init(
                 address="local",
                 num_cpus=settings.num_cpus,
@@ -62,13 +87,16 @@ def ray_session(settings: RaySettings | None = None) -> Iterator[int]:
                 _node_ip_address="127.0.0.1",
                 **common,
             )
-    try:
-        cpus = max(1, math.floor(ray.cluster_resources().get("CPU", 1)))
-        with _data_context(cpus):
-            yield cpus
-    finally:
-        if own_connection:
-            ray.shutdown()
+            return
+        except Exception as error:  # Ray has no class of its own for it
+            if "timed out during startup" not in str(error) or not left:
+                raise
+        print("Ray did not come up in time, the machine is busy: starting it again", file=sys.stderr, flush=True)
+        half = set(this.children()) - before
+        for process in half:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(half, timeout=30)
 
 
 @contextmanager
