@@ -205,6 +205,5 @@ def main() -> None:
         print(write_result("store", result), flush=True)
 
 
-
 if __name__ == "__main__":
     main()

@@ -18,11 +18,11 @@ from typing import Any
 
 import httpx
 import pytest
+from PIL import Image
 
 from app.problems import CODES, MEDIA_TYPE
 from app.store.settings import StoreSettings
 from tests.app.small_store import SmallStore, running_store
-from tests.train.small_models import noise
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +40,9 @@ def http(server: SmallStore) -> Iterator[httpx.Client]:
 
 
 def picture(number: int) -> bytes:
+    """A picture of its own for every number."""
     buffer = io.BytesIO()
-    noise(number, (640, 480)).save(buffer, "PNG")
+    Image.frombytes("L", (640, 480), random.Random(number).randbytes(640 * 480)).save(buffer, "PNG")
     return buffer.getvalue()
 
 
