@@ -123,7 +123,7 @@ class Features:
             yield {"features": found, "row": part, "epoch": np.full(len(part), epoch)}
 
 
-class _Encode:
+class Encode:
     """A Ray Data stage: one shard's rows to its file."""
 
     def __init__(self, source: Source, target: Features, encoder: EncoderSpec, batch: int, threads: int) -> None:
@@ -184,7 +184,7 @@ def compute_features(
     blocks = [pa.table({"variant": [variant], "group": [group]}) for variant, group in missing]
     arguments: dict[str, Any] = {"target": features, "encoder": encoder, "batch": batch, "threads": threads}
     dataset = ray.data.from_blocks(blocks).map_batches(
-        _Encode,
+        Encode,
         fn_constructor_kwargs={"source": source, **arguments},
         batch_size=None,
         batch_format="pyarrow",

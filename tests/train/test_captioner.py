@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from data.locations import Location
 from data.versions import open_version
 from deployments.captioner import assemble_captioner
 from deployments.checkpoints import resolve
@@ -21,6 +23,7 @@ from train.captioner import (
     CaptionerJob,
     CaptionerModule,
     CaptionerTraining,
+    TowerTokens,
     choose,
     generation_of,
     pack,
@@ -29,8 +32,10 @@ from train.captioner import (
     some_patches,
 )
 from train.extract import ExtractConfig, extract
+from train.features import Encode, Features
 from train.loop import fit_locally
 from train.module import TrainingError
+from train.stream import Deliver
 
 
 def job_of(photos: Path, blip: Path, **changes: Any) -> CaptionerJob:
@@ -147,6 +152,24 @@ def test_training_learns_to_name_what_it_sees(photos: Path, blip: Path, tmp_path
         job_of(photos, blip, epochs=40, validate_every=80), tmp_path, "here", say=lambda _: None
     )
     assert outcome.metrics["val_bleu4"] > 0.5
+    assert named([module.judged[row] for row in range(8)], range(48, 56)) >= 7
+
+
+def test_a_decoder_learns_from_tokens_of_the_frozen_tower_computed_once(
+    photos: Path, blip: Path, tmp_path: Path
+) -> None:
+    """Tokens, captions and pictures must belong together all the way through the cache."""
+    job = job_of(photos, blip, freeze="tower", epochs=12, learning_rate=1e-2)
+    tokens = []
+    for split, source in (("train", job.train_pictures(Deliver())), ("val", job.val_pictures())):
+        features = Features(Location.of(str(tmp_path / split)), tuple(source.groups))
+        features.location.ready()
+        encode = Encode(source, features, TowerTokens(job.checkpoint), 8, 1)
+        encode(pa.table({"variant": [0] * len(source.groups), "group": range(len(source.groups))}))
+        tokens.append(features)
+    job = replace(job, features=(tokens[0], tokens[1]))
+    _, module, watch = fit_locally(job, tmp_path, "here", say=lambda _: None)
+    assert watch.step == 72
     assert named([module.judged[row] for row in range(8)], range(48, 56)) >= 7
 
 
