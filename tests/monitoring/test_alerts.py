@@ -14,6 +14,9 @@ from tests.monitoring.expressions import MONITORING, alerts
 pytestmark = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool: apt-get install prometheus")
 
 
+CASES = ("alerts_test.yaml", "alerts_day_test.yaml")
+
+
 def promtool(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["promtool", *map(str, arguments)], capture_output=True, text=True, timeout=120, check=False)
 
@@ -24,26 +27,27 @@ def test_prometheus_takes_the_rules() -> None:
 
 
 def test_each_alert_fires_and_keeps_still_as_it_should() -> None:
-    tested = promtool("test", "rules", MONITORING / "alerts_test.yaml")
+    tested = promtool("test", "rules", *(MONITORING / name for name in CASES))
     assert tested.returncode == 0, tested.stdout + tested.stderr
     fires: set[str] = set()
     quiet: set[str] = set()
-    for case in yaml.safe_load((MONITORING / "alerts_test.yaml").read_text())["tests"]:
-        for expected in case["alert_rule_test"]:
-            (fires if expected.get("exp_alerts") else quiet).add(expected["alertname"])
+    for name in CASES:
+        for case in yaml.safe_load((MONITORING / name).read_text())["tests"]:
+            for expected in case["alert_rule_test"]:
+                (fires if expected.get("exp_alerts") else quiet).add(expected["alertname"])
     assert fires == quiet == set(alerts())
 
 
-@pytest.mark.parametrize("name", ["StageNotReady", "Overloaded", "VerdictsShifted", "NodeLost"])
-def test_a_rule_that_never_fires_is_found_out(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "case"), [("VerdictsShifted", CASES[1]), ("NodeLost", CASES[0])])
+def test_a_rule_that_never_fires_is_found_out(tmp_path: Path, name: str, case: str) -> None:
     rules = yaml.safe_load((MONITORING / "alerts.yaml").read_text())
     for group in rules["groups"]:
         for rule in group["rules"]:
             if rule["alert"] == name:
                 rule["expr"] = f"({rule['expr']}) and on () vector(1) > 2"
     (tmp_path / "alerts.yaml").write_text(yaml.safe_dump(rules))
-    shutil.copy(MONITORING / "alerts_test.yaml", tmp_path)
-    tested = promtool("test", "rules", tmp_path / "alerts_test.yaml")
+    shutil.copy(MONITORING / case, tmp_path)
+    tested = promtool("test", "rules", tmp_path / case)
     assert tested.returncode != 0 and name in tested.stdout + tested.stderr
 
 
