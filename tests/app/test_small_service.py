@@ -298,13 +298,13 @@ def test_every_metric_that_dashboards_and_alerts_ask_for_is_exported(service: Sm
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus: apt-get install prometheus")
 def test_every_panel_shows_something_and_every_rule_is_evaluated(service: SmallService) -> None:
     port = cluster.free_port()
-    command = [sys.executable, "-m", "app.monitoring", "--listen", f"127.0.0.1:{port}", "--scrape-interval-s", "5"]
+    command = [sys.executable, "-m", "app.monitoring", "--listen", f"127.0.0.1:{port}"]
     prometheus = subprocess.Popen(command, env=os.environ | {"PORT": str(service.port)}, cwd=ROOT)
     queries = [query for query in panels() if not any(name in query for name in ELSEWHERE)]
     assert len(queries) > 30
     try:
         with Load(service, "/v1/analyze"):
-            limit, empty = time.monotonic() + 180, queries
+            limit, empty = time.monotonic() + 300, queries
             while empty and time.monotonic() < limit:
                 time.sleep(5)
                 with contextlib.suppress(httpx.HTTPError):
