@@ -1,5 +1,5 @@
-"""`cluster.yaml`: Ray's launcher takes it, shells and `ray start` understand its commands, and what it says of the nodes
-is what `serve_config.yaml` counts on.
+"""`cluster.yaml`: Ray's launcher takes it, shells and `ray start` understand its commands, and what it says of the
+nodes is what `serve_config.yaml` counts on.
 """
 
 from __future__ import annotations
