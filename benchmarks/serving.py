@@ -246,10 +246,10 @@ def main(arguments: list[str] | None = None) -> None:
     if "overload" in parts:
         memory, phases = [memory_bytes(port)], []
         for clients in (config.clients, 4 * config.clients, config.clients):
-            before = cpu_seconds(port)
+            spent_before = cpu_seconds(port)
             load = asyncio.run(drive(config.url, photos, clients, config.warm_s + config.overload_s))
             load.window = (config.warm_s, config.warm_s + config.overload_s)
-            spent = cpu_seconds(port) - before
+            spent = cpu_seconds(port) - spent_before
             memory.append(memory_bytes(port))
             phases.append(
                 load.summary()
