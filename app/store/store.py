@@ -90,6 +90,7 @@ class Store:
         self.taking_in = 0
         """Pictures that are being received, for whoever bounds them."""
         self._unusable = unusable
+        self._starting: threading.Thread | None = None
         self._writer: Writer | None = None
         self._files: PictureFiles | None = None
         self._database: Database | None = None
@@ -113,7 +114,8 @@ class Store:
         """Open the database and begin to write, both on threads."""
         if self._writer is None:
             return
-        threading.Thread(target=self._start, name="store-start", daemon=True).start()
+        self._starting = threading.Thread(target=self._start, name="store-start", daemon=True)
+        self._starting.start()
 
     def _start(self) -> None:
         assert self._writer is not None
@@ -132,6 +134,8 @@ class Store:
 
     def close(self, patience_s: float = 5.0) -> None:
         """Write what waits, if that is possible in time."""
+        if self._starting is not None:
+            self._starting.join(patience_s)
         if self._writer is not None and not self._message:
             self._writer.close(patience_s)
             self._readers.shutdown(wait=False, cancel_futures=True)

@@ -107,7 +107,8 @@ class Writer:
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        self._thread.join(patience_s)
+        if self._thread.is_alive():  # it may never have been started
+            self._thread.join(patience_s)
 
     # ---- on the thread ------------------------------------------------------------------------------------------
 

@@ -254,27 +254,6 @@ def test_after_a_standstill_it_goes_on(service: SmallService) -> None:
     assert record["errors"] == [] and record["tags"] is not None
 
 
-def test_a_stage_that_has_died_is_null_with_its_error(service: SmallService) -> None:
-    for engine in service.engines():
-        engine.send_signal(signal.SIGKILL)
-    record = post(service, 40).json()
-    assert record["detection"] and record["caption"] and record["tags"] is None
-    (error,) = record["errors"]
-    assert error["stage"] == "tagger" and error["code"] in {"failed", "unavailable", "timeout"}
-    # what failed there must not bring its libraries here
-    ingress = service.memory_maps("Ingress")
-    assert ingress and not [name for name in ingress if name.startswith("libtorch")]
-
-
-@pytest.mark.proof
-def test_it_comes_back_by_itself_and_the_others_answer_meanwhile(service: SmallService) -> None:
-    limit = time.monotonic() + 300
-    while (record := post(service, 41).json())["errors"] and time.monotonic() < limit:
-        assert record["detection"] and record["caption"]
-        time.sleep(1)
-    assert record["errors"] == [] and record["tags"] is not None
-
-
 def exported(service: SmallService) -> set[str]:
     """Names of everything that Prometheus would read off this instance."""
     found: set[str] = set()
@@ -287,7 +266,7 @@ def exported(service: SmallService) -> set[str]:
 
 def test_every_metric_that_dashboards_and_alerts_ask_for_is_exported(service: SmallService) -> None:
     wanted = {name for name in needed() if name != "up" and not name.startswith(ELSEWHERE)}
-    # Ray's workers hand their figures on every ten seconds
+    # asked while all replicas live: those of a dead one go with it; Ray's workers hand theirs on every ten seconds
     limit = time.monotonic() + 90
     while (missing := wanted - exported(service)) and time.monotonic() < limit:
         time.sleep(2)
@@ -323,6 +302,27 @@ def ask(port: int, what: str, **parameters: str) -> Any:
     answer = _HTTP.get(f"http://127.0.0.1:{port}/api/v1/{what}", params=parameters, timeout=60).json()
     assert answer["status"] == "success", answer
     return answer["data"]
+
+
+def test_a_stage_that_has_died_is_null_with_its_error(service: SmallService) -> None:
+    for engine in service.engines():
+        engine.send_signal(signal.SIGKILL)
+    record = post(service, 40).json()
+    assert record["detection"] and record["caption"] and record["tags"] is None
+    (error,) = record["errors"]
+    assert error["stage"] == "tagger" and error["code"] in {"failed", "unavailable", "timeout"}
+    # what failed there must not bring its libraries here
+    ingress = service.memory_maps("Ingress")
+    assert ingress and not [name for name in ingress if name.startswith("libtorch")]
+
+
+@pytest.mark.proof
+def test_it_comes_back_by_itself_and_the_others_answer_meanwhile(service: SmallService) -> None:
+    limit = time.monotonic() + 300
+    while (record := post(service, 41).json())["errors"] and time.monotonic() < limit:
+        assert record["detection"] and record["caption"]
+        time.sleep(1)
+    assert record["errors"] == [] and record["tags"] is not None
 
 
 def test_stop_leaves_no_process_no_port_and_no_file(service: SmallService) -> None:

@@ -62,7 +62,7 @@ class Stores:
         settings = PATIENT | {"pictures_url": str(self.folder / "pictures")} | settings
         store = Store(StoreSettings(url=self.url, **settings))
         assert store._writer is not None
-        store._writer._tidy_at = float("inf")  # tests tidy up when they mean to
+        store._writer._tidy_at = time.monotonic() + 1e6  # tests tidy up when they mean to
         self.opened.append(store)
         store.start()
         return store
@@ -580,6 +580,12 @@ def test_closing_writes_what_waits(stores: Stores) -> None:
         store.offer(annotation(f"a{i}"), PICTURE)
     store.close(patience_s=60)
     assert count(stores(), Prediction) == 700
+
+
+def test_it_may_be_closed_while_it_starts(stores: Stores) -> None:
+    for _ in range(10):
+        stores().close()
+    assert count(stores(), Prediction) == 0
 
 
 def _write(url: str, start: int) -> None:
