@@ -238,11 +238,14 @@ class Replica(Generic[Model]):
         ).model_dump()
 
     def check_health(self) -> None:
-        """Serve's health check.
+        """Serve's health check, and the occasion to say again which revision is in service: Ray forgets a gauge that
+        is not set for a while.
 
         Raises:
             RuntimeError: one batch has been running for two minutes.
         """
+        if self._model is not None:
+            self._metrics.in_service(self.stage, self._model.checkpoint.revision)
         since = self._busy_since
         if since is not None and time.monotonic() - since > _STUCK_AFTER_S:
             raise RuntimeError(f"a batch has been running for {time.monotonic() - since:.0f} s")

@@ -326,12 +326,14 @@ class Tagger:
         return ModelInfo(uri=checkpoint.uri, revision=checkpoint.revision, card=card, views=None).model_dump()
 
     async def check_health(self) -> None:
-        """Serve's health check.
+        """Serve's health check, and the occasion to say again which revision is in service, as ``Replica`` does.
 
         Raises:
             RuntimeError: requests wait and none has been answered for two minutes.
             Exception: vLLM's own, when its engine process has died.
         """
+        if self._checkpoint is not None:
+            self._metrics.in_service("tagger", self._checkpoint.revision)
         idle = time.monotonic() - self._load.progress
         if self._load.running and idle > _STUCK_AFTER_S:
             raise RuntimeError(f"{self._load.running} requests in the engine, none answered for {idle:.0f} s")
