@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match
 
 from deployments.images import ImageError
 
@@ -144,7 +145,13 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     if error.status_code < 400:
         return Response(status_code=error.status_code, headers=error.headers)
     code = _STATUS_CODES.get(error.status_code, "bad_request" if error.status_code < 500 else "internal_error")
-    problem = Problem(code, str(error.detail) if error.status_code < 500 else CODES[code][1] + ".", error.headers)
+    headers = error.headers
+    if error.status_code == 405:
+        # Starlette names the methods of the first route of this address, not of all
+        routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+        methods = {method for route in routes for method in getattr(route, "methods", None) or ()}
+        headers = {"Allow": ", ".join(sorted(methods))}
+    problem = Problem(code, str(error.detail) if error.status_code < 500 else CODES[code][1] + ".", headers)
     # A status that has no code of its own (401, say) stays what it is.
     problem.status = error.status_code
     return problem.to_response()

@@ -27,6 +27,10 @@ def app() -> FastAPI:
     def busy() -> None:
         raise Problem("overloaded", "Try again.", {"Retry-After": "2"}, id="a")
 
+    @app.put("/busy")
+    def more() -> None:
+        return None
+
     @app.get("/image")
     def image() -> None:
         raise ImageError("too_small", "Too small.")
@@ -66,6 +70,7 @@ def test_headers_and_further_members_are_kept(app: FastAPI) -> None:
     assert answer.headers["retry-after"] == "2"
     assert answer.json()["id"] == "a"
     assert send(app, "GET", "/v1/analyze").headers["allow"] == "POST"
+    assert send(app, "DELETE", "/busy").headers["allow"] == "GET, PUT", "of all routes with this address"
 
 
 def test_a_status_without_a_code_of_its_own_stays(app: FastAPI) -> None:
