@@ -21,7 +21,8 @@ from pathlib import Path
 
 import psutil
 
-_MARK = "DEEPTRUST_INSTANCE"
+#: Environment variable of every process of an instance.
+MARK = "DEEPTRUST_INSTANCE"
 _ROOT = Path(__file__).parent.parent
 
 
@@ -67,7 +68,7 @@ def environment(port: int) -> dict[str, str]:
     folder = instance_folder(port)
     paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {
-        _MARK: str(port),
+        MARK: str(port),
         "PYTHONPATH": os.pathsep.join(paths),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(folder / "auth_token"),
@@ -150,30 +151,49 @@ def processes(port: int) -> list[psutil.Process]:
         with contextlib.suppress(psutil.Error, OSError):
             if (
                 process.pid not in own
-                and process.environ().get(_MARK) == str(port)
+                and process.environ().get(MARK) == str(port)
                 and process.status() != psutil.STATUS_ZOMBIE
             ):
                 found.append(process)
+    # Ray's agents write their title over the place where the mark stands: they are known as children of the raylet
+    known = {process.pid for process in found} | own
+    for process in list(found):
+        with contextlib.suppress(psutil.Error):
+            for child in process.children(recursive=True):
+                if child.pid not in known and child.status() != psutil.STATUS_ZOMBIE:
+                    known.add(child.pid)
+                    found.append(child)
     return found
 
 
 def stop(port: int, patience_s: float = 10.0) -> int:
     """End every process of an instance, politely first, and remove its folder; returns how many there were."""
-    ended: set[int] = set()
+    seen: set[psutil.Process] = set()
+
+    def left() -> list[psutil.Process]:
+        # who has lost the raylet is nobody's child any more, and remembered
+        seen.update(processes(port))
+        return [process for process in seen if _runs(process)]
+
     for signal_after in (patience_s, 3.0):
         # new workers may be forked while old ones end: look again until there are none
         limit = time.monotonic() + signal_after
-        while (left := processes(port)) and time.monotonic() < limit:
-            for process in left:
+        while (running := left()) and time.monotonic() < limit:
+            for process in running:
                 with contextlib.suppress(psutil.Error):
                     process.terminate() if signal_after == patience_s else process.kill()
-                ended.add(process.pid)
-            psutil.wait_procs(left, timeout=1.0)
-    for process in processes(port):
+            psutil.wait_procs(running, timeout=1.0)
+    for process in left():
         with contextlib.suppress(psutil.Error):
             process.kill()
             process.wait(2)
-            ended.add(process.pid)
-    if not processes(port):
+    if not left():
         shutil.rmtree(instance_folder(port), ignore_errors=True)
-    return len(ended)
+    return len(seen)
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

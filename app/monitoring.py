@@ -95,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     print(f"Prometheus: http://{settings.listen}/  alerts: http://{settings.listen}/alerts; Ctrl-C stops", flush=True)
     # in this one's place, and marked as the instance's own: `make stop` ends it as well
-    os.execve(line[0], line, os.environ | {"DEEPTRUST_INSTANCE": str(port)})  # noqa: S606
+    os.execve(line[0], line, os.environ | {cluster.MARK: str(port)})  # noqa: S606
 
 
 if __name__ == "__main__":

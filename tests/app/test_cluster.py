@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 
 from app import cluster
@@ -36,6 +37,25 @@ def test_stop_ends_what_bears_the_mark_even_if_it_will_not_listen_and_nothing_el
     finally:
         other.kill()
         other.wait()
+
+
+def test_stop_ends_what_has_lost_the_mark_and_then_its_parent(folder) -> None:
+    """As Ray's agents do: their title stands where the mark was, and they outlive the raylet."""
+    program = (
+        "import os, subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', sys.argv[1]], env={}, start_new_session=True)\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(60)"
+    )
+    environment = os.environ | {"DEEPTRUST_INSTANCE": str(PORT)}
+    command = [sys.executable, "-c", program, SLEEPER[2]]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = psutil.Process(int(parent.stdout.readline()))
+        time.sleep(0.3)  # until it ignores SIGTERM: it must be found again when its parent is gone
+        assert cluster.stop(PORT, patience_s=1.0) == 2
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+    assert not folder.exists()
 
 
 def test_the_process_in_the_foreground_is_part_of_the_instance(folder) -> None:
