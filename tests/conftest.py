@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +28,15 @@ def shared_data() -> Path:
 def store_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What applications under test keep does not come among what their user's own application keeps."""
     os.environ["DEEPTRUST_STORE_URL"] = f"sqlite:///{tmp_path_factory.mktemp('store')}/store.db"
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A headless Chromium."""
+    from tests.app.browser import chromium
+
+    with chromium() as running:
+        yield running
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from app.store.settings import StoreSettings
-from tests.app.browser import chromium, find_chromium
+from tests.app.browser import find_chromium
 from tests.app.small_store import SmallStore, running_store
 
 playwright = pytest.importorskip("playwright.sync_api", reason="install the list of development tools")
@@ -35,12 +35,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallStore]:
     folder = tmp_path_factory.mktemp("store")
     settings = StoreSettings(url=f"sqlite:///{folder}/store.db", timeout_s=60, search_timeout_s=60)
     with running_store(settings, page=True) as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as running:
         yield running
 
 

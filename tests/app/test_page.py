@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from app.problems import CODES
-from tests.app.browser import chromium, find_chromium
+from tests.app.browser import find_chromium
 
 playwright = pytest.importorskip("playwright.sync_api", reason="install the list of development tools")
 
@@ -58,12 +58,6 @@ RECORD: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def url(application: Any) -> str:
     return str(application.url)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as running:
-        yield running
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ import pytest
 from app.cluster import free_port
 from data.dashboard import find_versions, main
 from data.versions import open_version
-from tests.app.browser import chromium, find_chromium
+from tests.app.browser import find_chromium
 from tests.data.small_version import write_version
 
 playwright = pytest.importorskip("playwright.sync_api", reason="install the list of development tools")
@@ -63,12 +63,6 @@ def address(versions: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     finally:
         process.terminate()
         process.wait(30)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium() as running:
-        yield running
 
 
 @pytest.fixture
