@@ -308,6 +308,9 @@ PREDICTIONS = Board(
     ),
 )
 
+#: On two boards: training takes what serving leaves.
+_GPUS_IN_USE = Panel("GPUs in use", "percent", (Query("ray_node_gpus_utilization", "{{ip}} GPU {{GpuIndex}}"),))
+
 TRAINING = Board(
     "deeptrust-training",
     "DeepTrust: training",
@@ -356,7 +359,7 @@ TRAINING = Board(
         (
             "What they take",
             (
-                Panel("GPUs in use", "percent", (Query("ray_node_gpus_utilization", "{{ip}} GPU {{GpuIndex}}"),)),
+                _GPUS_IN_USE,
                 Panel(
                     "Resources that are taken",
                     "short",
@@ -406,7 +409,7 @@ CAPACITY = Board(
                     (Query("ray_node_mem_used / ray_node_mem_total", "{{ip}}"),),
                     "Ray ends workers at 95 %",
                 ),
-                Panel("GPUs in use", "percent", (Query("ray_node_gpus_utilization", "{{ip}} GPU {{GpuIndex}}"),)),
+                _GPUS_IN_USE,
                 Panel(
                     "GPU memory left",
                     "decmbytes",
