@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 from collections.abc import Awaitable, Callable
 from datetime import datetime
 from typing import Annotated, Any, Literal
@@ -15,7 +16,16 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import (
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+)
 
 from app.problems import Problem, responses
 from app.store.database import StoreUnavailable
@@ -35,9 +45,21 @@ _PICTURES_AT_ONCE = 4
 _MAX_EVENT_BYTES = 64 * 1024
 _NO_CONTROLS = r"^[^\x00-\x1f\x7f]*$"
 _PRINTABLE = r"^[^\x00-\x1f\x7f]+$"
+_DATE = re.compile(r"^\d{4}-\d\d-\d\d[Tt ]")
 
 AnswerId = Annotated[str, StringConstraints(min_length=1, max_length=128, pattern=_PRINTABLE)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+def _written_out(value: Any) -> Any:
+    """Refuses numbers, which pydantic takes for seconds since 1970 although the schema says `date-time`."""
+    if not isinstance(value, str) or not _DATE.match(value):
+        raise ValueError("a date with time and zone is wanted, as in 2026-11-01T00:00:00Z")
+    return value
+
+
+#: RFC 3339, as the schema's `date-time` says.
+Moment = Annotated[AwareDatetime, BeforeValidator(_written_out)]
 
 
 class _Feedback(BaseModel):
@@ -303,8 +325,8 @@ def router(store_of: Callable[[], Awaitable[Store]]) -> APIRouter:
         q: Annotated[str | None, Query(max_length=200, description="words; all must be in caption or tags")] = None,
         verdict: Annotated[Literal["ai", "human", "uncertain"] | None, Query()] = None,
         tag: Annotated[list[Tag] | None, Query(max_length=5, description="exact tags; all must be there")] = None,
-        since: Annotated[AwareDatetime | None, Query(alias="from", description="answers from then on")] = None,
-        until: Annotated[AwareDatetime | None, Query(alias="to", description="answers before then")] = None,
+        since: Annotated[Moment | None, Query(alias="from", description="answers from then on")] = None,
+        until: Annotated[Moment | None, Query(alias="to", description="answers before then")] = None,
         limit: Annotated[int, Query(ge=1, le=100, description="items of a page")] = 24,
         cursor: Annotated[str | None, Query(max_length=64, description="`next` of the page before")] = None,
         store: Store = given,
