@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +33,7 @@ _SAME_GENERATOR = {
 
 @dataclass(frozen=True)
 class LabelledPicture:
-    """One picture of the data set. ``family`` is its generator with its near relatives, ``photo`` for real ones."""
+    """One picture of the data set."""
 
     id: str
     path: Path
@@ -43,15 +42,6 @@ class LabelledPicture:
     generator: str
     group: int
     split: str
-
-    @property
-    def family(self) -> str:
-        return family(self.generator)
-
-    @property
-    def stratum(self) -> str:
-        """What training balances by: the source of a real picture, the generator of an AI picture."""
-        return f"real: {self.source}" if self.label == 0 else f"ai: {self.family}"
 
 
 @dataclass(frozen=True)
@@ -127,12 +117,3 @@ def dataset_version(pictures: list[LabelledPicture]) -> str:
     """Twelve hexadecimal digits over content, labels and split: same data, same version."""
     lines = sorted(f"{picture.id} {picture.label} {picture.split}" for picture in pictures)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:12]
-
-
-def counts(pictures: list[LabelledPicture]) -> dict[str, dict[str, int]]:
-    """Pictures of each split by stratum."""
-    table: dict[str, dict[str, int]] = {}
-    for split in FRACTIONS:
-        counter = Counter(picture.stratum for picture in pictures if picture.split == split)
-        table[split] = dict(sorted(counter.items()))
-    return table

@@ -17,7 +17,7 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -85,6 +85,11 @@ class DetectorTraining(TrainCommand):
         ge=0,
         le=1,
         description="weight of a source or generator of n pictures is n to this power; 1: as the data are",
+    )
+    without: list[str] = Field(
+        [],
+        description="generators (each with its relatives) and sources whose pictures are left out of training and "
+        "calibration: to ask how it does on what it never saw",
     )
     calibration_tiers: list[Tier] = Field(
         ["clean", "512_q40"], description="tiers of delivery in which validation pictures are judged"
@@ -237,8 +242,9 @@ class DetectorModule(TrainedModule):
         logits = np.array(list(judged.values()), dtype=np.float64)
         if not np.isfinite(logits).all():
             raise NonFinite("the model answers no numbers any more: lower --learning-rate or raise --warmup")
-        scores = logits[:, 1] - logits[:, 0]
         labels, weights = self.val_rows.of(rows)
+        logits, labels, weights = logits[weights > 0], labels[weights > 0], weights[weights > 0]
+        scores = logits[:, 1] - logits[:, 0]
         nll = np.logaddexp(0, np.where(labels == 1, -scores, scores))
         called = (scores > 0).astype(int)
         return {
@@ -254,7 +260,8 @@ class DetectorModule(TrainedModule):
 
 @dataclass(frozen=True)
 class Annotations:
-    """Labels and weights of a split's rows; row numbers beyond the split mean its pictures in another tier."""
+    """Labels and weights of a split's rows, 0 for those left out; row numbers beyond the split mean its pictures in
+    another tier."""
 
     labels: np.ndarray
     weights: np.ndarray
@@ -265,20 +272,41 @@ class Annotations:
         place = rows % len(self.labels)
         return self.labels[place], self.weights[place]
 
+    def counts(self) -> Counter[str]:
+        """Pictures of each generator that are not left out."""
+        return Counter(name for name, weight in zip(self.generators, self.weights, strict=True) if weight)
+
 
 def read_annotations(
-    version: DataVersion, split: Literal["train", "val"], labels: tuple[str, str], power: float
+    version: DataVersion,
+    split: Literal["train", "val"],
+    labels: tuple[str, str],
+    power: float,
+    without: Collection[str] = (),
 ) -> Annotations:
     """A split's labels, and weights of mean 1: half of the sum for each label, and within a label ``n ** power`` for a
-    source (of real pictures) or a generator with its relatives, of n pictures."""
+    source (of real pictures) or a generator with its relatives, of n pictures. ``without`` names generators and sources
+    whose pictures weigh nothing.
+
+    Raises:
+        TrainingError: nothing of a label is left.
+    """
     table = version.table(split, ["id", "label", "source", "generator"])
     numbers = np.array([labels.index(label) for label in table["label"].to_pylist()], dtype=np.int64)
     generators = tuple(family(generator or "unknown") for generator in table["generator"].to_pylist())
+    sources = table["source"].to_pylist()
+    left_out = {family(name) for name in without}
+    kept = np.array([not left_out & {g, s} for g, s in zip(generators, sources, strict=True)])
+    if set(numbers[kept].tolist()) != {0, 1}:
+        raise TrainingError(f"without {', '.join(sorted(left_out))} split {split} has not both labels left")
     strata = [
         (label, source if generator == "photo" else generator)
-        for label, source, generator in zip(numbers.tolist(), table["source"].to_pylist(), generators, strict=True)
+        for label, source, generator, keep in zip(numbers.tolist(), sources, generators, kept, strict=True)
+        if keep
     ]
-    return Annotations(numbers, balanced_weights(numbers, strata, power), generators, tuple(table["id"].to_pylist()))
+    weights = np.zeros(len(numbers))
+    weights[kept] = balanced_weights(numbers[kept], strata, power) * len(numbers) / kept.sum()
+    return Annotations(numbers, weights, generators, tuple(table["id"].to_pylist()))
 
 
 @dataclass(frozen=True)
@@ -351,6 +379,9 @@ class DetectorJob:
     statistics: tuple[np.ndarray, np.ndarray] | None = field(default=None, repr=False)
     """Mean and scale of the frozen tower's training features, for a head that standardises them."""
 
+    def annotations(self, split: Literal["train", "val"]) -> Annotations:
+        return read_annotations(self.version, split, self.labels, self.config.balance, self.config.without)
+
     def train_source(self) -> Source:
         if self.features:
             return self.features[0]
@@ -378,8 +409,8 @@ class DetectorJob:
             Normalisation.from_processor(checkpoint.folder),
             self.config,
             total_steps,
-            read_annotations(self.version, "train", self.labels, self.config.balance),
-            read_annotations(self.version, "val", self.labels, self.config.balance),
+            self.annotations("train"),
+            self.annotations("val"),
             self.config.label_smoothing,
             self.config.penalty,
         )
@@ -406,6 +437,7 @@ class DetectorJob:
         rows, scores = scores_of(judged)
         labels, weights = module.val_rows.of(rows)
         chosen = np.isin(rows % len(module.val_rows.labels), few_of_each(module.val_rows, config.calibration_most))
+        chosen &= weights > 0
         rows, scores, labels, weights = rows[chosen], scores[chosen], labels[chosen], weights[chosen]
         out = output_layer(model)
         temperature, bias = calibrate(scores, labels, weights / weights.mean())
@@ -440,7 +472,7 @@ class DetectorJob:
                 "name": manifest.name,
                 "version": manifest.version,
                 "counts": {
-                    split: dict(sorted(Counter(rows.generators).items()))
+                    split: dict(sorted(rows.counts().items()))
                     for split, rows in (("train", module.train_rows), ("val", module.val_rows))
                 },
             },
@@ -540,6 +572,11 @@ def prepare_job(config: DetectorTraining, version: DataVersion) -> tuple[Detecto
                 f"{' and '.join(labels)}: prepare it "
                 "again with pictures of both"
             )
+    names = {*manifest.sources, *manifest.generators, *map(family, manifest.generators)} - {"photo"}
+    if unknown := sorted(set(config.without) - names):
+        raise TrainingError(
+            f"--without {', '.join(unknown)}: no such generator or source; there are {', '.join(sorted(names))}"
+        )
     checkpoint = resolve(config.start_from())
     new_head = wants_new_head(config, checkpoint, labels)
     try:
@@ -586,15 +623,21 @@ def with_features(job: DetectorJob) -> DetectorJob:
         found.append(
             compute_features(source, encoder, place, variants, workers=config.num_workers, threads=config.threads or 1)
         )
-    train, val = found
-    statistics = None
-    if job.new_head and hasattr(head_of(load_classifier(checkpoint, job.labels, True)), "scale"):
-        rows = np.arange(sum(train.groups))
-        values = np.concatenate([block["features"].astype(np.float32) for block in train.load(0, rows)])
-        deviation = values.std(0)
-        # the floor keeps features that hardly vary in training from shouting when they do
-        statistics = values.mean(0), (1 / (deviation + 0.05 * np.median(deviation))).astype(np.float32)
-    return replace(job, features=(train, val), statistics=statistics)
+    return with_statistics(replace(job, features=(found[0], found[1])))
+
+
+def with_statistics(job: DetectorJob) -> DetectorJob:
+    """A job on features whose new head, if it standardises them, knows their mean and scale in training."""
+    if not job.new_head or not hasattr(head_of(load_classifier(resolve(job.checkpoint), job.labels, True)), "scale"):
+        return job
+    assert job.features
+    rows = np.flatnonzero(job.annotations("train").weights)
+    values = np.concatenate([block["features"].astype(np.float32) for block in job.features[0].load(0, rows)])
+    deviation = values.std(0)
+    # the floor keeps features that hardly vary in training from shouting when they do
+    return replace(
+        job, statistics=(values.mean(0), (1 / (deviation + 0.05 * np.median(deviation))).astype(np.float32))
+    )
 
 
 def train(config: DetectorTraining, callbacks: tuple[Any, ...] = (), parent: str | None = None) -> Any:

