@@ -1,4 +1,4 @@
-"""Leave one generator out: which pictures are examined, and that what is left out is neither trained nor calibrated on."""
+"""Leave one generator out: which pictures are examined; what is left out is neither trained nor calibrated on."""
 
 from __future__ import annotations
 
