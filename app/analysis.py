@@ -2,7 +2,8 @@
 
 Decoding, checking, provenance and the views are done once, on a thread of this process; detector and captioner then
 run side by side and the tagger reads the caption. A stage that fails or is late leaves null and an entry in
-``errors``; the others' answers still come.
+``errors``; the others' answers still come. In a trial (``app.trials``) a share of the pictures is answered by the
+canary, and of a share both models are asked, the second beside the answer.
 
 Only arrays of a fixed, small size leave this process (``deployments.views``), never the picture. Knows handles, no
 model; no HTTP beyond the problem that is raised when no stage could answer.
@@ -26,10 +27,11 @@ from ray.serve.handle import DeploymentHandle
 
 from app.config import CanaryShares, Limits
 from app.problems import Problem
+from app.trials import Role, Tried, agreement, arm_of, said
 from deployments.annotation import Annotation, Provenance, Stage, Task
 from deployments.heat_map import heat_map
 from deployments.images import decode
-from deployments.metrics import Metrics
+from deployments.metrics import Metrics, revision_of
 from deployments.pixels import ViewMismatch
 from deployments.provenance import read_provenance
 from deployments.replica import DeadlineExceeded, ModelFailed, ModelInfo
@@ -45,6 +47,13 @@ _REFRESH_S, _REFRESH_STARTING_S = 5.0, 1.0
 _HEALTHY = frozenset(("HEALTHY", "UPSCALING", "DOWNSCALING"))
 #: How long a replica may take to say what it runs before it counts as not answering.
 _INFO_TIMEOUT_S = 3.0
+#: How often a model is asked for one picture's answer while its replicas are being exchanged.
+_MOST_ATTEMPTS = 6
+#: Answers of a trial that wait to be written down.
+_MOST_WRITTEN = 10_000
+
+#: Asks a model through its handle, told what it runs and until when anybody waits.
+Request = Callable[[DeploymentHandle, ModelInfo, float], Awaitable[dict[str, Any]]]
 
 
 @dataclass
@@ -89,7 +98,9 @@ class Graph:
     ) -> None:
         self.limits = limits
         self.metrics = metrics
-        self.shares = CanaryShares()
+        self.shares, self.shadow = CanaryShares(), CanaryShares()
+        self._comparing: set[asyncio.Task[None]] = set()
+        self._written: list[Tried] = []
         self.routes = {stage: ModelRoute(production[stage], canary.get(stage)) for stage in _MODEL_STAGES}
         self._threads = ThreadPoolExecutor(limits.decode_threads, thread_name_prefix="decode")
 
@@ -112,9 +123,11 @@ class Graph:
             if route.info is not None and healthy and isinstance(error, (TimeoutError, BackPressureError)):
                 return  # busy and not gone: what it runs is known
             route.info, route.message = None, message
-        if route.canary is not None and getattr(self.shares, stage) > 0:
-            with contextlib.suppress(Exception):
-                route.canary_info = await self._info(route.canary)
+        if route.canary is None or getattr(self.shares, stage) + getattr(self.shadow, stage) == 0:
+            route.canary_info = None
+            return
+        with contextlib.suppress(Exception):
+            route.canary_info = await self._info(route.canary)
 
     @staticmethod
     async def _info(handle: DeploymentHandle) -> ModelInfo:
@@ -174,7 +187,9 @@ class Graph:
         needs: dict[Stage, bool] = {"detector": "detect" in tasks, "captioner": bool(tasks & {"caption", "tag"})}
         for stage, needed in needs.items():
             route = self.routes[stage]
-            for info in (route.info, route.canary_info):
+            # of a canary that is only compared with, views are made when the answer has been given
+            canary = route.canary_info if getattr(self.shares, stage) > 0 else None
+            for info in (route.info, canary):
                 if needed and info is not None and info.views is not None:
                     wanted.append(info.views)
         return wanted
@@ -201,27 +216,29 @@ class Graph:
         return prepared.views[spec]
 
     async def _detect(self, progress: _Progress, prepared: Prepared, explain: Explain | None) -> None:
-        async def request(handle: DeploymentHandle, info: ModelInfo) -> tuple[dict[str, Any], Any]:
+        async def detect(handle: DeploymentHandle, info: ModelInfo, deadline: float) -> dict[str, Any]:
             assert info.views is not None
             views = await self._views(prepared, info.views)
-            verdict = await _await(handle.detect.remote(views, info.views, progress.deadline), progress.deadline)
-            if explain is None:
-                return verdict, None
-            maps = await _await(handle.explain.remote(views, info.views, progress.deadline), progress.deadline)
-            return verdict, heat_map(maps, prepared.regions[info.views], explain == "png")
+            return await _await(handle.detect.remote(views, info.views, deadline), deadline)
 
-        answer = await self._stage(progress, "detector", request)
+        async def explained(handle: DeploymentHandle, info: ModelInfo, deadline: float) -> dict[str, Any]:
+            assert info.views is not None
+            answer = await detect(handle, info, deadline)
+            views = await self._views(prepared, info.views)
+            maps = await _await(handle.explain.remote(views, info.views, deadline), deadline)
+            return answer | {"heat_map": heat_map(maps, prepared.regions[info.views], explain == "png")}
+
+        answer = await self._stage(progress, "detector", explained if explain else detect, detect)
         if answer is not None:
-            verdict, overlay = answer
-            progress.annotation.detected(verdict, prepared.provenance, overlay)
+            progress.annotation.detected(answer, prepared.provenance, answer.get("heat_map"))
 
     async def _describe(self, progress: _Progress, prepared: Prepared, tag: bool) -> None:
-        async def caption(handle: DeploymentHandle, info: ModelInfo) -> dict[str, Any]:
+        async def caption(handle: DeploymentHandle, info: ModelInfo, deadline: float) -> dict[str, Any]:
             assert info.views is not None
             views = await self._views(prepared, info.views)
-            return await _await(handle.caption.remote(views, info.views, progress.deadline), progress.deadline)
+            return await _await(handle.caption.remote(views, info.views, deadline), deadline)
 
-        captioned = await self._stage(progress, "captioner", caption)
+        captioned = await self._stage(progress, "captioner", caption, caption)
         if captioned is None:
             if tag:
                 progress.annotation.failed("tagger", "skipped", "there is no caption to tag")
@@ -230,70 +247,131 @@ class Graph:
         if not tag:
             return
 
-        async def tags(handle: DeploymentHandle, _: ModelInfo) -> dict[str, Any]:
-            return await _await(handle.tag.remote(captioned["text"]), progress.deadline)
+        async def tags(handle: DeploymentHandle, _: ModelInfo, deadline: float) -> dict[str, Any]:
+            return await _await(handle.tag.remote(captioned["text"]), deadline)
 
-        tagged = await self._stage(progress, "tagger", tags)
+        tagged = await self._stage(progress, "tagger", tags, tags)
         if tagged is not None:
             progress.annotation.tagged(tagged)
 
-    async def _stage(
-        self,
-        progress: _Progress,
-        stage: Stage,
-        request: Callable[[DeploymentHandle, ModelInfo], Awaitable[Any]],
-    ) -> Any:
+    async def _stage(self, progress: _Progress, stage: Stage, request: Request, plain: Request) -> Any:
         """One stage's answer, or None and an entry in ``errors``.
 
-        A stage is asked again, once, when a replica dies under a request, or has just taken a revision into service
-        that reads other views.
-        """
-        route, started = self.routes[stage], time.perf_counter()
-        handle, info = route.production, route.info
-        if (
-            route.canary is not None
-            and route.canary_info is not None
-            and self._to_canary(stage, progress.annotation.sha256)
-        ):
-            handle, info = route.canary, route.canary_info
-        for attempt in (1, 2):
-            if info is None:
-                progress.annotation.failed(
-                    stage, "unavailable", route.message or "the model has no replica that answers"
-                )
-                break
-            try:
-                answer = await request(handle, info)
-                progress.annotation.timings_ms[stage] = _milliseconds(started)
-                return answer
-            except (TimeoutError, DeadlineExceeded):
-                progress.annotation.failed(stage, "timeout", "the request's time was over")
-            except BackPressureError:
-                progress.annotation.failed(stage, "overloaded", "the model's queue is full")
-            except ViewMismatch:
-                if attempt == 1:
-                    await self.refresh(stage)
-                    info = route.canary_info if handle is route.canary else route.info
-                    continue
-                progress.annotation.failed(stage, "unavailable", "the model is being exchanged")
-            except (RayActorError, DeploymentUnavailableError):
-                if attempt == 1 and time.time() < progress.deadline:
-                    handle, info = route.production, route.info
-                    continue
-                progress.annotation.failed(stage, "unavailable", "the model's replica went away")
-            except ModelFailed as error:
-                progress.annotation.failed(stage, "failed", f"the model failed: {error.args[0]}")
-            except RayTaskError as error:
-                progress.annotation.failed(stage, "failed", f"the model failed: {type(error.cause).__name__}")
-            except Exception as error:
-                progress.annotation.failed(stage, "failed", f"the stage failed: {type(error).__name__}")
-            break
-        progress.annotation.timings_ms[stage] = _milliseconds(started)
-        return None
+        A picture of the canary's share is answered by the canary and, if that fails, by production.
 
-    def _to_canary(self, stage: Stage, sha256: str) -> bool:
-        """Whether a picture belongs to a stage's canary: the same picture always gives the same answer."""
-        return int(sha256[:8], 16) / 2**32 < getattr(self.shares, stage)
+        Args:
+            request: asks a model.
+            plain: the same without what only the caller wants; asks the other model of a trial.
+        """
+        started, sha256 = time.perf_counter(), progress.annotation.sha256
+        arm = arm_of(sha256, getattr(self.shares, stage), getattr(self.shadow, stage))
+        answer: Any = None
+        failure: tuple[str, str] | None = None
+        role: Role = "production"
+        if arm == "canary" and self.routes[stage].canary_info is not None:
+            role = "candidate"
+            answer, failure = await self._ask(stage, role, request, progress.deadline)
+            self._tried(stage, role, True, sha256, answer, failure, started)
+        if answer is None and (role == "production" or time.time() < progress.deadline):
+            role, began = "production", time.perf_counter()
+            answer, failure = await self._ask(stage, role, request, progress.deadline)
+            if arm is not None:
+                self._tried(stage, role, True, sha256, answer, failure, began)
+        progress.annotation.timings_ms[stage] = _milliseconds(started)
+        if failure is not None:
+            progress.annotation.failed(stage, *failure)
+        elif arm in ("canary", "shadow"):
+            self._compare(stage, "production" if role == "candidate" else "candidate", sha256, answer, plain)
+        return answer
+
+    async def _ask(
+        self, stage: Stage, role: Role, request: Request, deadline: float
+    ) -> tuple[Any, tuple[str, str] | None]:
+        """A model's answer, or None and why there is none: code and detail.
+
+        It is asked again when a replica dies under the request, once, and when it has just taken a revision into
+        service that reads other views: with several replicas that may happen more than once.
+        """
+        route = self.routes[stage]
+        for attempt in range(_MOST_ATTEMPTS):
+            handle = route.canary if role == "candidate" else route.production
+            info = route.canary_info if role == "candidate" else route.info
+            if handle is None or info is None:
+                return None, ("unavailable", route.message or "the model has no replica that answers")
+            try:
+                return await request(handle, info, deadline), None
+            except (TimeoutError, DeadlineExceeded):
+                return None, ("timeout", "the request's time was over")
+            except BackPressureError:
+                return None, ("overloaded", "the model's queue is full")
+            except ViewMismatch:
+                await asyncio.sleep(0.05 * attempt)
+                await self.refresh(stage)
+            except (RayActorError, DeploymentUnavailableError):
+                if attempt or role == "candidate" or time.time() >= deadline:
+                    return None, ("unavailable", "the model's replica went away")
+            except ModelFailed as error:
+                return None, ("failed", f"the model failed: {error.args[0]}")
+            except RayTaskError as error:
+                return None, ("failed", f"the model failed: {type(error.cause).__name__}")
+            except Exception as error:
+                return None, ("failed", f"the stage failed: {type(error).__name__}")
+        return None, ("unavailable", "the model is being exchanged")
+
+    # ---- trials -------------------------------------------------------------------------------------------------
+
+    def _compare(self, stage: Stage, role: Role, sha256: str, answer: Any, plain: Request) -> None:
+        """Ask the other model of a trial too, beside the answer and without anybody waiting for it."""
+        info = self.routes[stage].canary_info if role == "candidate" else self.routes[stage].info
+        if info is None:
+            return
+        if len(self._comparing) >= self.limits.max_comparing:
+            self.metrics.tried(stage, role, "dropped", info.revision)
+            return
+
+        async def compare() -> None:
+            started = time.perf_counter()
+            other, failure = await self._ask(stage, role, plain, time.time() + self.limits.request_timeout_s)
+            agreed = agreement(answer, other) if failure is None else None
+            self._tried(stage, role, False, sha256, other, failure, started, agreed)
+
+        task = asyncio.get_running_loop().create_task(compare())
+        self._comparing.add(task)
+        task.add_done_callback(self._comparing.discard)
+
+    def _tried(
+        self,
+        stage: Stage,
+        role: Role,
+        returned: bool,
+        sha256: str,
+        answer: Any,
+        failure: tuple[str, str] | None,
+        started: float,
+        agreed: float | None = None,
+    ) -> None:
+        info = self.routes[stage].canary_info if role == "candidate" else self.routes[stage].info
+        revision = revision_of(answer["model"]) if failure is None and "model" in answer else ""
+        tried = Tried(
+            model=stage,
+            role=role,
+            returned=returned,
+            revision=revision or (info.revision if info is not None else ""),
+            sha256=sha256,
+            code="ok" if failure is None else failure[0],
+            seconds=round(time.perf_counter() - started, 4),
+            at_s=time.time(),
+            said=said(answer) if failure is None else None,
+            agreement=agreed,
+        )
+        self.metrics.tried(stage, role, tried.code, tried.revision)
+        if len(self._written) < _MOST_WRITTEN:
+            self._written.append(tried)
+
+    def take_tried(self) -> list[dict[str, Any]]:
+        """What trials have shown since the last call, as rows of the store."""
+        taken, self._written = self._written, []
+        return [tried.row() for tried in taken]
 
 
 async def _await(response: Any, deadline: float) -> Any:

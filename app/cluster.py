@@ -125,12 +125,19 @@ def start(port: int, num_cpus: int, object_store_bytes: int) -> Instance:
     if code != 0:
         stop(port)
         raise ClusterError(f"Ray did not start (exit {code}); see {folder / 'ray-start.log'}")
+    (folder / "dashboard").write_text(instance.dashboard_url)
     return instance
 
 
 def token(port: int) -> str:
     """The token that Ray's dashboard and jobs of an instance ask for."""
     return (instance_folder(port) / "auth_token").read_text()
+
+
+def dashboard_url(port: int) -> str | None:
+    """Where Ray's dashboard of a running instance answers; None: there is none with this port."""
+    file = instance_folder(port) / "dashboard"
+    return file.read_text() if file.is_file() else None
 
 
 def _owner_file(port: int) -> Path:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -21,6 +21,9 @@ from deployments.tagger import TaggerSettings
 #: Names of the deployments: production, and the twin that serves a canary.
 MODELS = {"detector": "Detector", "captioner": "Captioner", "tagger": "Tagger"}
 CANARIES = {"detector": "DetectorCanary", "captioner": "CaptionerCanary", "tagger": "TaggerCanary"}
+
+
+ModelName = Literal["detector", "captioner", "tagger"]
 
 
 class _Strict(BaseModel):
@@ -41,6 +44,11 @@ class Limits(_Strict):
     max_waiting: int = Field(64, ge=0, description="requests that wait for a place; beyond it answers 429")
     max_wait_s: float = Field(4.0, ge=0, le=60, description="longest wait for a place; then it answers 429")
     decode_threads: int = Field(2, ge=1, le=64)
+    max_comparing: int = Field(
+        8,
+        ge=0,
+        description="pictures of a trial of which the other model is asked at a time; beyond it it is not asked",
+    )
 
 
 class AppArgs(_Strict):
@@ -61,9 +69,19 @@ class CanaryShares(_Strict):
 
 
 class IngressConfig(_Strict):
-    """The ingress's ``user_config``."""
+    """The ingress's ``user_config``. ``app.canary`` writes it; what a trial is follows from it alone."""
 
     canary: CanaryShares = Field(CanaryShares())
+    shadow: CanaryShares = Field(
+        CanaryShares(),
+        description="share of the pictures of which the canary is asked too, without returning its answer",
+    )
+    since: dict[ModelName, float] = Field(
+        default_factory=dict, description="when the trial of a canary began, seconds since 1970"
+    )
+    before: dict[ModelName, str] = Field(
+        default_factory=dict, description="checkpoint that production served before its last promotion"
+    )
 
 
 class ConfigError(ValueError):

@@ -176,18 +176,23 @@ class Ingress:
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serve's call at start and on a change of ``user_config``: shares of the canaries.
 
+        Trials are the canaries' and follow their shares; what else ``app.canary`` notes there is for itself.
+
         Raises:
             KeyFileError: others reach the application, and there are no API keys.
         """
-        self.graph.shares = IngressConfig.model_validate(user_config).canary
+        config = IngressConfig.model_validate(user_config)
+        self.graph.shares, self.graph.shadow = config.canary, config.shadow
         if self._watcher is None:
             check_exposure(await asyncio.to_thread(_http_host))
             self._watcher = asyncio.get_running_loop().create_task(self.graph.watch())
             self._sampler = asyncio.get_running_loop().create_task(self._sample())
 
     async def _sample(self) -> None:
-        """Set the gauges, for ever."""
+        """Set the gauges and hand what trials have shown to the store, for ever."""
         while True:
+            if tried := self.graph.take_tried():
+                self.store.offer_trials(tried)
             self.metrics.queue(self.admission.in_work, self.admission.limit, self.admission.waiting)
             self.metrics.stages(
                 {stage: route.info is not None for stage, route in self.graph.routes.items()},
@@ -198,6 +203,8 @@ class Ingress:
     def __del__(self) -> None:
         """Serve's call when the replica ends: what waits is written."""
         if hasattr(self, "store"):
+            if tried := self.graph.take_tried():
+                self.store.offer_trials(tried)
             self.store.close()
 
     async def check_health(self) -> None:
@@ -301,11 +308,12 @@ class Ingress:
                 entry |= {"uri": route.info.uri, "revision": route.info.revision, "card": card}
                 if stage == "detector":
                     entry["thresholds"] = card.get("thresholds")
-            share = getattr(self.graph.shares, stage)
-            if share > 0:
+            share, shadow = getattr(self.graph.shares, stage), getattr(self.graph.shadow, stage)
+            if share + shadow > 0:
                 canary = route.canary_info
                 entry["canary"] = {
                     "share": share,
+                    "shadow": shadow,
                     "uri": canary.uri if canary else None,
                     "revision": canary.revision if canary else None,
                 }

@@ -35,10 +35,12 @@ class CaptionerModel:
         self._normalise = Normalisation.from_processor(checkpoint.folder)
         self._tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
+        # in float32, and converted afterwards: loading sets the default type of the whole process, in which another
+        # revision may be computing
         self._model = AutoModelForImageTextToText.from_pretrained(
-            checkpoint.folder, use_safetensors=True, trust_remote_code=False, dtype=dtype
+            checkpoint.folder, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
         )
-        self._model.to(self.device).eval()
+        self._model.to(self.device, dtype).eval()
         generation = dict(checkpoint.card.generation)
         self._prompt = str(generation.pop("prompt", ""))
         self._generation = GENERATION | generation

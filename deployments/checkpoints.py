@@ -183,6 +183,26 @@ def _fetched(key: str, fetch: Any) -> Path:
     return target
 
 
+def pinned(uri: str) -> str:
+    """The URI by which the same checkpoint is found later: an alias of the registry (``models:/NAME@ALIAS``) becomes
+    the version that has it now, everything else stays what it is.
+
+    Raises:
+        CheckpointError: there is no such alias.
+    """
+    if not uri.startswith("models:/") or "@" not in uri:
+        return uri
+    from mlflow.tracking import MlflowClient
+
+    model, alias = uri.removeprefix("models:/").split("@", 1)
+    registry = mlflow_uri()
+    try:
+        version = MlflowClient(registry, registry).get_model_version_by_alias(model, alias)
+    except Exception as error:  # of whatever store the registry lies in
+        raise CheckpointError(f"cannot look up {uri!r}: {type(error).__name__}: {error}") from error
+    return f"models:/{model}/{version.version}"
+
+
 def _from_mlflow(uri: str) -> Path:
     """A model version's artifacts. The alias is looked up every time; what it names is fetched once for each
     version.

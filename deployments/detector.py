@@ -45,10 +45,12 @@ class DetectorModel:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self._normalise = Normalisation.from_processor(checkpoint.folder)
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
+        # in float32, and converted afterwards: loading sets the default type of the whole process, in which another
+        # revision may be computing
         self._model = AutoModelForImageClassification.from_pretrained(
-            checkpoint.folder, use_safetensors=True, trust_remote_code=False, dtype=dtype
+            checkpoint.folder, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
         )
-        self._model.to(self.device).eval()
+        self._model.to(self.device, dtype).eval()
         labels = card.labels or [name for _, name in sorted(self._model.config.id2label.items())]
         names = [label.lower() for label in labels]
         if "ai" not in names:

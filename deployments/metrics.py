@@ -75,6 +75,11 @@ METRICS = {
         # one picture
         _histogram("stage_seconds", _SECONDS, ("stage", "revision"), "Wall time of a stage, its queue included"),
         _counter("stage_errors", ("stage", "code"), "Stages that gave no answer to an accepted request"),
+        _counter(
+            "trial_answers",
+            ("stage", "role", "outcome", "revision"),
+            "Answers of a trial: `ok` or why there is none; `dropped`: the other model was not asked, too many were",
+        ),
         _counter("verdicts", ("verdict", "revision"), "Verdicts: `ai`, `human`, `uncertain`"),
         _histogram("ai_probability", _TENTHS, ("revision",), "Calibrated probability that a picture is AI-made"),
         _counter("provenance", ("c2pa", "declared"), "What files declare of themselves"),
@@ -165,6 +170,10 @@ class Metrics:
             answered += 1
             self.record("picture_tags", len(record.tags), revisions["tagger"])
         self.record("pictures", 1, "failed" if not answered else "partial" if record.errors else "answered")
+
+    def tried(self, stage: str, role: str, outcome: str, revision: str) -> None:
+        """A model of a trial has answered, or has not."""
+        self.record("trial_answers", 1, stage, role, outcome, revision)
 
     def queue(self, in_work: int, limit: int, waiting: int) -> None:
         """How full an ingress replica is."""

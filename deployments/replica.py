@@ -1,8 +1,8 @@
 """What the picture models' replicas share: loading by URI, swapping a revision in place, batches on a worker thread.
 
 A replica's event loop never computes: Serve's health checks, cancellations and queueing run on it. Batches run on one
-thread of their own, which is also where a new revision is loaded, so that loading waits for the batch in flight and no
-request is lost.
+thread of their own. A new revision is loaded on another, beside the one in service, which goes on answering until the
+two are exchanged between two batches: no request is lost, none waits, and for that time both are in memory.
 
 Pictures are batched by ``serve.batch``, behind a ``Door``. ``serve.batch`` closes a batch when its wait is over,
 whether the model is free or not: pictures that come one by one during a long batch would each become a batch of one,
@@ -132,12 +132,13 @@ class Replica(Generic[Model]):
     def __init__(self) -> None:
         self._metrics = Metrics()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
         self._door = Door()
         self._model: Model | None = None
         self._busy_since: float | None = None
 
     def load(self, checkpoint: Checkpoint) -> Model:
-        """Load a checkpoint, on the worker thread."""
+        """Load a checkpoint, on a thread beside the one that computes."""
         raise NotImplementedError
 
     def answer(self, model: Model, views: np.ndarray) -> list[dict[str, Any]]:
@@ -159,7 +160,7 @@ class Replica(Generic[Model]):
             or current.checkpoint.revision != checkpoint.revision
             or current.checkpoint.uri != config.uri
         ):
-            self._model = await asyncio.get_running_loop().run_in_executor(self._worker, self.load, checkpoint)
+            self._model = await asyncio.get_running_loop().run_in_executor(self._loader, self.load, checkpoint)
             before = None if current is None else current.checkpoint.revision
             self._metrics.in_service(self.stage, checkpoint.revision, before)
 

@@ -15,10 +15,12 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, text, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from app.store.models import Deletion, Feedback, Picture, Prediction, first_id, last_id, new_id
+from app.store.models import Deletion, Feedback, Picture, Prediction, TrialAnswer, first_id, last_id, new_id
 
 #: How long a deletion is remembered: longer than an answer waits in a replica's queue.
 _REMEMBER_DELETIONS_S = 24 * 3600.0
+#: How long what a trial wrote down is kept: longer than any trial lasts.
+_KEEP_TRIALS_S = 14 * 24 * 3600.0
 
 
 class UnknownAnswer(LookupError):
@@ -74,11 +76,20 @@ def write_predictions(connection: Connection, rows: Sequence[dict[str, Any]]) ->
     """Insert answers; those that are there already (the same id) are left, and those of pictures whose deletion was
     asked for after them are not written.
     """
+    _write(connection, Prediction, rows)
+
+
+def write_trials(connection: Connection, rows: Sequence[dict[str, Any]]) -> None:
+    """Insert what a trial wrote down, except of pictures whose deletion was asked for since."""
+    _write(connection, TrialAnswer, rows)
+
+
+def _write(connection: Connection, table: Any, rows: Sequence[dict[str, Any]]) -> None:
     hashes = {row["sha256"] for row in rows}
     deleted = dict(connection.execute(select(Deletion.sha256, Deletion.id).where(Deletion.sha256.in_(hashes))).all())
     rows = [row for row in rows if deleted.get(row["sha256"], 0) < row["id"]]
     if rows:
-        connection.execute(_insert_unless_there(connection, Prediction), rows)
+        connection.execute(_insert_unless_there(connection, table), rows)
 
 
 def add_feedback(connection: Connection, event: Event) -> Receipt:
@@ -172,6 +183,7 @@ def forget_picture(connection: Connection, sha256: str, at_s: float) -> dict[str
     about = select(Prediction.id).where(Prediction.sha256 == sha256)
     feedback = connection.execute(delete(Feedback).where(Feedback.prediction_id.in_(about))).rowcount
     predictions = connection.execute(delete(Prediction).where(Prediction.sha256 == sha256)).rowcount
+    connection.execute(delete(TrialAnswer).where(TrialAnswer.sha256 == sha256))
     pictures = connection.execute(
         update(Picture).where(Picture.sha256 == sha256, Picture.stored.is_(True)).values(stored=False)
     ).rowcount
@@ -205,6 +217,7 @@ def remove_old(connection: Connection, now_s: float, keep_days: float | None, mo
         ids = connection.execute(select(Prediction.id).where(reason).limit(most - removed)).scalars().all()
         removed += _remove(connection, ids)
     connection.execute(delete(Deletion).where(Deletion.id < first_id(now_s - _REMEMBER_DELETIONS_S)))
+    connection.execute(delete(TrialAnswer).where(TrialAnswer.id < first_id(now_s - _KEEP_TRIALS_S)))
     return removed
 
 

@@ -133,6 +133,29 @@ class Deletion(Base):
     id: Mapped[int] = mapped_column(BigInteger)
 
 
+class TrialAnswer(Base):
+    """What one of the two models of a trial answered to one picture (`app.trials`)."""
+
+    __tablename__ = "trial_answers"
+
+    id: Mapped[int] = mapped_column(_Id, primary_key=True, autoincrement=False)
+    model: Mapped[str] = mapped_column(String(16))
+    role: Mapped[str] = mapped_column(String(16))
+    """`production` or `candidate`."""
+    returned: Mapped[bool] = mapped_column(Boolean)
+    revision: Mapped[str] = mapped_column(String(64))
+    sha256: Mapped[str] = mapped_column(String(64))
+    code: Mapped[str] = mapped_column(String(32))
+    seconds: Mapped[float] = mapped_column(Float)
+    said: Mapped[str | None] = mapped_column(Text)
+    agreement: Mapped[float | None] = mapped_column(Float)
+
+    __table_args__ = (
+        Index("ix_trial_answers_model", "model", "id"),
+        Index("ix_trial_answers_sha256", "sha256"),
+    )
+
+
 def plain(words: str) -> str:
     """Lower case without accents."""
     decomposed = unicodedata.normalize("NFKD", words)

@@ -169,6 +169,11 @@ class Store:
         if self._writer.offer(Answered(annotation, now, expires_s)) and kept and settings.pictures == "all":
             self._offer_picture(annotation.sha256, data)
 
+    def offer_trials(self, rows: list[dict[str, Any]]) -> None:
+        """Keep what a trial wrote down (``app.trials``). Returns at once and raises nothing."""
+        if self._writer is not None and not self._message:
+            self._writer.submit(partial(events.write_trials, rows=rows))
+
     def _offer_picture(self, sha256: str, data: bytes) -> None:
         if self._files is None:
             return

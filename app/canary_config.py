@@ -1,0 +1,280 @@
+"""The configuration that runs, changed: which revision a canary serves, which share it gets, what production serves.
+
+In: Ray's dashboard, as everything that deploys here uses it (``PUT /api/serve/applications/``). Out: the same
+configuration with another ``user_config`` (of which replicas take note in place) and another least number of replicas
+of a canary (which the autoscaler takes note of). Nothing else may change: Serve starts every replica again when
+``args`` do, or when a deployment gets or loses an ``autoscaling_config``. The functions that change a configuration
+return a changed copy and know no network. Knows no store and no rules.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from app import cluster
+from app.config import CANARIES, MODELS, IngressConfig, ModelName
+
+Config = dict[str, Any]
+_HEALTHY = "HEALTHY"
+#: How long a state that looks final is looked at again: Serve's loop may not have begun yet.
+_SETTLE_S = 1.5
+
+
+class CanaryError(RuntimeError):
+    """It cannot be done; the message says why and what to do."""
+
+
+# ---- a configuration, read and changed ---------------------------------------------------------------------------
+
+
+def application_of(config: Config, name: str) -> Config:
+    """An application's part.
+
+    Raises:
+        CanaryError: there is none.
+    """
+    for application in config["applications"]:
+        if application["name"] == name:
+            found: Config = application
+            return found
+    names = ", ".join(application["name"] for application in config["applications"]) or "none"
+    raise CanaryError(f"no application {name!r} was deployed by a configuration; there are: {names}")
+
+
+def deployment_of(application: Config, name: str) -> Config:
+    """A deployment's part.
+
+    Raises:
+        CanaryError: the configuration does not name it.
+    """
+    for deployment in application.get("deployments") or []:
+        if deployment["name"] == name:
+            found: Config = deployment
+            return found
+    raise CanaryError(f"the running configuration does not name {name}: deploy one that does (serve_config.yaml)")
+
+
+def ingress_of(application: Config) -> IngressConfig:
+    """What the ingress is told."""
+    return IngressConfig.model_validate(deployment_of(application, "Ingress").get("user_config") or {})
+
+
+def uri_of(application: Config, deployment: str) -> str:
+    """The checkpoint that a deployment is told to serve."""
+    return str((deployment_of(application, deployment).get("user_config") or {}).get("uri", ""))
+
+
+def shares_of(application: Config, model: ModelName) -> tuple[float, float]:
+    """A model's canary and shadow shares."""
+    ingress = ingress_of(application)
+    return getattr(ingress.canary, model), getattr(ingress.shadow, model)
+
+
+def _changed(config: Config, name: str, change: Callable[[Config, IngressConfig], None]) -> Config:
+    result = copy.deepcopy(config)
+    application = application_of(result, name)
+    ingress = ingress_of(application)
+    change(application, ingress)
+    deployment_of(application, "Ingress")["user_config"] = ingress.model_dump(mode="json")
+    return result
+
+
+def _no_share(ingress: IngressConfig, model: ModelName) -> None:
+    setattr(ingress.canary, model, 0.0)
+    setattr(ingress.shadow, model, 0.0)
+    ingress.since.pop(model, None)
+
+
+def with_candidate(config: Config, name: str, model: ModelName, uri: str) -> Config:
+    """The canary serves ``uri`` with one replica at least, and gets no picture yet.
+
+    Raises:
+        CanaryError: the canary has no ``autoscaling_config`` to change.
+    """
+
+    def change(application: Config, ingress: IngressConfig) -> None:
+        _no_share(ingress, model)
+        canary = deployment_of(application, CANARIES[model])
+        canary["user_config"] = (canary.get("user_config") or {}) | {"uri": uri}
+        _scaling(canary)["min_replicas"] = 1
+        _scaling(canary)["initial_replicas"] = 1
+
+    return _changed(config, name, change)
+
+
+def with_shares(config: Config, name: str, model: ModelName, canary: float, shadow: float, now_s: float) -> Config:
+    """A trial begins."""
+
+    def change(_: Config, ingress: IngressConfig) -> None:
+        setattr(ingress.canary, model, canary)
+        setattr(ingress.shadow, model, shadow)
+        ingress.since[model] = now_s
+
+    return _changed(config, name, change)
+
+
+def promoted(config: Config, name: str, model: ModelName) -> Config:
+    """Production serves what the canary does; the canary gets no picture any more."""
+
+    def change(application: Config, ingress: IngressConfig) -> None:
+        _no_share(ingress, model)
+        production, uri = deployment_of(application, MODELS[model]), uri_of(application, CANARIES[model])
+        before = uri_of(application, MODELS[model])
+        if before != uri:
+            ingress.before[model] = before
+            production["user_config"] = (production.get("user_config") or {}) | {"uri": uri}
+
+    return _changed(config, name, change)
+
+
+def withdrawn(config: Config, name: str, model: ModelName) -> Config:
+    """The canary gets no picture any more."""
+    return _changed(config, name, lambda _, ingress: _no_share(ingress, model))
+
+
+def without_replicas(config: Config, name: str, model: ModelName) -> Config:
+    """The canary goes back to zero."""
+
+    def change(application: Config, _: IngressConfig) -> None:
+        scaling = _scaling(deployment_of(application, CANARIES[model]))
+        scaling["min_replicas"] = scaling["initial_replicas"] = 0
+
+    return _changed(config, name, change)
+
+
+def put_back(config: Config, name: str, model: ModelName) -> Config:
+    """Production serves again what it served before its last promotion.
+
+    Raises:
+        CanaryError: nothing was promoted.
+    """
+
+    def change(application: Config, ingress: IngressConfig) -> None:
+        before = ingress.before.get(model)
+        if before is None:
+            raise CanaryError(f"nothing was promoted to {MODELS[model]} since it was deployed: there is no way back")
+        production = deployment_of(application, MODELS[model])
+        ingress.before[model] = uri_of(application, MODELS[model])
+        production["user_config"] = production["user_config"] | {"uri": before}
+
+    return _changed(config, name, change)
+
+
+def _scaling(deployment: Config) -> Config:
+    scaling: Config | None = deployment.get("autoscaling_config")
+    if not scaling:
+        raise CanaryError(
+            f"{deployment['name']} has no autoscaling_config in the running configuration, and to give it one would "
+            "start every replica again: deploy a configuration that has it (see serve_config.yaml) first"
+        )
+    return scaling
+
+
+# ---- Serve's REST interface --------------------------------------------------------------------------------------
+
+
+class ServeApi:
+    """Ray's dashboard: the configuration that runs, and the states of deployments."""
+
+    def __init__(self, url: str, token: str | None) -> None:
+        self.url = url
+        self._http = httpx.Client(
+            base_url=url, headers={"Authorization": f"Bearer {token}"} if token else {}, timeout=120
+        )
+
+    @classmethod
+    def find(cls, url: str | None) -> ServeApi:
+        """The dashboard that is named, that of the application on this machine (``PORT``), or of the cluster."""
+        port = int(os.environ.get("PORT", "8000"))
+        own = cluster.dashboard_url(port)
+        named = url or os.environ.get("RAY_API_SERVER_ADDRESS") or own or "http://127.0.0.1:8265"
+        return cls(named, cluster.token(port) if named == own else _token())
+
+    def details(self) -> Config:
+        """All that the dashboard tells of Serve.
+
+        Raises:
+            CanaryError: it does not answer.
+        """
+        try:
+            answer = self._http.get("/api/serve/applications/")
+        except httpx.HTTPError as error:
+            raise CanaryError(f"Ray's dashboard does not answer at {self.url} ({error!r}): give --dashboard") from error
+        if answer.status_code in (401, 403):
+            raise CanaryError(f"{self.url} refuses the token: set RAY_AUTH_TOKEN_PATH to the cluster's")
+        if answer.status_code != 200:
+            raise CanaryError(f"{self.url} answers {answer.status_code}: {answer.text[:300]}")
+        found: Config = answer.json()
+        return found
+
+    def config(self) -> Config:
+        """What was deployed last, to be changed and put."""
+        details = self.details()
+        config = {key: details[key] for key in ("proxy_location", "http_options", "grpc_options") if details.get(key)}
+        if details.get("target_capacity") is not None:
+            config["target_capacity"] = details["target_capacity"]
+        deployed = [each["deployed_app_config"] for each in details["applications"].values()]
+        return config | {"applications": [each for each in deployed if each]}
+
+    def put(self, config: Config) -> None:
+        """Deploy a configuration.
+
+        Raises:
+            CanaryError: Ray refuses it.
+        """
+        answer = self._http.put("/api/serve/applications/", json=config)
+        if answer.status_code != 200:
+            raise CanaryError(f"Ray refused the configuration (HTTP {answer.status_code}): {answer.text[:500]}")
+
+    def change(self, edit: Callable[[Config], Config]) -> Config:
+        """Read the running configuration, change it, deploy it if that made a difference; returns it."""
+        before = self.config()
+        after = edit(before)
+        if after != before:
+            self.put(after)
+        return after
+
+    def replicas(self, application: str, deployment: str) -> int:
+        """Replicas of a deployment that run."""
+        return _running(self.details()["applications"][application]["deployments"].get(deployment) or {})
+
+    def wait(self, application: str, deployment: str, replicas: int, timeout_s: float) -> None:
+        """Wait until a deployment has taken its configuration, with at least so many replicas (0: exactly none).
+
+        Raises:
+            CanaryError: it failed, or the time is over.
+        """
+        limit, since, told = time.monotonic() + timeout_s, None, ""
+        while time.monotonic() < limit:
+            state = self.details()["applications"][application]["deployments"].get(deployment) or {}
+            running, message = _running(state), str(state.get("message") or "").strip()
+            told = f"{state.get('status', 'gone')}, {running} replicas" + (f": {message[-500:]}" if message else "")
+            if state.get("status") in ("DEPLOY_FAILED", "UNHEALTHY"):
+                raise CanaryError(f"{deployment} did not come up: {told}")
+            done = state.get("status") == _HEALTHY and (running >= replicas if replicas else not state.get("replicas"))
+            since = (since or time.monotonic()) if done else None
+            if since is not None and time.monotonic() - since >= _SETTLE_S:
+                return
+            time.sleep(0.3)
+        room = (state.get("deployment_config") or {}).get("ray_actor_options") or {}
+        wants = ", ".join(f"{room[key]:g} {key}" for key in ("num_cpus", "num_gpus") if room.get(key)) or "room"
+        raise CanaryError(f"{deployment} was not ready after {timeout_s:.0f} s ({told}); a replica needs {wants}")
+
+
+def _running(state: Config) -> int:
+    return sum(replica["state"] == "RUNNING" for replica in state.get("replicas") or [])
+
+
+def _token() -> str | None:
+    """The token of a cluster, from where Ray's own tools take it."""
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return token.strip()
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
+    return file.read_text().strip() if file.is_file() else None

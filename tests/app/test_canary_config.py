@@ -1,0 +1,94 @@
+"""The running configuration is changed where a replica takes note of it in place, and nowhere else."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.serve._private.deploy_utils import get_app_code_version
+from ray.serve.schema import ServeApplicationSchema
+
+from app import canary_config as running
+from app.canary_config import CanaryError
+from app.config import CANARIES, MODELS, IngressConfig, ModelName
+
+ROOT = Path(__file__).parents[2]
+NAME = "deeptrust"
+
+
+def config(file: str = "serve_config.cpu.yaml") -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((ROOT / file).read_text())
+    return found
+
+
+def deployment(config: dict[str, Any], name: str) -> dict[str, Any]:
+    return running.deployment_of(running.application_of(config, NAME), name)
+
+
+def restarts(before: dict[str, Any], after: dict[str, Any]) -> bool:
+    """Whether Serve would start every replica again, by its own measure."""
+    versions = {
+        get_app_code_version(ServeApplicationSchema.model_validate(each["applications"][0])) for each in (before, after)
+    }
+    return len(versions) > 1
+
+
+@pytest.mark.parametrize("file", ["serve_config.yaml", "serve_config.cpu.yaml"])
+@pytest.mark.parametrize("model", ["detector", "captioner", "tagger"])
+def test_a_trial_from_start_to_promotion_and_back_restarts_nothing(file: str, model: ModelName) -> None:
+    first = config(file)
+    untouched = copy.deepcopy(first)
+    old = deployment(first, MODELS[model])["user_config"]["uri"]
+
+    up = running.with_candidate(first, NAME, model, "models:/x/7")
+    assert deployment(up, CANARIES[model])["user_config"]["uri"] == "models:/x/7"
+    assert deployment(up, CANARIES[model])["autoscaling_config"]["min_replicas"] == 1
+    assert running.shares_of(running.application_of(up, NAME), model) == (0, 0), "no picture before it is there"
+
+    trial = running.with_shares(up, NAME, model, 0.2, 0.3, 1000.0)
+    assert running.shares_of(running.application_of(trial, NAME), model) == (0.2, 0.3)
+    assert running.ingress_of(running.application_of(trial, NAME)).since == {model: 1000.0}
+
+    new = running.promoted(trial, NAME, model)
+    assert deployment(new, MODELS[model])["user_config"]["uri"] == "models:/x/7"
+    assert running.shares_of(running.application_of(new, NAME), model) == (0, 0)
+    assert running.promoted(new, NAME, model) == new, "done once"
+    down = running.without_replicas(new, NAME, model)
+    assert deployment(down, CANARIES[model])["autoscaling_config"]["min_replicas"] == 0
+
+    back = running.put_back(down, NAME, model)
+    assert deployment(back, MODELS[model])["user_config"]["uri"] == old
+    assert first == untouched, "what was handed in is left alone"
+    for step in (up, trial, new, down, back):
+        assert not restarts(first, step)
+        for other in step["applications"][0]["deployments"]:
+            before = deployment(first, other["name"])
+            changed = {key for key in other | before if other.get(key) != before.get(key)}
+            assert changed <= ({"user_config", "autoscaling_config"} if "Canary" in other["name"] else {"user_config"})
+
+
+def test_a_trial_leaves_the_others_alone() -> None:
+    both = running.with_shares(config(), NAME, "captioner", 0.5, 0, 5.0)
+    both = running.with_shares(both, NAME, "detector", 0.1, 0, 6.0)
+    over = running.ingress_of(running.application_of(running.withdrawn(both, NAME, "detector"), NAME))
+    assert (over.canary.captioner, over.canary.detector, over.since) == (0.5, 0, {"captioner": 5.0})
+
+
+def test_a_canary_that_could_not_be_scaled_without_a_restart_is_refused() -> None:
+    bare = config()
+    del deployment(bare, "TaggerCanary")["autoscaling_config"]
+    with pytest.raises(CanaryError, match="no autoscaling_config"):
+        running.with_candidate(bare, NAME, "tagger", "x")
+    assert restarts(config(), bare), "that is why"
+
+
+def test_what_is_not_there_is_named() -> None:
+    with pytest.raises(CanaryError, match=r"no application 'other'.*deeptrust"):
+        running.application_of(config(), "other")
+    with pytest.raises(CanaryError, match="nothing was promoted"):
+        running.put_back(config(), NAME, "detector")
+    with pytest.raises(ValueError, match="painter"):
+        IngressConfig.model_validate({"since": {"painter": 1.0}})
