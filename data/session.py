@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 _ROOT = Path(__file__).parent.parent
 #: Attempts to start an own Ray.
-_STARTS = 3
+_STARTS = 5
 
 
 class RaySettings(BaseModel):
