@@ -6,8 +6,9 @@ written meanwhile.
 
 Both databases bring words to their stems (Porter); stop words are left out of the query. SQLite merges sorted lists of
 row numbers, so that verdict, tags and dates narrow a search before anything is read. The index of PostgreSQL gives all
-matches in no order: for a common word that is half the table. So its newest rows are looked through first, and the
-index is asked when they do not fill the page, because then there are few.
+matches in no order: for a common word that is half the table. So the newest rows within the dates are looked through
+first. The index is asked only when they do not fill the page, because then there are few matches, and when there are
+more rows within the dates than were looked through.
 """
 
 # ruff: noqa: S608  (the statements are put together of constants; whatever is looked for is bound)
@@ -171,12 +172,20 @@ def _postgres(
     wanted = " AND ".join(conditions)
     newest = f"SELECT * FROM predictions p WHERE {bounds} ORDER BY p.id DESC LIMIT {_NEWEST_ROWS}"
     rows = _rows(connection, f"SELECT {_COLUMNS} FROM ({newest}) p WHERE {wanted} {_NEWEST_FIRST}", values)
-    if len(rows) == values["limit"]:
+    if len(rows) == values["limit"] or _are_few(connection, bounds, values):
         return rows
     return _rows(
         connection,
-        f"WITH m AS MATERIALIZED (SELECT p.id FROM predictions p WHERE {wanted}), "
-        f"p AS MATERIALIZED (SELECT id FROM m p WHERE {bounds} {_NEWEST_FIRST}) "
-        f"SELECT {_COLUMNS} FROM p AS newest JOIN predictions p ON p.id = newest.id ORDER BY p.id DESC",
+        f"WITH m AS MATERIALIZED (SELECT p.id FROM predictions p WHERE {wanted} AND {bounds}), "
+        f"newest AS MATERIALIZED (SELECT id FROM m p {_NEWEST_FIRST}) "
+        f"SELECT {_COLUMNS} FROM newest JOIN predictions p ON p.id = newest.id ORDER BY p.id DESC",
         values,
     )
+
+
+def _are_few(connection: Connection, bounds: str, values: dict[str, Any]) -> bool:
+    """Whether the newest rows are all that lie within the bounds: counted off the primary key, no further than need
+    be.
+    """
+    some = f"SELECT 1 FROM predictions p WHERE {bounds} LIMIT {_NEWEST_ROWS + 1}"
+    return connection.execute(text(f"SELECT count(*) FROM ({some}) s"), values).scalar_one() <= _NEWEST_ROWS
