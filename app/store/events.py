@@ -15,7 +15,8 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, text, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from app.store.models import Deletion, Feedback, Picture, Prediction, TrialAnswer, first_id, last_id, new_id
+from app.store.models import Deferred, Deletion, Feedback, Picture, Prediction, TrialAnswer, first_id, last_id, new_id
+from app.store.reviews import ReviewLabel
 
 #: How long a deletion is remembered: longer than an answer waits in a replica's queue.
 _REMEMBER_DELETIONS_S = 24 * 3600.0
@@ -184,6 +185,8 @@ def forget_picture(connection: Connection, sha256: str, at_s: float) -> dict[str
     feedback = connection.execute(delete(Feedback).where(Feedback.prediction_id.in_(about))).rowcount
     predictions = connection.execute(delete(Prediction).where(Prediction.sha256 == sha256)).rowcount
     connection.execute(delete(TrialAnswer).where(TrialAnswer.sha256 == sha256))
+    connection.execute(delete(ReviewLabel).where(ReviewLabel.sha256 == sha256))
+    connection.execute(delete(Deferred).where(Deferred.sha256 == sha256))
     pictures = connection.execute(
         update(Picture).where(Picture.sha256 == sha256, Picture.stored.is_(True)).values(stored=False)
     ).rowcount
@@ -243,4 +246,6 @@ def _remove(connection: Connection, ids: Sequence[int]) -> int:
     removed = connection.execute(delete(Prediction).where(Prediction.id.in_(ids))).rowcount
     known = select(Prediction.id).where(Prediction.sha256 == Picture.sha256).exists()
     connection.execute(update(Picture).where(Picture.sha256.in_(hashes), ~known).values(stored=False))
+    reviewed = select(Prediction.id).where(Prediction.sha256 == ReviewLabel.sha256).exists()
+    connection.execute(delete(ReviewLabel).where(ReviewLabel.sha256.in_(hashes), ~reviewed))
     return removed
