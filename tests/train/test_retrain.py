@@ -1,0 +1,311 @@
+"""Retraining: when it begins, what a retrained detector must show, and the whole way into the running application."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import UTC
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import httpx
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from PIL import Image
+
+from data.errors import DataError
+from deployments.verified import SCHEMA
+from tests.train.small import flags, jpeg, tiny_vit, traced
+from train import registry, retrain, tracking
+from train.retrain_gate import RetrainRules, compare
+from train.retrain_triggers import Last, TriggerSettings, count_labels, reason_to_begin
+from train.tracking import TrackingConfig
+
+ROOT = Path(__file__).parents[2]
+NOW = datetime.datetime(2026, 11, 28, tzinfo=UTC)
+
+
+def verified(file: Path, pictures: list[tuple[bytes, str | None]], generator: str | None = None) -> str:
+    """A file of verified items."""
+    rows = [
+        {
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "image": data,
+            "label": label,
+            "captions": [],
+            "tags": None,
+            "reviewers": ["someone@example.org"],
+            "verified_at": NOW,
+            "source": None,
+            "generator": generator if label == "ai" else None,
+        }
+        for data, label in pictures
+    ]
+    pq.write_table(pa.Table.from_pylist(sorted(rows, key=lambda row: str(row["sha256"])), SCHEMA), file)
+    return str(file)
+
+
+# --------------------------------------------------------------------------------------------------------- triggers
+
+
+def test_labels_are_counted_once_and_those_who_could_not_tell_do_not_count(tmp_path: Path) -> None:
+    one = verified(tmp_path / "1.parquet", [(b"a", "ai"), (b"b", "human"), (b"c", None)])
+    two = verified(tmp_path / "2.parquet", [(b"a", "ai"), (b"d", "ai")])
+    assert count_labels([one, two]) == 3 and count_labels([]) == 0
+    with pytest.raises(DataError, match="does not exist"):
+        count_labels([str(tmp_path / "3.parquet")])
+
+
+def test_it_begins_when_it_should_and_says_why() -> None:
+    labels = TriggerSettings(when=["labels"], new_labels=100)
+    assert reason_to_begin(labels, None, 99, NOW) is None
+    assert reason_to_begin(labels, None, 100, NOW) == "100 newly verified labels"
+    before = Last(NOW - datetime.timedelta(days=10), 100)
+    assert reason_to_begin(labels, before, 150, NOW) is None
+    assert reason_to_begin(labels, before, 210, NOW) == "110 newly verified labels"
+    schedule = TriggerSettings(when=["schedule"], every_days=10)
+    assert reason_to_begin(schedule, before, 0, NOW) == "10 days after the last one"
+    assert reason_to_begin(schedule, before, 0, NOW - datetime.timedelta(hours=1)) is None
+    assert reason_to_begin(TriggerSettings(when=["labels", "schedule"]), None, 0, NOW) == "the first one"
+    assert reason_to_begin(TriggerSettings(), before, 0, NOW) == "asked for"
+
+
+def test_an_alarm_of_drift_begins_it() -> None:
+    alerts = [{"labels": {"alertname": "VerdictsShifted"}, "state": "pending"}]
+
+    class Prometheus(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps({"status": "success", "data": {"alerts": alerts}}).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Prometheus) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        settings = TriggerSettings(when=["drift"], prometheus=f"http://127.0.0.1:{server.server_port}")
+        assert reason_to_begin(settings, None, 0, NOW) is None
+        alerts += [{"labels": {"alertname": name}, "state": "firing"} for name in ("VerdictsShifted", "NodeLost")]
+        assert reason_to_begin(settings, None, 0, NOW) == "alert VerdictsShifted"
+        server.shutdown()
+    with pytest.raises(DataError, match="--prometheus"):
+        reason_to_begin(settings, None, 0, NOW)
+
+
+# ------------------------------------------------------------------------------------------------------------- gate
+
+
+def figures(old: float, new: float, seed: int, count: int = 200) -> tuple[dict[str, str], dict[str, float], set[str]]:
+    """Labels, probabilities that part old and new AI pictures from real ones so well, and the old ids."""
+    random = np.random.default_rng(seed)
+    labels: dict[str, str] = {}
+    chances: dict[str, float] = {}
+    for kind, label, mean in (("r", "human", 0.0), ("o", "ai", old), ("n", "ai", new)):
+        for number in range(count):
+            labels[f"{kind}{number}"] = label
+            chances[f"{kind}{number}"] = 1 / (1 + np.exp(-random.normal(mean)))
+    return labels, chances, {name for name in labels if name[0] in "ro"}
+
+
+def test_better_on_the_new_and_as_good_on_the_old_passes() -> None:
+    labels, theirs, old = figures(2.0, 0.2, seed=1)
+    _, ours, _ = figures(2.0, 2.0, seed=1)
+    shown = compare(labels, ours, theirs, old, RetrainRules(resamples=200))
+    assert [each.passed for each in shown] == [True, True]
+    assert shown[1].difference is not None and shown[1].difference["low"] > 0.2
+
+
+def test_worse_on_the_old_is_refused_however_good_it_is_on_the_new() -> None:
+    labels, theirs, old = figures(2.0, 0.2, seed=1)
+    _, ours, _ = figures(1.0, 2.0, seed=1)
+    assert [each.passed for each in compare(labels, ours, theirs, old, RetrainRules(resamples=200))] == [False, True]
+
+
+def test_what_noise_may_explain_is_no_better() -> None:
+    labels, theirs, old = figures(2.0, 1.0, seed=1)
+    _, ours, _ = figures(2.0, 1.0, seed=2)
+    ours |= {name: theirs[name] for name in old}
+    shown = compare(labels, ours, theirs, old, RetrainRules(resamples=200))
+    assert [each.passed for each in shown] == [True, False]
+    as_good = RetrainRules(resamples=200, must_be_better=False)
+    assert all(each.passed for each in compare(labels, ours, theirs, old, as_good))
+
+
+def test_flipped_labels_are_refused() -> None:
+    labels, theirs, old = figures(2.0, 1.0, seed=1)
+    flipped = {name: 1 - chance for name, chance in theirs.items()}
+    assert not any(each.passed for each in compare(labels, flipped, theirs, old, RetrainRules(resamples=200)))
+
+
+def test_without_new_pictures_nothing_is_shown() -> None:
+    labels, theirs, old = figures(2.0, 1.0, seed=1, count=40)
+    shown = compare(labels, theirs, theirs, set(labels), RetrainRules(resamples=200))
+    assert [each.passed for each in shown] == [True, False] and "0 new AI pictures" in shown[1].text
+    assert not compare(labels, theirs, theirs, set(), RetrainRules(resamples=200))[0].passed
+    assert old < set(labels)
+
+
+# ---------------------------------------------------------------------------------------------------------- the way
+
+
+def config(folder: Path, **others: Any) -> retrain.RetrainConfig:
+    uri = f"sqlite:///{folder}/mlflow.db"
+    tracked = TrackingConfig(uri=uri, system_metrics_s=0)
+    return retrain.RetrainConfig(prepared=str(folder / "data"), work=folder / "work", tracking=tracked, **others)
+
+
+def test_without_a_reason_there_is_nothing_to_do_and_one_runs_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "")
+    file = verified(tmp_path / "1.parquet", [(b"a", "ai")])
+    waiting = config(tmp_path, feedback=[file], when=["labels"])
+    assert retrain.retrain(waiting) == "nothing to do"
+    with retrain._alone(tmp_path / "work"), pytest.raises(retrain.RetrainError, match="one at a time"):
+        retrain.retrain(waiting)
+    with pytest.raises(retrain.RetrainError, match="in production"):
+        retrain.retrain(config(tmp_path, feedback=[file]))
+    # it has begun, and goes on whatever the trigger says
+    with pytest.raises(retrain.RetrainError, match="in production"):
+        retrain.retrain(waiting)
+    client = tracking.connect(waiting.tracking)
+    (run,) = retrain._runs(client)
+    assert run.info.status == "FAILED" and run.data.tags["deeptrust.step"] == "base"
+
+
+# ------------------------------------------------------------------------------------------ proof: the whole of it
+
+
+def striped(number: int) -> bytes:
+    """A smooth blob as ``traced`` makes it, with the stripes of another generator."""
+    random = np.random.default_rng(number)
+    small = Image.fromarray(random.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+    stripes = (np.indices((80, 100))[0] // 10 % 2)[..., None] * 90.0
+    return jpeg(np.asarray(small.resize((100, 80), Image.Resampling.BICUBIC)) * 0.5 + stripes)
+
+
+def raw_folder(folder: Path, pictures: int) -> Path:
+    """Real pictures and those of one generator, in the Kaggle layout."""
+    (folder / "train_data").mkdir(parents=True)
+    rows, sources = ["file_name,label"], ["file_name,source,generator"]
+    for number in range(pictures):
+        name, label = f"train_data/{number:04d}.jpg", number % 2
+        (folder / name).write_bytes(traced(number, label))
+        rows.append(f"{name},{label}")
+        sources.append(f"{name},lab,{'board' if label else 'photo'}")
+    (folder / "train.csv").write_text("\n".join(rows))
+    (folder / "sources.csv").write_text("\n".join(sources))
+    return folder
+
+
+EASY = "detector: [{figure: tiers.clean.roc_auc.value, at_least: 0.5, why: is no coin}]\n"
+EASY += "captioner: [{figure: scores.bleu1, at_least: 0.0, why: anything goes}]\n"
+TRAINING = {
+    "epochs": 12,
+    "batch_size": 16,
+    "learning_rate": 3e-3,
+    "damage": {"min_long_side_px": 64, "min_quality": 70},
+    "threads": 1,
+}
+PREPARING = {"twins": "none", "max_distance": 0, "max_group_share": 1.0, "test_share": 0.3}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A registry with a detector in production that never saw stripes, raw data, and verified stripes."""
+    from data.prepare import AivshumanConfig, prepare
+    from train import detector, evaluate
+
+    folder = tmp_path_factory.mktemp("retrain")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        patch.setenv("DEEPTRUST_CACHE", str(folder / "cache"))
+        (folder / "easy.yaml").write_text(EASY)
+        raw = raw_folder(folder / "raw", 240)
+        settings = {"input": str(raw), "output": str(folder / "data"), "num_cpus": 2, "report": False}
+        version = prepare(AivshumanConfig.model_validate(settings | PREPARING)).version
+        tiny_vit(folder / "vit")
+        first = {"data": str(version.location), "model": str(folder / "vit"), "output": str(folder / "first")}
+        first |= {"storage": str(folder / "runs"), "record": False}
+        assert detector.train(detector.DetectorTraining.model_validate(first | TRAINING)).status == "finished"
+        registry.main(["register", "detector", "--checkpoint", str(folder / "first")])
+        rules = ["--rules", str(folder / "easy.yaml")]
+        evaluate.main(["detector", f"--data={version.location}", "--no-damages", "--resamples=50", *rules])
+        registry.main(["promote", "detector", "--to", "production", *rules])
+        stripes = [(striped(5000 + number), "ai") for number in range(80)]
+        photos = [(traced(7000 + number, 0), "human") for number in range(40)]
+        verified(folder / "verified.parquet", [*stripes, *photos], "stripes")
+        yield folder
+
+
+def command(place: Path, *others: str) -> list[str]:
+    settings: dict[str, Any] = {
+        "input": place / "raw",
+        "prepared": place / "data",
+        "work": place / "work",
+        "feedback": place / "verified.parquet",
+        "rules": place / "easy.yaml",
+        "prepare": json.dumps(PREPARING | {"num_cpus": 2}),
+        "train": json.dumps(TRAINING),
+        "evaluation": json.dumps({"resamples": 50, "heat_maps": 0}),
+        "gate.fewest-new": 5,
+    }
+    return [sys.executable, "-m", "train.retrain", *flags(settings), *others]
+
+
+@pytest.mark.proof
+@pytest.mark.timeout(2400)
+def test_verified_labels_of_a_new_generator_reach_production_through_a_kill_and_by_themselves(place: Path) -> None:
+    from tests.app.small_service import small_service
+
+    log = place / "retrain.log"
+    with pytest.MonkeyPatch.context() as patch, log.open("w") as output:
+        patch.setenv("DEEPTRUST_STORE_URL", f"sqlite:///{place}/store.db")
+        first = subprocess.Popen(command(place, "--no-deploy"), cwd=ROOT, stdout=output, stderr=output)
+        while "judge …" not in log.read_text() and first.poll() is None:
+            time.sleep(0.2)
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+        lenient = {"window_s": 10, "fewest": 20, "fewest_to_judge": 10, "agreement": 0.0, "ai_shift": 1.0}
+        lenient |= {"uncertain_excess": 1.0, "latency_ratio": 10, "latency_slack_s": 10, "give_up_s": 900}
+        (place / "lenient.yaml").write_text(yaml.safe_dump({"detector": lenient}))
+        with small_service(place / "service", max_wait_s=60) as service:
+            service.deployment("Detector")["user_config"]["uri"] = "models:/detector/1"
+            service.redeploy()
+            deploying = [f"--url={service.url}", "--replay-clients=4", "--canary-share=0.5", "--interval-s=2"]
+            deploying += [f"--{name}-rules={place / 'lenient.yaml'}" for name in ("staging", "canary")]
+            environment = os.environ | {"PORT": str(service.port)}
+            ended = subprocess.run(
+                command(place, *deploying), cwd=ROOT, env=environment, stdout=output, stderr=output, check=False
+            )
+            told = log.read_text()
+            assert ended.returncode == 0, told[-4000:]
+            serving = httpx.get(f"{service.url}/v1/models", timeout=60).json()["detector"]
+            assert serving["uri"] == "models:/detector/2", told[-3000:]
+            assert service.replicas("DetectorCanary") == []
+    assert told.count("train …") == 1 and "(done before)" in told, "what was finished before the kill is not done again"
+    client = tracking.connect(TrackingConfig(uri=f"sqlite:///{place}/mlflow.db"))
+    (run,) = retrain._runs(client)
+    assert run.info.status == "FINISHED" and run.data.tags["deeptrust.outcome"] == "promoted"
+    judged = json.loads(run.data.tags["deeptrust.step.judge"])
+    assert [each["passed"] for each in judged["shown"]] == [True, True]
+    print(judged["told"])
+    assert registry.aliases_of(client, "detector") == dict.fromkeys(registry.ALIASES, "2")
+    assert (next((place / "work").glob("retraining-*")) / "retraining.html").read_text().count("better on the new") == 1
+    again = subprocess.run(
+        command(place, "--when=labels", "--new-labels=10"), cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 0 and again.stdout.strip().endswith("nothing to do"), again.stderr
