@@ -79,6 +79,12 @@ class Admission:
                 raise self._overloaded() from None
             raise
 
+    def slip_in(self, most: int) -> int:
+        """Take up to ``most`` places that nobody waits for; returns how many."""
+        taken = 0 if self._waiting else max(0, min(most, self.limit - self.in_work))
+        self.in_work += taken
+        return taken
+
     def widen(self, more: int) -> None:
         """Take ``more`` places for a request that is inside. One that is alone is let in whatever its size: it could
         never fit.

@@ -11,11 +11,12 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, Query, Request
+from fastapi import FastAPI, Header, Query, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from ray import serve
 from ray.serve.handle import DeploymentHandle
@@ -26,10 +27,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.admission import Admission
 from app.analysis import TASKS, Explain, Graph
 from app.config import IngressConfig, Limits
+from app.deferred import Deferral, PlaceId, Waiting, wants_to_wait
 from app.feedback import router
 from app.keys import RequireKey, check_exposure
 from app.openapi import ANALYZE_BODY, ANALYZE_RESPONSES, use_local_docs
-from app.problems import Problem, install
+from app.problems import Problem, install, responses
 from app.store.settings import StoreSettings
 from app.store.store import Store
 from app.uploads import Upload, UploadLimits, read_uploads
@@ -39,6 +41,10 @@ from deployments.metrics import Metrics
 
 _PAGE = Path(__file__).parent / "page"
 _SAMPLES = Path(__file__).parent.parent / "samples"
+
+#: Requests whose pictures are taken in for later at a time: each is held in memory.
+_RECEIVING = 8
+_Answering = Callable[[Request, frozenset[Task], Explain | None], Awaitable[Response]]
 
 #: How often gauges are set: what they show changes with every request.
 _SAMPLE_S = 5.0
@@ -94,6 +100,22 @@ api.include_router(router(_store))
 Tasks = Annotated[str, Query(description="comma-separated: detect, caption, tag", examples=["detect,caption"])]
 ExplainQuery = Annotated[
     Literal["false", "true", "png", "grid"], Query(description="add a heat map; `true` means `png`")
+]
+Prefer = Annotated[
+    str | None,
+    Header(
+        description="`respond-async`: answered with 202 and a place as soon as the pictures are on disk, and worked on "
+        "when there is room (RFC 7240)"
+    ),
+]
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        min_length=1,
+        max_length=128,
+        pattern=r"^[^\x00-\x1f\x7f]+$",
+        description="with `respond-async`: the caller's own name of this request; sent again it gets the same place",
+    ),
 ]
 PictureId = Annotated[
     str | None, Query(min_length=1, max_length=128, description="the caller's own id of a single picture")
@@ -170,7 +192,10 @@ class Ingress:
         self.store = Store(store, limits.picture.max_bytes, lambda: _why_not(store))
         self.store.start()
         self.admission = Admission(limits.max_in_flight, limits.max_waiting, limits.max_wait_s, limits.target_s)
+        self.deferral = Deferral(self.store, self.graph, self.admission, limits.request_timeout_s)
+        self._receiving, self._receiving_waits = asyncio.Semaphore(_RECEIVING), 0
         self._watcher: asyncio.Task[None] | None = None
+        self._deferred: asyncio.Task[None] | None = None
         self._sampler: asyncio.Task[None] | None = None
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -187,6 +212,7 @@ class Ingress:
             check_exposure(await asyncio.to_thread(_http_host))
             self._watcher = asyncio.get_running_loop().create_task(self.graph.watch())
             self._sampler = asyncio.get_running_loop().create_task(self._sample())
+            self._deferred = asyncio.get_running_loop().create_task(self.deferral.run())
 
     async def _sample(self) -> None:
         """Set the gauges and hand what trials have shown to the store, for ever."""
@@ -205,26 +231,53 @@ class Ingress:
         if hasattr(self, "store"):
             if tried := self.graph.take_tried():
                 self.store.offer_trials(tried)
+            self.deferral.close()
             self.store.close()
 
     async def check_health(self) -> None:
-        """Serve's health check: the watcher of the graph and the sampler of gauges are alive."""
-        for task in (self._watcher, self._sampler):
+        """Serve's health check: what runs beside the requests is alive."""
+        for task in (self._watcher, self._sampler, self._deferred):
             if task is not None and task.done():
-                raise RuntimeError(f"the watcher of the graph or the sampler ended: {task.exception()!r}")
+                raise RuntimeError(f"a task of the ingress ended: {task.exception()!r}")
 
     # ---- analysis -----------------------------------------------------------------------------------------------
 
-    @api.post("/v1/analyze", tags=["annotate"], openapi_extra=ANALYZE_BODY, responses=ANALYZE_RESPONSES)
+    @api.post(
+        "/v1/analyze",
+        tags=["annotate"],
+        openapi_extra=ANALYZE_BODY,
+        responses={
+            **ANALYZE_RESPONSES,
+            **responses("conflict"),
+            202: {"model": Waiting, "description": "accepted with `Prefer: respond-async`; `Location` has the answer"},
+        },
+    )
     async def analyze(
         self,
         request: Request,
         tasks: Tasks = "detect,caption,tag",
         explain: ExplainQuery = "false",
         id: PictureId = None,
+        prefer: Prefer = None,
+        idempotency_key: IdempotencyKey = None,
     ) -> Response:
         """Verdict, caption and tags of one picture, or of several in their order."""
+        if wants_to_wait(request.headers.getlist("prefer")) and self.deferral.is_possible:
+            return await self._answer(request, _parse_tasks(tasks), explain, partial(self._deferring, idempotency_key))
         return await self._answer(request, _parse_tasks(tasks), explain)
+
+    @api.get(
+        "/v1/results/{place}",
+        tags=["annotate"],
+        responses={
+            200: ANALYZE_RESPONSES[200],
+            202: {"model": Waiting, "description": "not there yet"},
+            **responses("not_found", "bad_parameter", "overloaded", "internal_error", "unavailable"),
+        },
+    )
+    async def result(self, place: PlaceId) -> Response:
+        """The answer to a request that was accepted with `Prefer: respond-async`: as it would have been at once."""
+        return await self.deferral.result(place)
 
     @api.post("/v1/detect", tags=["annotate"], openapi_extra=ANALYZE_BODY, responses=ANALYZE_RESPONSES)
     async def detect(self, request: Request, explain: ExplainQuery = "false", id: PictureId = None) -> Response:
@@ -241,11 +294,14 @@ class Ingress:
         """Tags, and the caption that they were made from."""
         return await self._answer(request, frozenset({"tag"}), "false")
 
-    async def _answer(self, request: Request, tasks: frozenset[Task], explain: str) -> Response:
+    async def _answer(
+        self, request: Request, tasks: frozenset[Task], explain: str, how: _Answering | None = None
+    ) -> Response:
         started, code = time.perf_counter(), "disconnected"
+        wanted: Explain | None = None if explain == "false" else ("grid" if explain == "grid" else "png")
         try:
-            answer = await self._admitted(request, tasks, explain)
-            code = "ok"
+            answer = await (how or self._admitted)(request, tasks, wanted)
+            code = "ok" if answer.status_code == 200 else "accepted"
             return answer
         except Problem as problem:
             code = problem.code
@@ -258,7 +314,23 @@ class Ingress:
         finally:
             self.metrics.request(request.scope["route"].path, code, time.perf_counter() - started)
 
-    async def _admitted(self, request: Request, tasks: frozenset[Task], explain: str) -> Response:
+    async def _deferring(
+        self, key: str | None, request: Request, tasks: frozenset[Task], explain: Explain | None
+    ) -> Response:
+        """Take the pictures in, for a sender who can wait."""
+        if self._receiving.locked() and self._receiving_waits >= self.limits.max_waiting:
+            raise Problem("overloaded", "Too many requests at the moment.", {"Retry-After": "2"})
+        self._receiving_waits += 1
+        try:
+            async with asyncio.timeout(self.limits.request_timeout_s), self._receiving:
+                uploads = await read_uploads(request, self.uploads)
+                return await self.deferral.accept(uploads, tasks, explain, key)
+        except TimeoutError:
+            raise Problem("timeout", "The request's body did not arrive in time.") from None
+        finally:
+            self._receiving_waits -= 1
+
+    async def _admitted(self, request: Request, tasks: frozenset[Task], explain: Explain | None) -> Response:
         deadline = time.time() + self.limits.request_timeout_s
         # before the body is read: an overloaded server buffers nothing
         await self.admission.enter()
@@ -271,11 +343,10 @@ class Ingress:
                 raise Problem("timeout", "The request's body did not arrive in time.") from None
             self.admission.widen(len(uploads) - 1)
             places = len(uploads)
-            wanted: Explain | None = None if explain == "false" else ("grid" if explain == "grid" else "png")
             if len(uploads) == 1:
-                return JSONResponse(await self._one(uploads[0], tasks, wanted, deadline))
+                return JSONResponse(await self._one(uploads[0], tasks, explain, deadline))
             items = await asyncio.gather(
-                *(self._one(upload, tasks, wanted, deadline) for upload in uploads), return_exceptions=True
+                *(self._one(upload, tasks, explain, deadline) for upload in uploads), return_exceptions=True
             )
             return JSONResponse({"items": [_item(item) for item in items]})
         finally:

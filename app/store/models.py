@@ -1,4 +1,4 @@
-"""The tables: answers, what people said of them, pictures, and what was asked to be deleted.
+"""The tables: answers, what people said of them, pictures, what waits, and what was asked to be deleted.
 
 Every row's ``id`` is a number that grows with time (``new_id``): newest first, pages, dates and retention are ranges of
 the one primary key, and the full text index of SQLite, which can be read by row number only, has them too. Times are
@@ -14,7 +14,19 @@ import random
 import unicodedata
 from datetime import UTC, datetime
 
-from sqlalchemy import BigInteger, Boolean, Float, ForeignKey, Index, Integer, String, Text, text
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    String,
+    Text,
+    UniqueConstraint,
+    text,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from deployments.annotation import Annotation
@@ -153,6 +165,42 @@ class TrialAnswer(Base):
     __table_args__ = (
         Index("ix_trial_answers_model", "model", "id"),
         Index("ix_trial_answers_sha256", "sha256"),
+    )
+
+
+class Deferred(Base):
+    """A picture whose sender waits for the answer elsewhere, or that answer (`app.store.deferred`)."""
+
+    __tablename__ = "deferred"
+
+    id: Mapped[int] = mapped_column(_Id, primary_key=True, autoincrement=False)
+    place: Mapped[str] = mapped_column(String(64))
+    """Where the answer will be; the same for all pictures of a request."""
+    number: Mapped[int] = mapped_column(Integer)
+    """Which one of them, from 0."""
+    tasks: Mapped[str] = mapped_column(String(64))
+    explain: Mapped[str] = mapped_column(String(16))
+    answer_id: Mapped[str] = mapped_column(String(128))
+    sha256: Mapped[str] = mapped_column(String(64))
+    size_bytes: Mapped[int] = mapped_column(Integer)
+    data: Mapped[bytes] = mapped_column(LargeBinary)
+    """The picture, until there is an answer."""
+    status: Mapped[int] = mapped_column(Integer)
+    """HTTP status of the answer; 0 while there is none."""
+    attempts: Mapped[int] = mapped_column(Integer)
+    leased_until: Mapped[int] = mapped_column(BigInteger)
+    """Somebody works on it until then, milliseconds since 1970."""
+    answer: Mapped[str] = mapped_column(Text)
+
+    __table_args__ = (
+        UniqueConstraint("place", "number", name="uq_deferred_place"),
+        Index(
+            "ix_deferred_waiting",
+            *("id", "size_bytes"),
+            postgresql_where=text("status = 0"),
+            sqlite_where=text("status = 0"),
+        ),
+        Index("ix_deferred_sha256", "sha256"),
     )
 
 

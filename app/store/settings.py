@@ -48,7 +48,12 @@ class StoreSettings(BaseModel):
     max_queue: int = Field(4096, ge=1, description="answers that wait to be written; beyond it they are not kept")
     max_picture_queue_bytes: int = Field(64 * 2**20, ge=0, description="pictures that wait to be written")
     timeout_s: float = Field(5.0, gt=0, le=60, description="longest wait for the database; then feedback gets 503")
-
+    max_deferred: int = Field(
+        100_000, ge=0, description="pictures that wait because their senders can (`Prefer: respond-async`), at most"
+    )
+    max_deferred_bytes: int = Field(16 * 2**30, ge=0, description="size of those")
+    deferred_in_work: int = Field(8, ge=1, le=1024, description="of those that an ingress replica works on at a time")
+    results_hours: float = Field(24.0, gt=0, description="hours for which their answers can be fetched")
     search_timeout_s: float = Field(2.0, gt=0, le=60, description="longest time of a search; then it gets 503")
 
     @field_validator("keep", mode="before")

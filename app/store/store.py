@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection, select
 from sqlalchemy.exc import SQLAlchemyError
 
-from app.store import events
+from app.store import deferred, events
 from app.store.database import Database, StoreUnavailable
 from app.store.events import Event, Receipt, UnknownAnswer
 from app.store.models import Feedback, Picture, time_of
@@ -161,21 +161,27 @@ class Store:
         """Keep an answer, and its picture if all are kept. Returns at once and raises nothing."""
         if self._writer is None or self._message:
             return
-        settings, now = self.settings, time.time()
+        now = time.time()
+        expires_s = self.expiry(annotation.sha256, now)
+        if self._writer.offer(Answered(annotation, now, expires_s)):
+            self.offer_picture(annotation.sha256, data)
+
+    def expiry(self, sha256: str, now_s: float) -> float | None:
+        """When an answer about a picture goes away unless there is feedback on it; None: it is kept."""
+        settings = self.settings
         kept = settings.keep == "all" or (
-            settings.keep == "sampled" and int(annotation.sha256[:8], 16) / 2**32 < settings.sample_share
+            settings.keep == "sampled" and int(sha256[:8], 16) / 2**32 < settings.sample_share
         )
-        expires_s = None if kept else now + settings.feedback_window_h * 3600
-        if self._writer.offer(Answered(annotation, now, expires_s)) and kept and settings.pictures == "all":
-            self._offer_picture(annotation.sha256, data)
+        return None if kept else now_s + settings.feedback_window_h * 3600
 
     def offer_trials(self, rows: list[dict[str, Any]]) -> None:
         """Keep what a trial wrote down (``app.trials``). Returns at once and raises nothing."""
         if self._writer is not None and not self._message:
             self._writer.submit(partial(events.write_trials, rows=rows))
 
-    def _offer_picture(self, sha256: str, data: bytes) -> None:
-        if self._files is None:
+    def offer_picture(self, sha256: str, data: bytes) -> None:
+        """Keep the picture of an answer that is kept, if all are. Returns at once and raises nothing."""
+        if self._files is None or self.settings.pictures != "all" or self.expiry(sha256, 0) is not None:
             return
         with self._picture_lock:
             if self._picture_bytes + len(data) > self.settings.max_picture_queue_bytes:
@@ -210,17 +216,41 @@ class Store:
         """
         for pause_s in (*_LOOK_AGAIN_S, None):
             try:
-                return await self._commit(partial(events.add_feedback, event=event))
+                return await self.commit(partial(events.add_feedback, event=event))
             except UnknownAnswer:
                 if pause_s is None:
                     raise
             await asyncio.sleep(pause_s)
         raise AssertionError("not reached")
 
-    async def _commit(self, run: Callable[[Connection], Value]) -> Value:
-        return await self._within(self._submit(run))
+    async def commit(self, run: Callable[[Connection], Value]) -> Value:
+        """Do something in a transaction of the writer's; returns when it is on disk.
 
-    def _submit(self, run: Callable[[Connection], Value]) -> Future[Value]:
+        Raises:
+            StoreOff, StoreUnavailable
+        """
+        return await self._within(self.submit(run))
+
+    async def read(self, run: Callable[[Connection], Value]) -> Value:
+        """Read something.
+
+        Raises:
+            StoreOff, StoreBusy, StoreUnavailable
+        """
+
+        def reading() -> Value:
+            assert self._database is not None
+            with self._database.reading() as connection:
+                return run(connection)
+
+        return await self._read_thread(reading)
+
+    def submit(self, run: Callable[[Connection], Value]) -> Future[Value]:
+        """Have something done in the next transaction; its outcome comes when that is on disk.
+
+        Raises:
+            StoreOff, StoreUnavailable
+        """
         if self.settings.keep == "off":
             raise StoreOff
         if self._writer is None or self._message:
@@ -257,7 +287,7 @@ class Store:
 
         def commit(run: Callable[[Connection], bool]) -> bool:
             try:
-                return self._submit(run).result(self.settings.timeout_s)
+                return self.submit(run).result(self.settings.timeout_s)
             except TimeoutError:
                 raise StoreUnavailable("the database did not answer in time") from None
 
@@ -292,10 +322,10 @@ class Store:
             StoreUnavailable: something of it may be left; ask again.
         """
         at_s = time.time()
-        removed = await self._commit(partial(events.forget_picture, sha256=sha256, at_s=at_s))
+        removed = await self.commit(partial(events.forget_picture, sha256=sha256, at_s=at_s))
         if self._files is not None:
             await self._read_thread(partial(self._files.remove, sha256))
-        await self._commit(partial(events.picture_removed, sha256=sha256))
+        await self.commit(partial(events.picture_removed, sha256=sha256))
         return removed
 
     # ---- search -------------------------------------------------------------------------------------------------
@@ -354,6 +384,7 @@ class Store:
         """Remove a little of what is too old; seconds until there may be more."""
         with database.writing() as connection:
             removed = events.remove_old(connection, time.time(), self.settings.keep_days, _TIDY_ROWS)
+            removed += deferred.remove_old(connection, time.time(), self.settings.results_hours, _TIDY_ROWS)
             if removed < _TIDY_ROWS and self.settings.keep_count is not None:
                 removed += events.remove_surplus(connection, self.settings.keep_count, _TIDY_ROWS)
             unwanted = events.unwanted_pictures(connection, 100)

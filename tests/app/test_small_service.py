@@ -135,6 +135,46 @@ def test_every_stage_answers(service: SmallService) -> None:
     }
 
 
+def later(service: SmallService, content: bytes, **headers: str) -> httpx.Response:
+    return _HTTP.post(f"{service.url}/v1/analyze", content=content, headers={"prefer": "respond-async"} | headers)
+
+
+def fetched(service: SmallService, place: str, timeout_s: float = 120) -> httpx.Response:
+    """What is at a place as soon as it is an answer."""
+    limit = time.monotonic() + timeout_s
+    while (answer := _HTTP.get(f"{service.url}{place}")).status_code == 202 and time.monotonic() < limit:
+        time.sleep(0.2)
+    return answer
+
+
+def test_who_can_wait_gets_a_place_and_finds_the_same_answer_there(service: SmallService) -> None:
+    accepted = later(service, picture(60), **{"idempotency-key": "upload-60"})
+    assert (accepted.status_code, accepted.headers["preference-applied"]) == (202, "respond-async")
+    place = accepted.headers["location"]
+    assert place == f"/v1/results/{accepted.json()['id']}" and accepted.json()["status"] == "waiting"
+    again = later(service, picture(60), **{"idempotency-key": "upload-60"})
+    assert again.headers["location"] == place
+    assert later(service, picture(61), **{"idempotency-key": "upload-60"}).status_code == 409
+
+    record, at_once = fetched(service, place).json(), post(service, 60).json()
+    assert record["errors"] == [] and record["models"] == at_once["models"]
+    assert (record["caption"], record["tags"]) == (at_once["caption"], at_once["tags"])
+    assert record["detection"]["ai_probability"] == pytest.approx(at_once["detection"]["ai_probability"], abs=1e-3)
+    event = {"id": record["id"], "part": "verdict", "right": True}
+    assert _HTTP.post(f"{service.url}/v1/feedback", json=event).status_code == 201, "it is kept as others are"
+
+    files = [("file", ("a", picture(62))), ("file", ("b", b"no picture")), ("file", ("c", b""))]
+    several = _HTTP.post(f"{service.url}/v1/analyze", files=files, headers={"prefer": "respond-async"})
+    items = fetched(service, several.headers["location"]).json()["items"]
+    assert items[0]["caption"] and [item["code"] for item in items[1:]] == ["not_an_image", "empty_body"]
+
+    refused = fetched(service, later(service, b"no picture").headers["location"])
+    assert (refused.status_code, refused.json()["code"]) == (415, "not_an_image")
+    assert refused.headers["content-type"] == "application/problem+json"
+    assert later(service, b"").status_code == 400
+    assert _HTTP.get(f"{service.url}/v1/results/nowhere").status_code == 404
+
+
 def test_feedback_finds_the_answer_and_search_finds_both(service: SmallService) -> None:
     record = post(service, 5).json()
     event = {"id": record["id"], "part": "verdict", "right": False, "value": "human"}

@@ -1,0 +1,191 @@
+"""Pictures whose senders can wait, in a queue on disk: taken in, worked off by whichever process has room, each once.
+
+A picture that was taken in is there until its answer is. Whoever works on it leases it; a lease that has run out (its
+process was killed) lets another one work on it again. The answer, the row of ``predictions`` and the end of the wait
+are one transaction, so a picture that two processes worked on after all is written once. Several pictures of one
+request share its ``place``.
+
+Functions on a connection, the same for both databases. Knows no models and no HTTP.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, delete, exists, func, insert, select, update
+from sqlalchemy.exc import IntegrityError
+
+from app.store.events import KeyConflict, write_predictions
+from app.store.models import Deferred, first_id, new_id, row_of
+from deployments.annotation import Annotation
+
+
+class QueueFull(RuntimeError):
+    """As many pictures wait as may."""
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """One picture of a request, as it was sent; with ``status`` and ``answer`` if it was refused at once."""
+
+    answer_id: str
+    sha256: str
+    data: bytes
+    status: int = 0
+    answer: str = ""
+
+
+@dataclass(frozen=True)
+class Leased:
+    """A picture to be worked on."""
+
+    id: int
+    tasks: str
+    explain: str
+    answer_id: str
+    data: bytes
+    attempts: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one picture of a request. ``status`` 0: it waits."""
+
+    number: int
+    status: int
+    answer: str
+    """JSON of the annotation, or of the problem."""
+
+
+def put(
+    connection: Connection,
+    place: str,
+    tasks: str,
+    explain: str,
+    pictures: Sequence[Accepted],
+    max_count: int,
+    max_bytes: int,
+) -> None:
+    """Take a request's pictures in; the same pictures at the same place once.
+
+    Raises:
+        QueueFull: no room.
+        KeyConflict: the place belongs to another request.
+    """
+    waiting, size = connection.execute(
+        select(func.count(), func.coalesce(func.sum(Deferred.size_bytes), 0)).where(Deferred.status == 0)
+    ).one()
+    if waiting + len(pictures) > max_count or size + sum(len(picture.data) for picture in pictures) > max_bytes:
+        if not _is_there(connection, place, tasks, explain, pictures):
+            raise QueueFull(f"{waiting} pictures wait")
+        return
+    rows = [
+        {
+            "id": new_id(time.time()),
+            "place": place,
+            "number": number,
+            "tasks": tasks,
+            "explain": explain,
+            "answer_id": picture.answer_id,
+            "sha256": picture.sha256,
+            "size_bytes": len(picture.data),
+            "data": picture.data,
+            "status": picture.status,
+            "attempts": 0,
+            "leased_until": 0,
+            "answer": picture.answer,
+        }
+        for number, picture in enumerate(pictures)
+    ]
+    try:
+        with connection.begin_nested():
+            connection.execute(insert(Deferred), rows)
+    except IntegrityError:
+        if not _is_there(connection, place, tasks, explain, pictures):
+            raise KeyConflict(place) from None
+
+
+def _is_there(connection: Connection, place: str, tasks: str, explain: str, pictures: Sequence[Accepted]) -> bool:
+    """Whether this very request was taken in before.
+
+    Raises:
+        KeyConflict: another one was, at the same place.
+    """
+    columns = (Deferred.sha256, Deferred.tasks, Deferred.explain)
+    found = connection.execute(select(*columns).where(Deferred.place == place).order_by(Deferred.number)).all()
+    if found and [tuple(row) for row in found] != [(picture.sha256, tasks, explain) for picture in pictures]:
+        raise KeyConflict(place)
+    return bool(found)
+
+
+def lease(connection: Connection, now_s: float, lease_s: float, most: int) -> list[Leased]:
+    """Up to ``most`` pictures that nobody works on, the oldest first; they are this caller's for ``lease_s``."""
+    wanted = (
+        select(Deferred.id)
+        .where(Deferred.status == 0, Deferred.leased_until <= int(now_s * 1000))
+        .order_by(Deferred.id)
+        .limit(most)
+    )
+    if connection.dialect.name == "postgresql":
+        wanted = wanted.with_for_update(skip_locked=True)
+    ids = list(connection.execute(wanted).scalars())
+    if not ids:
+        return []
+    connection.execute(
+        update(Deferred)
+        .where(Deferred.id.in_(ids))
+        .values(leased_until=int((now_s + lease_s) * 1000), attempts=Deferred.attempts + 1)
+    )
+    columns = (Deferred.id, Deferred.tasks, Deferred.explain, Deferred.answer_id, Deferred.data, Deferred.attempts)
+    rows = connection.execute(select(*columns).where(Deferred.id.in_(ids)).order_by(Deferred.id))
+    return [Leased(*row) for row in rows]
+
+
+def give_back(connection: Connection, ids: Sequence[int], until_s: float) -> None:
+    """Let others work on pictures from ``until_s`` on."""
+    connection.execute(
+        update(Deferred).where(Deferred.id.in_(ids), Deferred.status == 0).values(leased_until=int(until_s * 1000))
+    )
+
+
+def finish(
+    connection: Connection, row_id: int, status: int, answer: str, record: Annotation | None, expires_s: float | None
+) -> bool:
+    """Write what came of a picture, and let go of its bytes; False: somebody was faster, or it was deleted.
+
+    Args:
+        record: the annotation, if there is one and answers are kept.
+        expires_s: when the kept answer goes away again, as for answers that were given at once.
+    """
+    ended = connection.execute(
+        update(Deferred)
+        .where(Deferred.id == row_id, Deferred.status == 0)
+        .values(status=status, answer=answer, data=b"", size_bytes=0, leased_until=0)
+    )
+    if ended.rowcount != 1:
+        return False
+    if record is not None:
+        write_predictions(connection, [row_of(record, time.time(), expires_s)])
+    return True
+
+
+def outcomes(connection: Connection, place: str) -> list[Outcome]:
+    """What became of a request's pictures so far, in their order; empty: there is no such request."""
+    columns = (Deferred.number, Deferred.status, Deferred.answer)
+    rows = connection.execute(select(*columns).where(Deferred.place == place).order_by(Deferred.number))
+    return [Outcome(*row) for row in rows]
+
+
+def is_any_free(connection: Connection, now_s: float) -> bool:
+    """Whether a picture waits that nobody works on."""
+    free = exists().where(Deferred.status == 0, Deferred.leased_until <= int(now_s * 1000))
+    return bool(connection.execute(select(free)).scalar())
+
+
+def remove_old(connection: Connection, now_s: float, keep_h: float, most: int) -> int:
+    """Remove a few answers that nobody fetched for so long; returns how many."""
+    before = first_id(now_s - keep_h * 3600)
+    old = select(Deferred.id).where(Deferred.id < before, Deferred.status > 0).order_by(Deferred.id).limit(most)
+    return connection.execute(delete(Deferred).where(Deferred.id.in_(old))).rowcount

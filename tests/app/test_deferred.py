@@ -1,0 +1,182 @@
+"""The queue of those who can wait, on SQLite and on PostgreSQL: each picture answered once, whoever dies at it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import func, select
+
+from app.admission import Admission
+from app.deferred import wants_to_wait
+from app.store import deferred
+from app.store.deferred import Accepted, QueueFull
+from app.store.events import KeyConflict
+from app.store.models import Deferred, Prediction
+from app.store.settings import StoreSettings
+from app.store.store import Store
+from deployments.annotation import Annotation, Caption
+from tests.app.postgres import find_programs, postgres_server
+
+
+@pytest.fixture(scope="module")
+def postgres() -> Iterator[Any]:
+    if find_programs() is None:
+        pytest.skip("no PostgreSQL here: apt-get install postgresql")
+    with postgres_server("fsync=off") as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    url = f"sqlite:///{tmp_path}/store.db"
+    if request.param == "postgresql":
+        name = hashlib.sha256(request.node.name.encode()).hexdigest()[:20]
+        url = str(request.getfixturevalue("postgres").url(f"test_{name}"))
+    opened = Store(StoreSettings(url=url, timeout_s=60, search_timeout_s=60))
+    opened.start()
+    yield opened
+    opened.close()
+
+
+def picture(number: int) -> Accepted:
+    data = f"picture {number}".encode()
+    return Accepted(f"mine-{number}", hashlib.sha256(data).hexdigest(), data)
+
+
+def put(store: Store, place: str, *pictures: Accepted, count: int = 100, size: int = 2**20, tasks: str = "tag") -> None:
+    run = partial(deferred.put, place=place, tasks=tasks, explain="", pictures=pictures)
+    asyncio.run(store.commit(partial(run, max_count=count, max_bytes=size)))
+
+
+def lease(store: Store, most: int = 10, now_s: float | None = None) -> list[deferred.Leased]:
+    now_s = time.time() if now_s is None else now_s
+    return asyncio.run(store.commit(partial(deferred.lease, now_s=now_s, lease_s=60, most=most)))
+
+
+def finish(store: Store, leased: deferred.Leased, status: int = 200) -> bool:
+    sha256 = hashlib.sha256(leased.data).hexdigest()
+    record = Annotation(id=leased.answer_id, sha256=sha256, caption=Caption(text="a dog")) if status == 200 else None
+    answer = record.model_dump_json() if record else '{"status": 422}'
+    run = partial(deferred.finish, row_id=leased.id, status=status, answer=answer, record=record, expires_s=None)
+    return asyncio.run(store.commit(run))
+
+
+def outcomes(store: Store, place: str) -> list[deferred.Outcome]:
+    return asyncio.run(store.read(partial(deferred.outcomes, place=place)))
+
+
+def is_any_free(store: Store) -> bool:
+    return asyncio.run(store.read(partial(deferred.is_any_free, now_s=time.time())))
+
+
+def answers(store: Store) -> int:
+    return asyncio.run(
+        store.read(lambda connection: connection.execute(select(func.count(Prediction.id))).scalar_one())
+    )
+
+
+def test_what_was_taken_in_is_leased_answered_and_kept_once(store: Store) -> None:
+    put(store, "first", picture(0), picture(1))
+    put(store, "second", picture(2))
+    assert is_any_free(store)
+    leased = lease(store)
+    assert [item.data for item in leased] == [b"picture 0", b"picture 1", b"picture 2"]
+    assert [item.attempts for item in leased] == [1, 1, 1] and not is_any_free(store) and lease(store) == []
+    assert [outcome.status for outcome in outcomes(store, "first")] == [0, 0]
+
+    assert finish(store, leased[1]) and finish(store, leased[0], status=422)
+    assert [outcome.status for outcome in outcomes(store, "first")] == [422, 200]
+    assert Annotation.model_validate_json(outcomes(store, "first")[1].answer).id == "mine-1"
+    assert outcomes(store, "nowhere") == []
+    assert finish(store, leased[2]) and not finish(store, leased[2]), "whoever is second writes nothing"
+    assert answers(store) == 2
+
+
+def test_a_lease_that_has_run_out_or_is_given_back_is_anothers(store: Store) -> None:
+    put(store, "here", picture(0))
+    (first,) = lease(store)
+    assert lease(store, now_s=time.time() + 59) == []
+    (again,) = lease(store, now_s=time.time() + 61)
+    assert (again.id, again.attempts) == (first.id, 2)
+    give_back = partial(deferred.give_back, ids=[again.id], until_s=time.time() - 1)
+    asyncio.run(store.commit(give_back))
+    (third,) = lease(store)
+    assert third.attempts == 3
+    # the first one was only slow: what it says counts, and nothing else
+    assert finish(store, first) and not finish(store, third)
+    assert answers(store) == 1
+    asyncio.run(store.commit(give_back))
+    assert lease(store, now_s=time.time() + 1000) == [], "what has been answered is never worked on again"
+
+
+def test_the_same_request_has_one_place_and_another_one_is_told(store: Store) -> None:
+    put(store, "key", picture(0))
+    put(store, "key", picture(0))
+    assert len(lease(store)) == 1
+    put(store, "key", picture(0), count=0)  # there is no room, and it needs none
+    with pytest.raises(KeyConflict):
+        put(store, "key", picture(1))
+    with pytest.raises(KeyConflict):
+        put(store, "key", picture(0), tasks="detect")
+
+
+def test_a_full_queue_takes_nothing_of_a_request(store: Store) -> None:
+    put(store, "a", picture(0), picture(1), count=3)
+    with pytest.raises(QueueFull):
+        put(store, "b", picture(2), picture(3), count=3)
+    with pytest.raises(QueueFull):
+        put(store, "b", picture(2), size=20)
+    assert outcomes(store, "b") == []
+    for leased in lease(store):
+        finish(store, leased)
+    put(store, "b", picture(2), picture(3), count=2, size=20)  # what is answered takes no room
+
+
+def test_a_deleted_picture_is_neither_worked_on_nor_answered(store: Store) -> None:
+    put(store, "a", picture(0))
+    (leased,) = lease(store)
+    asyncio.run(store.delete_picture(picture(0).sha256))
+    assert not finish(store, leased)
+    assert outcomes(store, "a") == [] and answers(store) == 0
+
+
+def test_answers_that_nobody_fetched_go_after_a_while_and_what_waits_stays(store: Store) -> None:
+    put(store, "answered", picture(0))
+    finish(store, lease(store)[0])
+    put(store, "waiting", picture(1))
+    later = time.time() + 25 * 3600
+    removed = asyncio.run(store.commit(partial(deferred.remove_old, now_s=later, keep_h=24, most=10)))
+    assert removed == 1
+    left = asyncio.run(store.read(lambda connection: connection.execute(select(Deferred.place)).scalars().all()))
+    assert left == ["waiting"]
+
+
+def test_the_preference_is_read_as_rfc_7240_writes_it() -> None:
+    assert wants_to_wait(["respond-async"]) and wants_to_wait(["wait=10, Respond-Async; x=1"])
+    assert wants_to_wait(["return=minimal", "respond-async"])
+    assert not wants_to_wait([]) and not wants_to_wait(["return=respond-async", "respond-asynchronously"])
+
+
+def test_only_places_that_nobody_waits_for_are_slipped_into() -> None:
+    async def try_it() -> None:
+        admission = Admission(2, 4, 60.0)
+        assert admission.slip_in(8) == 2 and admission.in_work == 2
+        interactive = asyncio.ensure_future(admission.enter())
+        await asyncio.sleep(0)
+        admission.leave(1)
+        await interactive  # the place that came free is its
+        assert admission.slip_in(8) == 0
+        another = asyncio.ensure_future(admission.enter())
+        await asyncio.sleep(0)
+        admission.leave(2)
+        assert admission.slip_in(8) == 1 and admission.in_work == 2
+        await another
+
+    asyncio.run(try_it())

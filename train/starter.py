@@ -1,0 +1,97 @@
+"""``make starter``: the starter models' trained halves, made again from the raw data by the commands that everybody uses.
+
+In: the two raw data sets. Out: ``deployments/starter_weights/detector`` and ``captioner`` (weights, configuration,
+card) and their reports under ``--work``. Every step resumes or does nothing when it is done, so the same command goes
+on after a kill.
+
+    python -m train.starter --labelled aivshuman-mini --captioned flickr8k-224 --work ~/starter
+"""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+_ROOT = Path(__file__).parent.parent
+_WEIGHTS = _ROOT / "deployments" / "starter_weights"
+
+#: The detector: a linear head on the class tokens of CLIP's middle blocks, judged once, after the last step.
+DETECTOR = """
+    --model starter:detector --head new --freeze tower --epochs 60 --batch-size 64 --learning-rate 1e-3 --weight-decay 0
+    --warmup 0 --penalty 0.02 --balance 0.5 --max-steps 720 --validate-every 720 --seed 20260101
+    """
+#: The captioner, first on the likelihood of human captions, then on the CIDEr of its own.
+CAPTIONER = """
+    --model new --freeze tower --features bf16 --epochs 4 --batch-size 16 --learning-rate 6e-4 --weight-decay 0.05
+    --warmup 0.14 --label-smoothing 0.1 --dropout 0.15 --keep-patches 0.4 --length-penalty 0.5 --prompt= --seed 20260101
+    """
+REWARDED = """
+    --objective cider --freeze tower --features bf16 --epochs 2 --batch-size 16 --learning-rate 5e-5 --warmup 0.05
+    --validate-every 128 --validation-photos 250 --dropout 0 --seed 20260101
+    """
+
+
+class Starter(BaseModel):
+    """Make the starter models again."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    labelled: str = Field(description="raw data set of the detector: folder with train.csv, zip or s3://")
+    captioned: str = Field(description="raw data set of the captioner: folder with captions.txt, zip or s3://")
+    work: Path = Field(description="where data, runs, checkpoints and reports go")
+    only: str = Field("detector,captioner", description="which of the two")
+    threads: int = Field(2, ge=1)
+
+
+def steps(config: Starter) -> Iterator[list[str]]:
+    """The commands, in their order."""
+    work = config.work.expanduser().absolute()
+    prepared, models, reports = work / "prepared", work / "models", work / "reports"
+    common = ["--storage", str(work / "runs"), "--cache", str(work / "features"), "--threads", str(config.threads)]
+    chosen = config.only.split(",")
+    if "detector" in chosen:
+        data, head = str(prepared / "aivshuman"), str(models / "detector")
+        yield _prepare("aivshuman", config.labelled, prepared)
+        yield ["train.detector", "--data", data, "--output", head, *shlex.split(DETECTOR), *common]
+        yield [
+            *("train.leave_out", "--data", data, "--checkpoint", head, "--cache", str(work / "features")),
+            *("--result", str(reports / "detector.json")),
+        ]
+        yield _extract(head, "detector")
+    if "captioner" in chosen:
+        data, first, best = str(prepared / "flickr30k"), str(models / "likelihood"), str(models / "captioner")
+        yield _prepare("flickr30k", config.captioned, prepared)
+        yield ["train.captioner", "--data", data, "--output", first, *shlex.split(CAPTIONER), *common]
+        yield [
+            *("train.captioner", "--data", data, "--model", first, "--output", best, "--name", "captioner-cider"),
+            *(*shlex.split(REWARDED), *common),
+        ]
+        yield _extract(best, "captioner")
+
+
+def _prepare(name: str, raw: str, prepared: Path) -> list[str]:
+    return ["data.prepare", name, "--input", raw, "--output", str(prepared), "--split", "starter"]
+
+
+def _extract(checkpoint: str, name: str) -> list[str]:
+    return ["train.extract", "--checkpoint", checkpoint, "--target", str(_WEIGHTS / name)]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line."""
+    from pydantic_settings import CliApp
+
+    for step in steps(CliApp.run(Starter, cli_args=arguments)):
+        print(f"python -m {shlex.join(step)}", flush=True)
+        ended = subprocess.run([sys.executable, "-m", *step], cwd=_ROOT, check=False)
+        if ended.returncode:
+            sys.exit(f"error: {step[0]} ended with {ended.returncode}; mend what it says and run the same command again")
+
+
+if __name__ == "__main__":
+    main()
