@@ -194,11 +194,12 @@ class Deferral:
     async def _attempt(self, picture: Leased) -> tuple[int, str | None, Annotation | None]:
         """Status and body of the answer, and the annotation; without a body it is to be tried again."""
         last = picture.attempts >= _MAX_ATTEMPTS
-        tasks = frozenset(picture.tasks.split(","))
+        tasks: Any = frozenset(picture.tasks.split(","))
         explain: Any = picture.explain or None
+        failed = Problem("internal_error", "The picture could not be analysed.")
         try:
             if picture.attempts > _MAX_ATTEMPTS:  # it was begun so often, and never ended
-                raise Problem("internal_error", "The picture could not be analysed.")
+                raise failed
             record = await self._graph.analyze(
                 picture.data, picture.answer_id, tasks, explain, time.time() + self._timeout_s
             )
@@ -208,8 +209,7 @@ class Deferral:
             return _refused(problem) if last else (0, None, None)
         except Exception:
             _log.exception("a picture that waited could not be analysed")
-            problem = Problem("internal_error", "The picture could not be analysed.")
-            return _refused(problem) if last else (0, None, None)
+            return _refused(failed) if last else (0, None, None)
         if record.errors and not last:
             return 0, None, None
         return 200, record.model_dump_json(), record

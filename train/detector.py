@@ -635,9 +635,7 @@ def with_statistics(job: DetectorJob) -> DetectorJob:
     values = np.concatenate([block["features"].astype(np.float32) for block in job.features[0].load(0, rows)])
     deviation = values.std(0)
     # the floor keeps features that hardly vary in training from shouting when they do
-    return replace(
-        job, statistics=(values.mean(0), (1 / (deviation + 0.05 * np.median(deviation))).astype(np.float32))
-    )
+    return replace(job, statistics=(values.mean(0), (1 / (deviation + 0.05 * np.median(deviation))).astype(np.float32)))
 
 
 def train(config: DetectorTraining, callbacks: tuple[Any, ...] = (), parent: str | None = None) -> Any:

@@ -1,4 +1,4 @@
-"""``make starter``: the starter models' trained halves, made again from the raw data by the commands that everybody uses.
+"""``make starter``: the starter models' trained halves, made again from raw data by the commands that everybody uses.
 
 In: the two raw data sets. Out: ``deployments/starter_weights/detector`` and ``captioner`` (weights, configuration,
 card) and their reports under ``--work``. Every step resumes or does nothing when it is done, so the same command goes
@@ -90,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"python -m {shlex.join(step)}", flush=True)
         ended = subprocess.run([sys.executable, "-m", *step], cwd=_ROOT, check=False)
         if ended.returncode:
-            sys.exit(f"error: {step[0]} ended with {ended.returncode}; mend what it says and run the same command again")
+            sys.exit(f"error: {step[0]} ended with {ended.returncode}; mend what it says and run this again")
 
 
 if __name__ == "__main__":
