@@ -25,6 +25,8 @@ Config = dict[str, Any]
 _HEALTHY = "HEALTHY"
 #: How long a state that looks final is looked at again: Serve's loop may not have begun yet.
 _SETTLE_S = 1.5
+#: How long a canary without pictures keeps its replica.
+_DOWN_S = 5.0
 
 
 class CanaryError(RuntimeError):
@@ -145,6 +147,9 @@ def without_replicas(config: Config, name: str, model: ModelName) -> Config:
     def change(application: Config, _: IngressConfig) -> None:
         scaling = _scaling(deployment_of(application, CANARIES[model]))
         scaling["min_replicas"] = scaling["initial_replicas"] = 0
+        # requests of the last half minute, which the autoscaler still looks at, may bring a replica back at once: it
+        # must not stay for the ten minutes that are Serve's default
+        scaling["downscale_delay_s"] = scaling["downscale_to_zero_delay_s"] = _DOWN_S
 
     return _changed(config, name, change)
 

@@ -377,7 +377,8 @@ def build_tagger(settings: TaggerSettings, name: str = "Tagger") -> Application:
     The engine's workers live in the replica's placement group, as ray.serve.llm arranges it, and the replica itself
     takes nothing beside it: its resources are set by ``settings`` and not by ``ray_actor_options``.
     """
-    initial = settings.min_replicas if settings.initial_replicas is None else settings.initial_replicas
+    # where it is given, Serve goes back to this number whenever `user_config` changes; a canary must not start with one
+    initial = 0 if settings.initial_replicas is None and settings.min_replicas == 0 else settings.initial_replicas
     deployment = serve.deployment(
         Tagger,
         name=name,
@@ -385,7 +386,7 @@ def build_tagger(settings: TaggerSettings, name: str = "Tagger") -> Application:
         max_queued_requests=settings.max_queued_requests,
         autoscaling_config={
             "min_replicas": settings.min_replicas,
-            "initial_replicas": initial,
+            **({} if initial is None else {"initial_replicas": initial}),
             "max_replicas": settings.max_replicas,
             "target_ongoing_requests": settings.target_ongoing_requests,
         },
