@@ -9,6 +9,7 @@ Everything follows from content, settings and seed. Knows no files and no Ray.
    same photo by its number; and whatever is linked to these.
 3. Splits are given by the shares, or pinned: by published lists, by the starter models' training, by where another
    corpus has the same photo. A group that pins tear apart keeps one side, and its members on another are rejected.
+   Groups of verified pictures alone are divided by the shares, whatever gives the others theirs.
 """
 
 from __future__ import annotations
@@ -104,6 +105,8 @@ class Candidate:
     particulars: Particulars
     links: frozenset[str] = frozenset()
     """Pictures with a link in common are in one group."""
+    verified: bool = False
+    """It came back from reviewers and is in no raw list."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,7 @@ class Curated:
     particulars: Particulars
     group: str
     split: Split
+    verified: bool = False
 
 
 def remove_duplicates(candidates: Iterable[Candidate]) -> tuple[list[Candidate], list[Reject]]:
@@ -142,7 +146,7 @@ def remove_duplicates(candidates: Iterable[Candidate]) -> tuple[list[Candidate],
             rejects += [_reject(c, "contradictory_labels", f"one picture, several labels: {names}") for c in alike]
             continue
         links = frozenset().union(*(_links(candidate) for candidate in alike))
-        kept.append(Candidate(first.row, first.particulars, links))
+        kept.append(Candidate(first.row, first.particulars, links, first.verified))
         for other in alike[1:]:
             if other.particulars.id == first.particulars.id:
                 rejects.append(_reject(other, "duplicate", f"same bytes as {first.row.file_name}"))
@@ -151,11 +155,11 @@ def remove_duplicates(candidates: Iterable[Candidate]) -> tuple[list[Candidate],
     return sorted(kept, key=lambda candidate: candidate.particulars.id), rejects
 
 
-def _preference(candidate: Candidate) -> tuple[bool, int, str, str]:
-    """Of several files of one picture, the one to keep: named as what it is, then the smallest."""
+def _preference(candidate: Candidate) -> tuple[bool, bool, int, str, str]:
+    """Of several files of one picture, the one to keep: from a raw list, named as what it is, then the smallest."""
     what, name = candidate.particulars, candidate.row.file_name
     misnamed = PurePosixPath(name).suffix.lower() not in _SUFFIXES.get(what.format, ())
-    return misnamed, what.bytes, what.id, name
+    return candidate.verified, misnamed, what.bytes, what.id, name
 
 
 def _links(candidate: Candidate) -> frozenset[str]:
@@ -221,19 +225,48 @@ def divide(
     kept = [index for index in range(len(candidates)) if index not in torn]
     roots = [sets.root(index) for index in kept]
     ids = [candidates[index].particulars.id for index in kept]
-    shares = settings.shares() if settings.split == "shares" else {"train": 1.0}
-    splits = assign_splits(ids, roots, [stratum(candidates[i].row) for i in kept], shares, settings.seed, chosen)
+    splits = _assigned(candidates, kept, roots, settings, chosen)
     if settings.split != "shares" and settings.production:
         donor: Split = "train" if settings.split == "published" else "test"
-        splits = _with_production(ids, roots, splits, settings, donor, {root for root in roots if foreign.get(root)})
+        fixed = {root for root in roots if foreign.get(root)}
+        fixed.update(root for root, index in zip(roots, kept, strict=True) if candidates[index].verified)
+        splits = _with_production(ids, roots, splits, settings, donor, fixed)
     names: dict[int, str] = {}
     for root, id_ in zip(roots, ids, strict=True):
         names[root] = min(names.get(root, id_), id_)
     curated = [
-        Curated(candidates[index].row, candidates[index].particulars, names[root], _as_split(split))
+        Curated(
+            candidates[index].row,
+            candidates[index].particulars,
+            names[root],
+            _as_split(split),
+            candidates[index].verified,
+        )
         for index, root, split in zip(kept, roots, splits, strict=True)
     ]
     return curated, [_reject(candidates[index], "torn_group", detail) for index, detail in sorted(torn.items())]
+
+
+def _assigned(
+    candidates: Sequence[Candidate],
+    kept: Sequence[int],
+    roots: Sequence[int],
+    settings: SplitSettings,
+    chosen: Mapping[int, Split],
+) -> list[str]:
+    """The split of each candidate of ``kept``, whose groups are ``roots``: first the raw ones as if there were no
+    verified ones, which take no part in what that gives.
+    """
+    raw = {root for root, index in zip(roots, kept, strict=True) if not candidates[index].verified}
+    by_id: dict[str, str] = {}
+    for verified in (False, True):
+        members = [(root, i) for root, i in zip(roots, kept, strict=True) if (root not in raw) == verified]
+        shares = settings.shares() if verified or settings.split == "shares" else {"train": 1.0}
+        ids = [candidates[index].particulars.id for _, index in members]
+        strata = [stratum(candidates[index].row) for _, index in members]
+        splits = assign_splits(ids, [root for root, _ in members], strata, shares, settings.seed, chosen)
+        by_id |= zip(ids, splits, strict=True)
+    return [by_id[candidates[index].particulars.id] for index in kept]
 
 
 def _as_split(name: str) -> Split:

@@ -8,6 +8,8 @@ or as a job: ``ray job submit --working-dir . -- python -m data.prepare ...``. L
 what is kept and how it is split: ``data.curate``; what must hold: ``data.rules``; the layout of a version:
 ``data.versions``.
 
+``--feedback FILE`` adds verified items of reviewers; ``data.feedback`` says on which side they fall.
+
 A version is named by a hash of its content and settings: the same input and settings give the same name on any
 machine, with any number of CPUs, from a folder, a zip or S3. It appears at once when it is complete. A run that is
 killed goes on where it was when it is started again; one that finds its version there does nothing.
@@ -36,11 +38,12 @@ from data.curate import (
 )
 from data.download import download
 from data.errors import DataError, as_settings_error, end
+from data.feedback import WithFeedback, read_feedback
 from data.identify import Particulars
-from data.layouts import RawList, Reject, read_aivshuman, read_flickr30k
+from data.layouts import RawRow, Reject, read_aivshuman, read_flickr30k
 from data.locations import Location
 from data.merge import VersionPictures, balanced, merge
-from data.passes import Refused, Timing, take_particulars
+from data.passes import Pictures, Refused, Timing, take_particulars
 from data.publish import Content, digest, publish
 from data.raw import RawInput
 from data.report import write_report
@@ -70,6 +73,11 @@ class _FromRaw(_Common):
     max_bytes: int = Field(20 * 2**20, gt=0, description="largest file")
     with_version: list[str] = Field(
         [], description="a prepared version whose photos must fall on the same side here as there; may be repeated"
+    )
+    feedback: list[str] = Field(
+        [],
+        description="verified items, a file of `python -m app.review export`; may be repeated. Every group stays on "
+        "the side that it has in the newest version made without them",
     )
 
 
@@ -144,7 +152,14 @@ def _from_raw(config: AivshumanConfig | Flickr30kConfig) -> Prepared:
         published = _published_lists(config)
         listed = read_flickr30k(raw, config.source_name)
     others = [open_version(place) for place in config.with_version]
-    settings = _version_settings(config) | {"with_version": sorted(map(_named, others))}
+    feedback = read_feedback(config.feedback, "label" if name == "aivshuman" else "captions")
+    settings = _version_settings(config)
+    if config.feedback:
+        settings["feedback"] = feedback.digest
+        older = [v for v in versions(folder) if v.manifest.settings.get("feedback") != feedback.digest]
+        others += [v for v in older[-1:] if _named(v) not in map(_named, others)]
+        _say(f"{len(feedback.rows)} of {feedback.items} verified items say something that {name} learns")
+    settings["with_version"] = sorted(map(_named, others))
     if published:
         settings["lists"] = digest(published)[:16]
     fingerprint = listed.fingerprint(digest(settings))
@@ -153,14 +168,18 @@ def _from_raw(config: AivshumanConfig | Flickr30kConfig) -> Prepared:
         return Prepared(found, fresh=False)
 
     limits = ImageLimits(max_bytes=config.max_bytes, max_pixels=config.max_pixels, min_side_px=config.min_side_px)
-    work = folder / ".work" / f"particulars-{listed.fingerprint(digest(limits.model_dump()))[:16]}"
+    looked_at = digest([limits.model_dump(), feedback.digest]) if feedback.rows else digest(limits.model_dump())
+    work = folder / ".work" / f"particulars-{listed.fingerprint(looked_at)[:16]}"
+    pictures_in: Pictures = WithFeedback(listed.raw, feedback.places) if feedback.rows else listed.raw
     with ray_session(config) as cpus:
         workers = config.workers or cpus
-        names = sorted(listed.entries)
-        particulars, identified = take_particulars(listed.raw, names, limits, work, workers, _say)
+        names = sorted(listed.entries) + [row.file_name for row in feedback.rows]
+        particulars, identified = take_particulars(pictures_in, names, limits, work, workers, _say)
         decided = time.perf_counter()
-        candidates, rejects = _joined(listed, particulars)
-        kept, repeated = remove_duplicates(candidates)
+        candidates, rejects = _joined(listed.rows, particulars)
+        verified, refused = _joined(feedback.rows, particulars, verified=True)
+        _check_hashes(verified)
+        kept, repeated = remove_duplicates(candidates + verified)
         pins: dict[str, Split] = {}
         if config.split == "starter" and name == "aivshuman":
             pins = starter_detector_splits(candidates)
@@ -172,15 +191,15 @@ def _from_raw(config: AivshumanConfig | Flickr30kConfig) -> Prepared:
         content = Content(
             name=name,
             pictures=pictures,
-            rejects=[*listed.rejects, *rejects, *repeated, *torn],
-            listed=listed.listed,
+            rejects=[*listed.rejects, *rejects, *refused, *repeated, *torn],
+            listed=listed.listed + len(feedback.rows),
             settings=settings,
             seed=config.seed,
             wanted=_wanted(config),
             place=str(raw.location),
             fingerprint=fingerprint,
         )
-        version, fresh, written = publish(content, config, folder, listed.raw, workers, say=_say)
+        version, fresh, written = publish(content, config, folder, pictures_in, workers, say=_say)
     work.remove()
     if not work.parent.folders():
         work.parent.remove()
@@ -231,17 +250,32 @@ def _from_versions(config: SourceConfig) -> Prepared:
     return Prepared(version, fresh, written=written)
 
 
-def _joined(listed: RawList, found: Mapping[str, Particulars | Refused]) -> tuple[list[Candidate], list[Reject]]:
+def _joined(
+    rows: Sequence[RawRow], found: Mapping[str, Particulars | Refused], verified: bool = False
+) -> tuple[list[Candidate], list[Reject]]:
     """Rows with their particulars, and those whose picture is not valid."""
     candidates: list[Candidate] = []
     rejects: list[Reject] = []
-    for row in listed.rows:
+    for row in rows:
         what = found[row.file_name]
         if isinstance(what, Refused):
             rejects.append(Reject(row.file_name, what.reason, what.detail, label=row.label))
         else:
-            candidates.append(Candidate(row, what))
+            candidates.append(Candidate(row, what, verified=verified))
     return candidates, rejects
+
+
+def _check_hashes(verified: Sequence[Candidate]) -> None:
+    """Verified items are named by the hash of their bytes.
+
+    Raises:
+        DataError: one holds another picture than it says.
+    """
+    for candidate in verified:
+        if not candidate.row.file_name.endswith(candidate.particulars.id):
+            raise DataError(
+                f"{candidate.row.file_name} holds a picture with another hash: export the verified items again"
+            )
 
 
 def _made_before(folder: Location, fingerprint: str) -> DataVersion | None:
@@ -250,7 +284,7 @@ def _made_before(folder: Location, fingerprint: str) -> DataVersion | None:
 
 def _version_settings(config: _Common) -> dict[str, Any]:
     """What a version depends on besides content: not where things lie, what works on them, or what may fail."""
-    places = {"output", "input", "download", "lists", "with_version", "aivshuman", "flickr30k"}
+    places = {"output", "input", "download", "lists", "with_version", "feedback", "aivshuman", "flickr30k"}
     others = {"workers", "report", *RaySettings.model_fields, *RuleSettings.model_fields}
     return config.model_dump(mode="json", exclude=places | others) | {"production_share": config.production}
 

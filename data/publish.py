@@ -56,7 +56,7 @@ class Content:
     pictures: list[Curated]
     rejects: list[Reject]
     listed: int
-    """Rows of the raw lists."""
+    """Rows of the raw lists, and verified items."""
     settings: dict[str, Any]
     seed: int
     wanted: tuple[Split, ...]
@@ -176,6 +176,9 @@ def _manifest(content: Content, version: str, checks: dict[str, Check], files: d
         if captioned
         else {},
         sources=_sorted(Counter(p.row.source for p in content.pictures)),
+        verified={split: sum(p.verified for p in rows) for split, rows in by_split.items()}
+        if "feedback" in content.settings
+        else {},
         generators=_sorted(Counter(p.row.generator or "unknown" for p in content.pictures)),
         groups={
             "groups": len(sizes),

@@ -95,12 +95,16 @@ class Manifest(BaseModel):
     seed: int
     input: str = Field(description="where the raw data lay")
     input_fingerprint: str = Field(description="hash of the input's listing: names, sizes, times of change")
-    input_rows: int = Field(description="rows of the raw lists; each is in a split or in rejects")
+    input_rows: int = Field(description="rows of the raw lists, and verified items; each is in a split or in rejects")
     counts: dict[str, int] = Field(description="pictures of each split")
     image_bytes: dict[str, int] = Field(description="bytes of the pictures of each split")
     class_balance: dict[str, dict[str, int]] = Field(description="split -> label -> pictures; empty without labels")
     captions: dict[str, int] = Field(description="captions of each split; empty without captions")
     sources: dict[str, int] = Field(description="source -> pictures")
+    verified: dict[str, int] = Field(
+        default_factory=dict,
+        description="split -> how many of its pictures came back from reviewers; empty: none asked",
+    )
     generators: dict[str, int] = Field(description="generator -> pictures; `unknown` for null")
     groups: dict[str, int] = Field(description="`groups`, `larger_than_one`, `largest`")
     rejects: dict[str, int] = Field(description="reason -> rows")
