@@ -9,7 +9,7 @@ PIP    := $(PY) -m pip --disable-pip-version-check
 TORCH  := 2.13.0
 export PORT ?= 8000
 
-.PHONY: help setup dev starter-models demo serve monitoring dashboards stop test proofs data-dashboard lint format lock clean
+.PHONY: help setup dev starter-models starter demo serve monitoring dashboards review stop test proofs data-dashboard lint format lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -52,6 +52,9 @@ dev: $(VENV)/.dev  ## what tests and checks need, on top
 starter-models: setup  ## build the starter models (demo and serve do it by themselves)
 	$(PY) -m deployments.starter
 
+starter: dev  ## train the starter models again (LABELLED=, CAPTIONED=, WORK=FOLDER)
+	$(PY) -m train.starter --labelled $(LABELLED) --captioned $(CAPTIONED) --work $(WORK)
+
 data-dashboard: dev  ## prepared data in the browser (DATA=FOLDER)
 	$(PY) -m data.dashboard --data $(DATA)
 
@@ -67,6 +70,15 @@ monitoring: setup  ## Prometheus with the alert rules on the running application
 
 dashboards: dev  ## write the Grafana dashboards again (monitoring/grafana)
 	$(PY) -m monitoring.dashboards
+
+$(VENV)-review/.done: requirements/review.txt
+	test -x $(VENV)-review/bin/python || $(PYTHON) -m venv $(VENV)-review
+	@echo "installing Label Studio: $$(grep -c == requirements/review.txt) pinned packages"
+	$(VENV)-review/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r requirements/review.txt
+	touch $@
+
+review: setup $(VENV)-review/.done  ## Label Studio for reviewers, until Ctrl-C (python -m app.review push fills it)
+	$(PY) -m app.review start --program $(VENV)-review/bin/label-studio
 
 stop:  ## end it: no process and no port is left
 	@test -x $(PY) && $(PY) -m app.stop || true
@@ -90,4 +102,4 @@ lock:  ## resolve the pinned lists in requirements/ again
 	$(PYTHON) requirements/lock.py
 
 clean: stop  ## remove the environment
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(VENV)-review

@@ -1,9 +1,9 @@
-"""Make the pinned lists again: ``python requirements/lock.py [cpu] [gpu] [dev] [--upgrade]``.
+"""Make the pinned lists again: ``python requirements/lock.py [cpu] [gpu] [dev] [review] [--upgrade]``.
 
 Asks pip to resolve the extras of ``pyproject.toml`` without installing anything, and writes every package with its
 version. What a list pins already keeps its version unless ``--upgrade`` is given. The lists are installed with
 ``--no-deps``, so that what is left out here stays out. Uses whatever package index this machine's pip is set up with;
-no list names one.
+no list names one. ``review`` is Label Studio's own environment, whose pins do not go with the others.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ LEFT_OUT = {
     "cpu": {"torch", "torchvision", "torchaudio", "torchcodec", "triton"},
     "gpu": set[str](),
     "dev": set[str](),
+    "review": set[str](),
 }
 
 
@@ -51,12 +52,14 @@ def main() -> None:
     project, weights = settings["project"], settings["tool"]["deeptrust"]["weights"]
     extras = project["optional-dependencies"]
     upgrade = "--upgrade" in sys.argv
-    for name in [argument for argument in sys.argv[1:] if argument != "--upgrade"] or ["cpu", "gpu", "dev"]:
+    for name in [argument for argument in sys.argv[1:] if argument != "--upgrade"] or ["cpu", "gpu", "dev", "review"]:
         held = {} if upgrade else read_pins(HERE / f"{name}.txt")
         if name == "dev":
             serving = read_pins(HERE / "cpu.txt")
             pinned = resolve(extras["dev"], held | serving)
             pinned = {key: version for key, version in pinned.items() if key not in serving.keys() | LEFT_OUT["cpu"]}
+        elif name == "review":
+            pinned = resolve(settings["tool"]["deeptrust"]["review"], held)
         else:
             pinned = resolve(project["dependencies"] + extras[name], held)
             pinned |= dict(package.split("==") for package in weights)
