@@ -137,6 +137,12 @@ class Deferral:
             return _waiting(Waiting(id=place, pictures=len(found), done=done))
         return _answer(found)
 
+    async def count(self) -> int:
+        """Pictures that wait; 0 if that cannot be known."""
+        with contextlib.suppress(StoreBusy, StoreUnavailable, StoreOff):
+            return await self._store.read(deferred.count)
+        return 0
+
     # ---- work ---------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:

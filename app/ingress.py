@@ -220,6 +220,7 @@ class Ingress:
             if tried := self.graph.take_tried():
                 self.store.offer_trials(tried)
             self.metrics.queue(self.admission.in_work, self.admission.limit, self.admission.waiting)
+            self.metrics.deferred(await self.deferral.count())
             self.metrics.stages(
                 {stage: route.info is not None for stage, route in self.graph.routes.items()},
                 self.graph.shares.model_dump(),

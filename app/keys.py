@@ -6,7 +6,8 @@ has changed: a key that is revoked ends within a second, without a restart. Whil
 ask for everything, and the application listens on loopback only.
 
 A key comes as ``Authorization: Bearer KEY``, or as the password of HTTP Basic under any user name, which is how a
-browser asks for it. Rate limits hold for each ingress replica. Knows no route's meaning beyond its scope.
+browser asks for it. Rate limits and quotas hold for each ingress replica, quotas until it ends. Knows no route's
+meaning beyond its scope.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ _LOOK_S = 1.0
 #: `dt_`, eight characters that name the key, and 256 random bits: no dictionary helps, a plain hash is enough.
 _KEY = re.compile(r"dt_([0-9a-f]{8})_([A-Za-z0-9_-]{43})")
 #: Answered to everybody: whoever watches over the application has no key.
-_OPEN = frozenset(("/healthz", "/readyz"))
+OPEN = frozenset(("/healthz", "/readyz"))
 
 
 class KeyFileError(ValueError):
@@ -68,6 +69,7 @@ class Key(BaseModel):
     sha256: str = Field(pattern="^[0-9a-f]{64}$", description="of the secret part")
     per_second: float = Field(gt=0, description="requests a second, lasting")
     burst: int = Field(ge=1, description="requests at once")
+    per_day: int | None = Field(None, ge=1, description="requests from midnight to midnight, UTC; null: no such limit")
     created: str = ""
     revoked: str | None = None
 
@@ -117,7 +119,9 @@ def changing(path: Path) -> Iterator[KeyFile]:
         written.replace(path)
 
 
-def create(path: Path, name: str, scopes: frozenset[KeyScope], per_second: float, burst: int) -> str:
+def create(
+    path: Path, name: str, scopes: frozenset[KeyScope], per_second: float, burst: int, per_day: int | None = None
+) -> str:
     """Add a key and return it: it cannot be read again.
 
     Raises:
@@ -135,6 +139,7 @@ def create(path: Path, name: str, scopes: frozenset[KeyScope], per_second: float
                 sha256=_digest(secret),
                 per_second=per_second,
                 burst=burst,
+                per_day=per_day,
                 created=_now(),
             )
         )
@@ -180,6 +185,26 @@ class Bucket:
         return (1 - self._tokens) / self.per_second
 
 
+_DAY_S = 24 * 3600
+
+
+class Quota:
+    """Requests of a UTC day."""
+
+    def __init__(self) -> None:
+        self._day, self._used = 0, 0
+
+    def take(self, per_day: int, now_s: float) -> float:
+        """Take one: 0, or the seconds until midnight if there is none left."""
+        day = int(now_s // _DAY_S)
+        if day != self._day:
+            self._day, self._used = day, 0
+        if self._used >= per_day:
+            return (day + 1) * _DAY_S - now_s
+        self._used += 1
+        return 0.0
+
+
 class KeyRing:
     """The keys of a file, looked at again when it has changed.
 
@@ -191,6 +216,7 @@ class KeyRing:
         self._path = path
         self._keys: dict[str, Key] = {}
         self._buckets: dict[str, Bucket] = {}
+        self._quotas: dict[str, Quota] = {}
         self._seen: tuple[int, ...] | None = None
         self._looked = -math.inf
 
@@ -209,6 +235,12 @@ class KeyRing:
             bucket = self._buckets[key.id] = Bucket(key.per_second, key.burst, now)
         return bucket.take(now)
 
+    def quota_wait_s(self, key: Key) -> float:
+        """Count a request of the day: 0, or how long its key has to wait."""
+        if key.per_day is None:
+            return 0.0
+        return self._quotas.setdefault(key.id, Quota()).take(key.per_day, time.time())
+
     def _look(self) -> None:
         now = time.monotonic()
         if now - self._looked < _LOOK_S:
@@ -226,6 +258,7 @@ class KeyRing:
         self._seen = seen
         self._keys = {key.id: key for key in content.keys if key.revoked is None}
         self._buckets = {identity: bucket for identity, bucket in self._buckets.items() if identity in self._keys}
+        self._quotas = {identity: quota for identity, quota in self._quotas.items() if identity in self._keys}
 
 
 def check_exposure(host: str | None) -> None:
@@ -264,7 +297,7 @@ class RequireKey:
         self.ring = KeyRing(Path(path)) if path else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self.ring is not None and scope["type"] == "http" and scope["path"] not in _OPEN:
+        if self.ring is not None and scope["type"] == "http" and scope["path"] not in OPEN:
             try:
                 _admit(self.ring, scope)
             except Problem as problem:
@@ -277,7 +310,7 @@ def _admit(ring: KeyRing, scope: Scope) -> None:
     """Let a request pass.
 
     Raises:
-        Problem: `unauthorized`, `forbidden` or `rate_limited`.
+        Problem: `unauthorized`, `forbidden`, `rate_limited` or `quota_exceeded`.
     """
     headers = Headers(scope=scope)
     kind, _, credentials = headers.get("authorization", "").partition(" ")
@@ -311,6 +344,12 @@ def _admit(ring: KeyRing, scope: Scope) -> None:
             f"At most {key.per_second:g} requests a second with this key; try again in {seconds} s",
             headers={"Retry-After": str(seconds)},
         )
+    if (wait_s := ring.quota_wait_s(key)) > 0:
+        raise Problem(
+            "quota_exceeded",
+            f"At most {key.per_day} requests a day with this key; it begins again at midnight UTC",
+            headers={"Retry-After": str(math.ceil(wait_s))},
+        )
 
 
 # ---- commands ----------------------------------------------------------------------------------------------------
@@ -336,13 +375,15 @@ class CreateCommand(_Command):
     scopes: str = Field("read", description="comma-separated: read, feedback, admin")
     per_second: float = Field(50.0, gt=0, description="requests a second that each ingress replica lets through")
     burst: int = Field(100, ge=1, description="requests at once")
+    per_day: int | None = Field(None, ge=1, description="requests a day that each ingress replica lets through")
 
     def cli_cmd(self) -> None:
         """Do it."""
         scopes = {scope.strip() for scope in self.scopes.split(",")}
         if not scopes <= set(get_args(KeyScope)):
             raise KeyFileError(f"--scopes {self.scopes}: choose from {', '.join(get_args(KeyScope))}")
-        print(create(self.path(), self.name, frozenset(scopes), self.per_second, self.burst))  # type: ignore[arg-type]
+        limits = (self.per_second, self.burst, self.per_day)
+        print(create(self.path(), self.name, frozenset(scopes), *limits))  # type: ignore[arg-type]
         print("keep it: it cannot be shown again", file=sys.stderr)
 
 
@@ -351,11 +392,11 @@ class ListCommand(_Command):
 
     def cli_cmd(self) -> None:
         """Do it."""
-        print(f"{'id':8}  {'name':24}  {'scopes':20}  {'a second':>8}  {'created':25}  revoked")
+        print(f"{'id':8}  {'name':24}  {'scopes':20}  {'a second':>8}  {'a day':>8}  {'created':25}  revoked")
         for key in read_keys(self.path()).keys:
             scopes = ",".join(sorted(key.scopes))
-            line = f"{key.id}  {key.name:24}  {scopes:20}  {key.per_second:8g}  {key.created:25}  {key.revoked or ''}"
-            print(line.rstrip())
+            limits = f"{key.per_second:8g}  {key.per_day or '':>8}"
+            print(f"{key.id}  {key.name:24}  {scopes:20}  {limits}  {key.created:25}  {key.revoked or ''}".rstrip())
 
 
 class RevokeCommand(_Command):

@@ -4,6 +4,7 @@ documentation pages.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from fastapi import FastAPI
@@ -11,6 +12,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse
 from starlette.staticfiles import StaticFiles
 
+from app import keys
 from app.problems import ProblemModel, responses
 from deployments.annotation import Annotation
 
@@ -153,7 +155,26 @@ def use_local_docs(api: FastAPI) -> None:
             schemas |= model.pop("$defs", {})
             schemas["Annotation"] = model
             schemas["ProblemModel"] = ProblemModel.model_json_schema()
+            if os.environ.get(keys.VARIABLE):
+                _declare_keys(document)
             api.openapi_schema = document
         return api.openapi_schema
 
     api.openapi = openapi  # type: ignore[method-assign]
+
+
+def _declare_keys(document: dict[str, Any]) -> None:
+    """Say that every route but health wants an API key, and in which two ways it may come."""
+    document["components"]["securitySchemes"] = {
+        "key": {"type": "http", "scheme": "bearer", "description": "`Authorization: Bearer KEY`"},
+        "browser": {"type": "http", "scheme": "basic", "description": "the key as password, under any user name"},
+    }
+    document["security"] = [{"key": []}, {"browser": []}]
+    refusals = responses("unauthorized", "forbidden", "rate_limited", "quota_exceeded")
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            if path in keys.OPEN:
+                operation["security"] = []
+                continue
+            for status, refusal in refusals.items():
+                operation["responses"].setdefault(str(status), refusal)

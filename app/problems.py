@@ -47,6 +47,7 @@ CODES: dict[str, tuple[int, str]] = {
     "bad_parameter": (422, "A parameter has a value that is not allowed"),
     "overloaded": (429, "Too many requests at the moment"),
     "rate_limited": (429, "Too many requests with this key"),
+    "quota_exceeded": (429, "This key has used up its requests of the day"),
     "internal_error": (500, "Something went wrong on our side"),
     "unavailable": (503, "The service cannot answer at the moment"),
     "timeout": (504, "The request ran out of time"),

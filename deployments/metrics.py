@@ -70,6 +70,7 @@ METRICS = {
         _gauge("pictures_in_work", (), "Pictures that an ingress replica has in work"),
         _gauge("pictures_limit", (), "Pictures that an ingress replica lets in at present"),
         _gauge("requests_waiting", (), "Requests that wait for a place"),
+        _gauge("pictures_deferred", (), "Pictures in the store's queue, whose senders can wait"),
         _gauge("stage_ready", ("stage",), "1 while a stage has a replica that answers"),
         _gauge("canary_share", ("stage",), "Share of the pictures that goes to a stage's canary"),
         # one picture
@@ -180,6 +181,10 @@ class Metrics:
         self.record("pictures_in_work", in_work)
         self.record("pictures_limit", limit)
         self.record("requests_waiting", waiting)
+
+    def deferred(self, pictures: int) -> None:
+        """How many pictures wait whose senders can."""
+        self.record("pictures_deferred", pictures)
 
     def stages(self, ready: Mapping[str, bool], canary_shares: Mapping[str, float]) -> None:
         """Which stages answer, and what their canaries get."""

@@ -126,6 +126,8 @@ SERVICE = Board(
                         Query(f"sum(ray_deeptrust_pictures_in_work{{{_APP}}})", "in work"),
                         Query(f"sum(ray_deeptrust_pictures_limit{{{_APP}}})", "limit"),
                         Query(f"sum(ray_deeptrust_requests_waiting{{{_APP}}})", "waiting for a place"),
+                        # every replica tells of the one queue
+                        Query(f"max(ray_deeptrust_pictures_deferred{{{_APP}}})", "deferred"),
                     ),
                     "The limit falls when pictures take longer than they should",
                 ),
@@ -275,6 +277,17 @@ PREDICTIONS = Board(
                     "Share of the canaries",
                     "percentunit",
                     (Query(f"max by (stage) (ray_deeptrust_canary_share{{{_APP}}})", "{{stage}}"),),
+                ),
+                Panel(
+                    "Answers of trials",
+                    "ops",
+                    (
+                        Query(
+                            _rate("ray_deeptrust_trial_answers_total", "stage, role, outcome"),
+                            "{{stage}}: {{role}}, {{outcome}}",
+                        ),
+                    ),
+                    "`dropped`: the other model was not asked, too many pictures were being compared",
                 ),
             ),
         ),

@@ -184,6 +184,11 @@ def is_any_free(connection: Connection, now_s: float) -> bool:
     return bool(connection.execute(select(free)).scalar())
 
 
+def count(connection: Connection) -> int:
+    """Pictures without an answer."""
+    return connection.execute(select(func.count()).where(Deferred.status == 0)).scalar_one()
+
+
 def remove_old(connection: Connection, now_s: float, keep_h: float, most: int) -> int:
     """Remove a few answers that nobody fetched for so long; returns how many."""
     before = first_id(now_s - keep_h * 3600)

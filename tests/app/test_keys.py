@@ -19,6 +19,7 @@ from app.keys import (
     Bucket,
     KeyFileError,
     KeyRing,
+    Quota,
     RequireKey,
     check_exposure,
     create,
@@ -121,6 +122,35 @@ def test_scopes(file: Path) -> None:
         for name, key in made.items():
             expected = (200, "ok") if name in (scope, "admin") else (403, "forbidden")
             assert code(send(asked, method, path, headers=bearer(key))) == expected, (method, path, name)
+
+
+def test_a_days_requests_are_counted_until_midnight(file: Path) -> None:
+    few = create(file, "few", READ, 50, 100, per_day=2)
+    asked = app()
+    assert [code(send(asked, "GET", "/", headers=bearer(few)))[0] for _ in range(2)] == [200, 200]
+    refused = send(asked, "GET", "/", headers=bearer(few))
+    assert code(refused) == (429, "quota_exceeded") and 0 < int(refused.headers["retry-after"]) <= 24 * 3600
+    quota, noon = Quota(), 20000.5 * 24 * 3600
+    assert [quota.take(1, noon), quota.take(1, noon + 1)] == [0, 12 * 3600 - 1]
+    assert quota.take(1, noon + 12 * 3600) == 0, "at midnight it begins again"
+
+
+def test_the_api_document_says_which_routes_want_a_key(file: Path) -> None:
+
+    from app.openapi import use_local_docs
+
+    def document() -> dict[str, Any]:
+        api = FastAPI()
+        use_local_docs(api)
+        api.get("/healthz")(lambda: None)
+        api.get("/v1/models")(lambda: None)
+        return api.openapi()
+
+    told = document()
+    assert told["security"] == [{"key": []}, {"browser": []}]
+    assert told["paths"]["/healthz"]["get"]["security"] == []
+    models = told["paths"]["/v1/models"]["get"]
+    assert "security" not in models and {"401", "403", "429"} <= set(models["responses"])
 
 
 def test_a_revoked_key_is_refused_without_a_restart_and_the_others_are_not(file: Path) -> None:
