@@ -177,9 +177,8 @@ class Watcher:
         try:
             application = self.canary.application()
             since = running.ingress_of(application).since.get(self.canary.model)
-            if since is None or not any(running.shares_of(application, self.canary.model)):
-                return self._without_trial(application)
-            evidence = self.canary.evidence(application, since)
+            running_trial = any(running.shares_of(application, self.canary.model))
+            evidence = self.canary.evidence(application, since) if since is not None and running_trial else None
         except (CanaryError, StoreUnavailable) as error:
             blind_s = time.monotonic() - self._seen_at
             if self.settings.once or (isinstance(error, CanaryError) and "keeps no answers" in str(error)):
@@ -191,6 +190,8 @@ class Watcher:
             self.canary.roll_back()
             return ROLLED_BACK
         self._seen_at = time.monotonic()
+        if evidence is None or since is None:
+            return self._without_trial(application)
         decision = decide(evidence, self.rules, time.time() - since)
         return self._act(decision, application, evidence)
 
