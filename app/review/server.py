@@ -63,9 +63,10 @@ def command(settings: ServerSettings) -> tuple[list[str], dict[str, str]]:
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     password, token = (_secret(folder / name) for name in ("password", "token"))
     line = [str(settings.program), "start", "--no-browser", "--internal-host", "127.0.0.1", "--port", str(port)]
-    line += ["--data-dir", str(folder / "data"), "--log-level", "WARNING"]
+    line += ["--log-level", "WARNING"]
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     environment |= {
+        "LABEL_STUDIO_BASE_DATA_DIR": str(folder / "data"),
         cluster.MARK: os.environ.get("PORT", "8000"),
         "LABEL_STUDIO_USERNAME": USER,
         "LABEL_STUDIO_PASSWORD": password,
