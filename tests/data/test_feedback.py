@@ -149,7 +149,7 @@ def test_the_next_version_has_them_counts_them_and_leaves_every_older_side_alone
         sides = {row["id"]: row["split"] for split in before.manifest.counts for row in _rows(before, split)}
         held = next(row for row in _rows(before, "val") if row["label"] == "ai")
         again = encoded(picture(int(held["file_name"][-8:-4])), quality=70)  # near to a picture of val
-        fresh = [encoded(picture(2000 + number)) for number in range(24)]
+        fresh = [encoded(picture(3000 + number)) for number in range(24)]
         file = write(
             tmp_path / "verified.parquet",
             item(again, "ai"),
@@ -170,7 +170,8 @@ def test_the_next_version_has_them_counts_them_and_leaves_every_older_side_alone
         assert before.manifest.verified == {}
         assert not prepare(config).fresh
         captioned = write(tmp_path / "captions.parquet", *(item(data, None, "A dog runs.") for data in fresh[:12]))
-        learnt = prepare(Flickr30kConfig(input=str(photos), output=output, feedback=[captioned])).version
+        photo_config = Flickr30kConfig(input=str(photos), output=output, feedback=[captioned])
+        learnt = prepare(photo_config).version
         assert sum(learnt.manifest.verified.values()) == 12
 
 
