@@ -64,12 +64,14 @@ class _WithServer(_WithStore):
         False, description="remove tasks of pictures that are not kept here any more even if these are most of them"
     )
 
+    data: Path = Field(server.FOLDER, description="folder of the Label Studio that `make review` started here")
+
     def server(self) -> LabelStudio:
         """
         Raises:
             ReviewError: there is no token.
         """
-        return LabelStudio(self.url, os.environ.get("LABEL_STUDIO_API_KEY") or server.own_token())
+        return LabelStudio(self.url, os.environ.get("LABEL_STUDIO_API_KEY") or server.own_token(self.data))
 
 
 class Push(_WithServer, choose.Wanted):
@@ -108,6 +110,7 @@ def _push(command: Push) -> None:
     (database, files), studio = command.opened(), command.server()
     wanted = choose.Wanted.model_validate(command.model_dump(include=set(choose.Wanted.model_fields)))
     done = push(database, files, studio, command.project, wanted, command.reviewers, command.remove_most)
+    server.remove_copies(command.data, done.forgotten)
     counts = ", ".join(f"{count} {reason}" for reason, count in done.made.items()) or "none"
     print(f"new tasks: {counts}; already there: {done.there}; removed: {done.removed}")
     if done.not_kept:
@@ -123,6 +126,7 @@ def _push(command: Push) -> None:
 def _pull(command: Pull) -> None:
     (database, _), studio = command.opened(), command.server()
     done = pull(database, studio, command.project, command.remove_most)
+    server.remove_copies(command.data, done.forgotten)
     print(", ".join(f"{count} {what}" for what, count in done.counts.items()))
     if done.foreign:
         print(f"{done.foreign} submissions are none of this program's tasks or forms and were left alone")

@@ -22,7 +22,7 @@ from app.review.form import FORM, label_of, prediction
 from app.review.label_studio import Gone, LabelStudio, ReviewError, Task
 from app.store import reviews
 from app.store.database import Database
-from app.store.models import Picture
+from app.store.models import Deletion, Picture
 from app.store.pictures import PictureFiles
 from app.store.reviews import Label
 from deployments.containers import sniff
@@ -46,6 +46,8 @@ class Pushed:
     removed: int = 0
     not_kept: int = 0
     unreadable: int = 0
+    forgotten: frozenset[str] = frozenset()
+    """Pictures of which no copy is to be left."""
 
 
 @dataclass
@@ -55,6 +57,7 @@ class Pulled:
     counts: dict[str, int]
     foreign: int = 0
     """Submissions that are none of this program's."""
+    forgotten: frozenset[str] = frozenset()
 
 
 def push(
@@ -77,8 +80,8 @@ def push(
         project = studio.make_project(title, _DESCRIPTION, FORM, reviewers)
     else:
         studio.update_project(project, FORM, reviewers)
-    there, removed = _tidied(database, studio, project, remove_most)
-    done = Pushed(project, there=len(there), removed=removed)
+    there, gone = _tidied(database, studio, project, remove_most)
+    done = Pushed(project, there=len(there), removed=len(gone), forgotten=gone | _deleted(database))
     with database.reading() as connection:
         done.not_kept = not_kept(connection)
         picks = choose(connection, wanted, reviews.counts(connection), reviewers, there)
@@ -144,7 +147,8 @@ def pull(database: Database, studio: LabelStudio, title: str, remove_most: bool 
             keep()
     keep()
     done.counts = dict(total)
-    _tidied(database, studio, project, remove_most)
+    _, gone = _tidied(database, studio, project, remove_most)
+    done.forgotten = gone | _deleted(database)
     return done
 
 
@@ -168,8 +172,10 @@ def labels_of(task: Task, users: dict[int, str]) -> tuple[list[Label], int]:
     return sorted(labels, key=lambda label: label.at), foreign
 
 
-def _tidied(database: Database, studio: LabelStudio, project: int, remove_most: bool) -> tuple[set[str], int]:
-    """Pictures with a task, after those that are not kept any more were removed; and how many these were.
+def _tidied(
+    database: Database, studio: LabelStudio, project: int, remove_most: bool
+) -> tuple[set[str], frozenset[str]]:
+    """Pictures with a task, after those that are not kept any more were removed; and these.
 
     Raises:
         ReviewError: these are most of them, which looks like another application's project.
@@ -187,7 +193,14 @@ def _tidied(database: Database, studio: LabelStudio, project: int, remove_most: 
     for task in tasks:
         if task.sha256 in gone:
             studio.remove_task(task)
-    return hashes - gone, len(gone)
+    return hashes - gone, frozenset(gone)
+
+
+def _deleted(database: Database) -> frozenset[str]:
+    """Pictures that somebody wanted deleted in the last day and that did not come again: with a task or without."""
+    again = select(Picture.sha256).where(Picture.sha256 == Deletion.sha256, Picture.stored.is_(True)).exists()
+    with database.reading() as connection:
+        return frozenset(connection.execute(select(Deletion.sha256).where(~again)).scalars())
 
 
 def _shown(data: bytes) -> tuple[bytes, str, str] | None:

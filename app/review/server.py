@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Collection
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -19,7 +20,7 @@ from app.review.label_studio import ReviewError
 URL = "http://127.0.0.1:8080"
 USER = "reviewer@localhost.localdomain"
 _ROOT = Path(__file__).parents[2]
-_FOLDER = Path("~/.local/share/deeptrust/review")
+FOLDER = Path("~/.local/share/deeptrust/review")
 
 
 class ServerSettings(BaseModel):
@@ -28,13 +29,13 @@ class ServerSettings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     label_studio_port: int = Field(8080, ge=1, le=65535)
-    data: Path = Field(_FOLDER, description="where Label Studio keeps its database and pictures, and its token lies")
+    data: Path = Field(FOLDER, description="where Label Studio keeps its database and pictures, and its token lies")
     program: Path = Field(
         _ROOT / ".venv-review" / "bin" / "label-studio", description="Label Studio; `make review` installs it"
     )
 
 
-def own_token(folder: Path = _FOLDER) -> str:
+def own_token(folder: Path = FOLDER) -> str:
     """The token of the server that ``start`` started.
 
     Raises:
@@ -47,6 +48,16 @@ def own_token(folder: Path = _FOLDER) -> str:
             "no token: start Label Studio with `make review`, or put the token of another one's page Account & "
             "Settings into LABEL_STUDIO_API_KEY"
         ) from None
+
+
+def remove_copies(folder: Path, hashes: Collection[str]) -> int:
+    """Remove pictures from the files that Label Studio was given, which it keeps whatever is deleted; how many."""
+    removed = 0
+    for path in (folder.expanduser() / "data" / "media" / "upload").glob("*/*"):
+        if path.stem.rsplit("-", 1)[-1] in hashes:
+            path.unlink(missing_ok=True)
+            removed += 1
+    return removed
 
 
 def command(settings: ServerSettings) -> tuple[list[str], dict[str, str]]:

@@ -24,7 +24,7 @@ from app.review.exporting import export
 from app.review.form import FORM, label_of, prediction
 from app.review.label_studio import LabelStudio, ReviewError, Task
 from app.review.round import labels_of
-from app.review.server import ServerSettings, command, own_token
+from app.review.server import ServerSettings, command, own_token, remove_copies
 from app.store import events, reviews
 from app.store.database import Database
 from app.store.events import Event
@@ -295,6 +295,17 @@ def test_what_cannot_be_done_is_said_with_the_remedy(
     nobody = f"http://127.0.0.1:{cluster.free_port()}"
     monkeypatch.setattr("app.review.__main__.LabelStudio", lambda url, token: LabelStudio(url, token, ()))
     assert "start it with `make review`" in fails("pull", "--store-url", url, "--url", nobody)
+
+
+def test_copies_of_forgotten_pictures_are_removed_from_its_files_and_no_others(tmp_path: Path) -> None:
+    folder = tmp_path / "data" / "media" / "upload" / "3"
+    folder.mkdir(parents=True)
+    files = [folder / f"0123abcd-{sha(name)}.jpg" for name in ("a", "b")] + [folder / "somebody-elses.png"]
+    for file in files:
+        file.touch()
+    assert remove_copies(tmp_path, {sha("a"), sha("c")}) == 1
+    assert sorted(folder.iterdir()) == sorted(files[1:])
+    assert remove_copies(tmp_path / "none", {sha("a")}) == 0
 
 
 def test_label_studio_is_started_on_loopback_with_secrets_that_others_cannot_read(tmp_path: Path) -> None:

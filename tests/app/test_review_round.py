@@ -107,10 +107,10 @@ class Review:
     store: SmallStore
     studio: Studio
 
-    def __call__(self, *arguments: str, url: str | None = None) -> None:
+    def __call__(self, *arguments: str) -> None:
         place = ["--store-url", str(self.store.settings.url)]
         if arguments[0] != "export":
-            place += ["--url", url or self.studio.url]
+            place += ["--url", self.studio.url, "--data", str(self.studio.folder)]
         main([arguments[0], *place, *arguments[1:]])
 
     def fails(self, capsys: Any, *arguments: str) -> str:
@@ -216,7 +216,12 @@ def test_from_the_page_to_the_next_version_of_the_data_set(
 
 
 def test_what_is_deleted_there_is_made_again_and_what_is_deleted_here_goes_there(
-    browser: Any, store: SmallStore, http: httpx.Client, review: Review, capsys: pytest.CaptureFixture[str]
+    browser: Any,
+    store: SmallStore,
+    studio: Studio,
+    http: httpx.Client,
+    review: Review,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     first, second = (flagged_on_the_page(browser, store, encoded(picture(7100 + number))) for number in range(2))
     review("push")
@@ -233,7 +238,8 @@ def test_what_is_deleted_there_is_made_again_and_what_is_deleted_here_goes_there
     submit(http, found[second], "AI", "gone", [])
     review("pull")
     assert second not in tasks(http) and second not in {row[0] for row in labels(store)}
-    assert http.get(address).status_code == 404, "its bytes have gone from there too"
+    copies = [path for path in studio.folder.rglob("*") if second in path.name]
+    assert copies == [] and http.get(address).status_code >= 400, "its bytes have gone from there too"
 
     submit(http, found[first], "Can't tell", "a field", [])
     review("pull")
