@@ -195,9 +195,11 @@ class Retraining:
             (photos / f"{row['id']}.jpg").write_bytes(row["image"])
         try:
             export(ExportConfig(checkpoint=str(trained), photos=photos, output=output, count=64, rounds=3))
-        except CheckpointError as error:  # of an architecture that no engine takes
+        except (CheckpointError, ImportError) as error:  # an architecture that no engine takes; no exporter here
             return {"folder": str(trained), "told": f"none: {error}"[:500]}
-        engines = [engine.get("file", "?") for engine in open_checkpoint(output, str(output)).card.engines]
+        engines = [
+            f"{each['engine']} {each['precision']}" for each in open_checkpoint(output, str(output)).card.engines
+        ]
         return {"folder": str(output), "told": ", ".join(engines) or "none was as exact and faster than PyTorch"}
 
     def _register(self) -> dict[str, Any]:
