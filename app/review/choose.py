@@ -15,7 +15,7 @@ import json
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy import ColumnElement, Connection, Select, and_, func, or_, select
@@ -94,7 +94,7 @@ def choose(
     return [_with_feedback(connection, pick) for pick in picks]
 
 
-def _query(reason: Reason, wanted: Wanted) -> Select[Any]:
+def _query(reason: Reason, wanted: Wanted) -> Select[str, str]:
     query = select(Prediction.sha256, Prediction.record).join(
         Picture, and_(Picture.sha256 == Prediction.sha256, Picture.stored.is_(True))
     )
