@@ -189,12 +189,11 @@ def test_without_a_reason_there_is_nothing_to_do_and_one_runs_at_a_time(
 # ------------------------------------------------------------------------------------------ proof: the whole of it
 
 
-def striped(number: int) -> bytes:
-    """A smooth blob as ``traced`` makes it, with the stripes of another generator."""
+def tinted(number: int) -> bytes:
+    """A smooth blob as ``traced`` makes it, without blue: a trace that has nothing of the other generator's."""
     random = np.random.default_rng(number)
     small = Image.fromarray(random.integers(0, 256, (4, 5, 3), dtype=np.uint8))
-    stripes = (np.indices((80, 100))[0] // 10 % 2)[..., None] * 90.0
-    return jpeg(np.asarray(small.resize((100, 80), Image.Resampling.BICUBIC)) * 0.5 + stripes)
+    return jpeg(np.asarray(small.resize((100, 80), Image.Resampling.BICUBIC)) * np.array([0.5, 0.5, 0.05]))
 
 
 def raw_folder(folder: Path, pictures: int) -> Path:
@@ -225,7 +224,7 @@ PREPARING = {"twins": "none", "max_distance": 0, "max_group_share": 1.0, "test_s
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A registry with a detector in production that never saw stripes, raw data, and verified stripes."""
+    """A registry with a detector in production that never saw a tint, raw data, and verified pictures with one."""
     from data.prepare import AivshumanConfig, prepare
     from train import detector, evaluate
 
@@ -245,9 +244,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         rules = ["--rules", str(folder / "easy.yaml")]
         evaluate.main(["detector", f"--data={version.location}", "--no-damages", "--resamples=50", *rules])
         registry.main(["promote", "detector", "--to", "production", *rules])
-        stripes = [(striped(5000 + number), "ai") for number in range(80)]
+        tints = [(tinted(5000 + number), "ai") for number in range(80)]
         photos = [(traced(7000 + number, 0), "human") for number in range(40)]
-        verified(folder / "verified.parquet", [*stripes, *photos], "stripes")
+        verified(folder / "verified.parquet", [*tints, *photos], "tint")
         yield folder
 
 
