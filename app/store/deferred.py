@@ -81,9 +81,11 @@ def put(
         if not _is_there(connection, place, tasks, explain, pictures):
             raise QueueFull(f"{waiting} pictures wait")
         return
+    now_s = time.time()
+    ids = sorted(new_id(now_s) for _ in pictures)
     rows = [
         {
-            "id": new_id(time.time()),
+            "id": ids[number],
             "place": place,
             "number": number,
             "tasks": tasks,

@@ -7,8 +7,6 @@ import hashlib
 import time
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import pytest
 from sqlalchemy import func, select
@@ -22,24 +20,11 @@ from app.store.models import Deferred, Prediction
 from app.store.settings import StoreSettings
 from app.store.store import Store
 from deployments.annotation import Annotation, Caption
-from tests.app.postgres import find_programs, postgres_server
 
 
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[Any]:
-    if find_programs() is None:
-        pytest.skip("no PostgreSQL here: apt-get install postgresql")
-    with postgres_server("fsync=off") as server:
-        yield server
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
-    url = f"sqlite:///{tmp_path}/store.db"
-    if request.param == "postgresql":
-        name = hashlib.sha256(request.node.name.encode()).hexdigest()[:20]
-        url = str(request.getfixturevalue("postgres").url(f"test_{name}"))
-    opened = Store(StoreSettings(url=url, timeout_s=60, search_timeout_s=60))
+@pytest.fixture
+def store(database_url: str) -> Iterator[Store]:
+    opened = Store(StoreSettings(url=database_url, timeout_s=60, search_timeout_s=60))
     opened.start()
     yield opened
     opened.close()

@@ -30,29 +30,16 @@ from app.store.database import Database
 from app.store.events import Event
 from app.store.models import Picture, row_of
 from app.store.reviews import Label, ReviewLabel, agreed
+from app.store.settings import StoreSettings
 from deployments.annotation import Annotation, Caption, Detection, Provenance
 from deployments.verified import SCHEMA
-from tests.app.postgres import Postgres, find_programs, postgres_server
 
 NOW = datetime(2026, 11, 1, 12, tzinfo=UTC)
 
 
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[Postgres]:
-    if find_programs() is None:
-        pytest.skip("no PostgreSQL here: apt-get install postgresql")
-    with postgres_server("fsync=off") as server:
-        yield server
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def database(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Database]:
-    if request.param == "sqlite":
-        url = f"sqlite:///{tmp_path}/store.db"
-    else:
-        name = "review_" + hashlib.sha256(request.node.name.encode()).hexdigest()[:16]
-        url = request.getfixturevalue("postgres").url(name).replace("postgresql://", "postgresql+psycopg://")
-    opened = Database(url, 60, 60)
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    opened = Database(StoreSettings(url=database_url).database_url, 60, 60)
     opened.open()
     yield opened
     opened.close()

@@ -27,7 +27,7 @@ from app.store.search import BadCursor, Place, Query
 from app.store.settings import StoreSettings
 from app.store.store import Found, Store, StoreOff
 from deployments.annotation import Annotation, Caption, Detection, Provenance
-from tests.app.postgres import Postgres, find_programs, postgres_server
+from tests.app.postgres import Postgres
 
 PICTURE = b"\xff\xd8\xff\xe0 the bytes of a picture"
 #: A busy machine is no database that fails.
@@ -35,21 +35,10 @@ PATIENT: dict[str, Any] = {"timeout_s": 60.0, "search_timeout_s": 60.0}
 SHA = hashlib.sha256(PICTURE).hexdigest()
 
 
-@pytest.fixture(scope="module")
-def postgres() -> Iterator[Postgres]:
-    if find_programs() is None:
-        pytest.skip("no PostgreSQL here: apt-get install postgresql")
-    with postgres_server("fsync=off") as server:
-        yield server
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+@pytest.fixture
+def url(database_url: str) -> str:
     """A database that has never been opened."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path}/deep/store.db"
-    name = hashlib.sha256(request.node.name.encode()).hexdigest()[:20]
-    return str(request.getfixturevalue("postgres").url(f"test_{name}"))
+    return database_url
 
 
 class Stores:

@@ -1,0 +1,29 @@
+"""What tests of the store share: one PostgreSQL server for the session, and databases that were never opened."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.app.postgres import Postgres, find_programs, postgres_server
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    """A server that forgets everything when the machine goes down, and is quick."""
+    if find_programs() is None:
+        pytest.skip("no PostgreSQL here: apt-get install postgresql")
+    with postgres_server("fsync=off") as server:
+        yield server
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A database of the test's own, of either kind, that has never been opened."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/deep/store.db"
+    name = hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:20]
+    return str(request.getfixturevalue("postgres").url(f"test_{name}"))
