@@ -33,7 +33,7 @@ const PROBLEMS = {
   unauthorized: "This service wants a key. Reload the page and give yours as the password.",
   forbidden: "Your key does not allow this.",
   rate_limited: "Too many requests with your key. Wait a moment, then press Retry.",
-  quota_exceeded: "This key has used up its requests of the day.",
+  quota_exceeded: "Your key has used up its requests of the day. It begins again at midnight UTC.",
   overloaded: "The service is still too busy after several tries. Wait a minute, then press Retry.",
   timeout: "The analysis took too long. Press Retry; if it happens again, use a smaller version of the picture.",
   unavailable: "The service cannot answer at the moment. Press Retry in a minute.",
