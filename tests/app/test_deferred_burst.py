@@ -59,6 +59,8 @@ def test_ten_thousand_in_a_burst_and_everything_killed_in_the_middle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     database = tmp_path / "store.db"
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
     monkeypatch.setenv("DEEPTRUST_STORE_URL", f"sqlite:///{database}")
     client = httpx.Client(limits=httpx.Limits(max_connections=None))
     with small_service(tmp_path / "first") as service:

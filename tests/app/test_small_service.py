@@ -45,8 +45,12 @@ _HTTP = httpx.Client(limits=httpx.Limits(max_connections=None))
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallService]:
-    with small_service(tmp_path_factory.mktemp("service")) as running:
-        yield running
+    folder = tmp_path_factory.mktemp("service")
+    with pytest.MonkeyPatch.context() as patch:
+        # with the session's store, its other application would work on what waits here
+        patch.setenv("DEEPTRUST_STORE_URL", f"sqlite:///{folder}/store.db")
+        with small_service(folder) as running:
+            yield running
 
 
 def picture(number: int) -> bytes:
