@@ -3,33 +3,28 @@ notice."""
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import yaml
 from sqlalchemy import select
 
 from app.store.database import Database
 from app.store.models import TrialAnswer
+from tests.app.load import HTTP, Load
 from tests.app.small_service import ROOT, SmallService, small_service
-from tests.train.small_models import noise
 
 pytestmark = [pytest.mark.proof, pytest.mark.timeout(1800)]
 
 CLIENTS = 16
-_HTTP = httpx.Client(limits=httpx.Limits(max_connections=None), timeout=120)
 
 
 @pytest.fixture(scope="module")
@@ -80,34 +75,6 @@ def canary(service: SmallService, *arguments: str, codes: tuple[int, ...] = (0,)
     assert ended.returncode in codes, f"{ended.returncode}: {ended.stdout}\n{ended.stderr}"
     return ended
 
-
-class Load:
-    """Clients that post one new picture after another for verdicts, until told to stop."""
-
-    def __init__(self, service: SmallService) -> None:
-        self.service = service
-        self.answers: list[httpx.Response] = []
-        self._over = threading.Event()
-        self._pool = ThreadPoolExecutor(CLIENTS)
-
-    def __enter__(self) -> Load:
-        self._running = [self._pool.submit(self._client, number) for number in range(CLIENTS)]
-        return self
-
-    def _client(self, number: int) -> None:
-        turn = 0
-        while not self._over.is_set():
-            buffer = io.BytesIO()
-            noise(number * 1_000_000 + turn, (64, 48)).save(buffer, "PNG")
-            turn += 1
-            self.answers.append(_HTTP.post(f"{self.service.url}/v1/detect", content=buffer.getvalue()))
-
-    def __exit__(self, *failure: object) -> None:
-        self._over.set()
-        for client in self._running:
-            client.result()
-        self._pool.shutdown()
-
     def served(self) -> list[str]:
         """Names of the checkpoints that answered, all answers being good."""
         assert {answer.status_code for answer in self.answers} == {200}
@@ -129,14 +96,14 @@ def written(store: str, since_s: float) -> list[Any]:
 
 
 def production(service: SmallService) -> str:
-    answer = _HTTP.get(f"{service.url}/v1/models").json()["detector"]
+    answer = HTTP.get(f"{service.url}/v1/models", timeout=120).json()["detector"]
     return str(answer["uri"]).rsplit("/", 1)[1]
 
 
 def test_in_the_shadow_answers_are_written_down_and_never_returned(service: SmallService, store: str) -> None:
     replicas, began = service.replicas("Detector"), time.time()
     assert service.replicas("DetectorCanary") == []
-    with Load(service) as load:
+    with Load(service, "/v1/detect", CLIENTS) as load:
         uri = str(service.folder / "bad")
         canary(service, "start", "detector", "--uri", uri, "--share", "0.5", "--shadow")
         assert "already" in canary(service, "start", "detector", "--uri", uri, "--share", "0.5", "--shadow").stdout
@@ -160,7 +127,7 @@ def test_a_bad_candidate_that_was_forced_into_the_canary_is_rolled_back_by_itsel
 ) -> None:
     uri, log = str(service.folder / "bad"), tmp_path / "log.jsonl"
     rules = ("--rules", str(service.folder / "rules.yaml"), "--log", str(log), "--interval-s", "2")
-    with Load(service) as load:
+    with Load(service, "/v1/detect", CLIENTS) as load:
         canary(service, "start", "detector", "--uri", uri, "--share", "0.3")
         # a watcher that is killed leaves nothing that the next one would miss
         canary(service, "watch", "detector", *rules, "--once", codes=(3, 4))
@@ -183,7 +150,7 @@ def test_a_good_candidate_is_promoted_under_load_and_put_back_and_no_request_is_
     uri, log = str(service.folder / "good"), tmp_path / "log.jsonl"
     replicas = {name: service.replicas(name) for name in ("Ingress", "Detector", "Captioner", "Tagger")}
     rules = ("--rules", str(service.folder / "rules.yaml"), "--log", str(log), "--interval-s", "2")
-    with Load(service) as load:
+    with Load(service, "/v1/detect", CLIENTS) as load:
         canary(service, "start", "detector", "--uri", uri, "--share", "0.3")
         canary(service, "watch", "detector", *rules, "--uri", uri)
         time.sleep(3)

@@ -16,8 +16,8 @@ import psutil
 import pytest
 
 from app import cluster
+from tests.app.load import picture
 from tests.app.small_service import SmallService, small_service
-from tests.app.test_small_service import picture
 
 pytestmark = [pytest.mark.proof, pytest.mark.slow, pytest.mark.timeout(3600)]
 

@@ -7,7 +7,6 @@ The tests share one application and stand in the order of its life.
 from __future__ import annotations
 
 import contextlib
-import io
 import ipaddress
 import json
 import os
@@ -17,7 +16,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -30,17 +28,15 @@ import pytest
 from ray.serve.generated import serve_pb2, serve_pb2_grpc
 
 from app import cluster
+from tests.app.load import HTTP, Load, picture, post
 from tests.app.small_service import REQUEST_TIMEOUT_S, ROOT, TAGGER_REQUESTS, SmallService, small_service
 from tests.monitoring.expressions import ELSEWHERE, needed, panels
-from tests.train.small_models import noise
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 CLIENTS = 8
 #: Ray keeps up to date there whom Prometheus should ask.
 DISCOVERY = "prom_metrics_service_discovery.json"
-#: One for all threads: making a client takes longer than an answer does.
-_HTTP = httpx.Client(limits=httpx.Limits(max_connections=None))
 
 
 @pytest.fixture(scope="module")
@@ -51,54 +47,6 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallService]:
         patch.setenv("DEEPTRUST_STORE_URL", f"sqlite:///{folder}/store.db")
         with small_service(folder) as running:
             yield running
-
-
-def picture(number: int) -> bytes:
-    """A picture of its own for every number."""
-    buffer = io.BytesIO()
-    noise(number, (64, 48)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def post(service: SmallService, number: int, path: str = "/v1/analyze", timeout: float = 120) -> httpx.Response:
-    return _HTTP.post(f"{service.url}{path}", content=picture(number), timeout=timeout)
-
-
-class Load:
-    """Clients that post one picture after another until told to stop."""
-
-    def __init__(self, service: SmallService, path: str) -> None:
-        self.service, self.path = service, path
-        self.answers: list[httpx.Response] = []
-        self._over = threading.Event()
-        self._pool = ThreadPoolExecutor(CLIENTS)
-
-    def __enter__(self) -> Load:
-        self._running = [self._pool.submit(self._client, number) for number in range(CLIENTS)]
-        return self
-
-    def _client(self, number: int) -> None:
-        turn = 0
-        while not self._over.is_set():
-            self.answers.append(post(self.service, number * 100_000 + turn, self.path))
-            turn += 1
-
-    def wait_for(self, condition: Any, timeout_s: float = 120) -> None:
-        """Go on until an answer fulfils it."""
-        limit, seen = time.monotonic() + timeout_s, 0
-        while time.monotonic() < limit:
-            for answer in self.answers[seen:]:
-                seen += 1
-                if condition(answer.json()):
-                    return
-            time.sleep(0.05)
-        raise AssertionError(f"none of {seen} answers in {timeout_s} s was the one waited for")
-
-    def __exit__(self, *failure: object) -> None:
-        self._over.set()
-        for client in self._running:
-            client.result()
-        self._pool.shutdown()
 
 
 def test_while_the_models_load_the_page_is_there_and_each_stage_says_how_far_it_is(service: SmallService) -> None:
@@ -140,13 +88,13 @@ def test_every_stage_answers(service: SmallService) -> None:
 
 
 def later(service: SmallService, content: bytes, **headers: str) -> httpx.Response:
-    return _HTTP.post(f"{service.url}/v1/analyze", content=content, headers={"prefer": "respond-async"} | headers)
+    return HTTP.post(f"{service.url}/v1/analyze", content=content, headers={"prefer": "respond-async"} | headers)
 
 
 def fetched(service: SmallService, place: str, timeout_s: float = 120) -> httpx.Response:
     """What is at a place as soon as it is an answer."""
     limit = time.monotonic() + timeout_s
-    while (answer := _HTTP.get(f"{service.url}{place}")).status_code == 202 and time.monotonic() < limit:
+    while (answer := HTTP.get(f"{service.url}{place}")).status_code == 202 and time.monotonic() < limit:
         time.sleep(0.2)
     return answer
 
@@ -165,10 +113,10 @@ def test_who_can_wait_gets_a_place_and_finds_the_same_answer_there(service: Smal
     assert (record["caption"], record["tags"]) == (at_once["caption"], at_once["tags"])
     assert record["detection"]["ai_probability"] == pytest.approx(at_once["detection"]["ai_probability"], abs=1e-3)
     event = {"id": record["id"], "part": "verdict", "right": True}
-    assert _HTTP.post(f"{service.url}/v1/feedback", json=event).status_code == 201, "it is kept as others are"
+    assert HTTP.post(f"{service.url}/v1/feedback", json=event).status_code == 201, "it is kept as others are"
 
     files = [("file", ("a", picture(62))), ("file", ("b", b"no picture")), ("file", ("c", b""))]
-    several = _HTTP.post(f"{service.url}/v1/analyze", files=files, headers={"prefer": "respond-async"})
+    several = HTTP.post(f"{service.url}/v1/analyze", files=files, headers={"prefer": "respond-async"})
     items = fetched(service, several.headers["location"]).json()["items"]
     assert items[0]["caption"] and [item["code"] for item in items[1:]] == ["not_an_image", "empty_body"]
 
@@ -176,25 +124,25 @@ def test_who_can_wait_gets_a_place_and_finds_the_same_answer_there(service: Smal
     assert (refused.status_code, refused.json()["code"]) == (415, "not_an_image")
     assert refused.headers["content-type"] == "application/problem+json"
     assert later(service, b"").status_code == 400
-    assert _HTTP.get(f"{service.url}/v1/results/nowhere").status_code == 404
+    assert HTTP.get(f"{service.url}/v1/results/nowhere").status_code == 404
 
 
 def test_feedback_finds_the_answer_and_search_finds_both(service: SmallService) -> None:
     record = post(service, 5).json()
     event = {"id": record["id"], "part": "verdict", "right": False, "value": "human"}
-    said = _HTTP.post(f"{service.url}/v1/feedback", json=event, timeout=120)
+    said = HTTP.post(f"{service.url}/v1/feedback", json=event, timeout=120)
     assert said.status_code == 201, said.text
     assert said.json()["picture"] == "wanted"
-    kept = _HTTP.put(f"{service.url}/v1/pictures/{record['sha256']}", content=picture(5), timeout=120)
+    kept = HTTP.put(f"{service.url}/v1/pictures/{record['sha256']}", content=picture(5), timeout=120)
     assert kept.status_code == 201, kept.text
-    (item,) = _HTTP.get(f"{service.url}/v1/search", params={"limit": 1}, timeout=120).json()["items"]
+    (item,) = HTTP.get(f"{service.url}/v1/search", params={"limit": 1}, timeout=120).json()["items"]
     assert item["annotation"] == record and item["picture"] and item["feedback"] == ["verdict"]
-    assert _HTTP.get(f"{service.url}/v1/store", timeout=120).json()["dropped"] == 0
+    assert HTTP.get(f"{service.url}/v1/store", timeout=120).json()["dropped"] == 0
 
 
 def test_models_are_exchanged_under_load_and_no_request_is_lost(service: SmallService) -> None:
     before = {name: service.replicas(name) for name in ("Detector", "Captioner")}
-    with Load(service, "/v1/analyze?tasks=detect,caption") as load:
+    with Load(service, "/v1/analyze?tasks=detect,caption", CLIENTS) as load:
         load.wait_for(lambda record: True)
         for model in ("detector", "captioner"):
             name = model.capitalize()
@@ -216,11 +164,11 @@ def test_a_canary_gets_its_share_by_the_picture_and_the_same_picture_the_same_mo
     share = 0.3
 
     def has_canary() -> dict[str, Any]:
-        return _HTTP.get(f"{service.url}/v1/models", timeout=60).json()["detector"].get("canary") or {}
+        return HTTP.get(f"{service.url}/v1/models", timeout=60).json()["detector"].get("canary") or {}
 
     assert service.replicas("DetectorCanary") == []
     service.deployment("Ingress")["user_config"]["canary"]["detector"] = share
-    with Load(service, "/v1/detect") as load:
+    with Load(service, "/v1/detect", CLIENTS) as load:
         service.redeploy()
         load.wait_for(lambda record: "/detector-2#" in record["models"]["detector"])
         assert has_canary()["share"] == share and has_canary()["uri"].endswith("/detector-2")
@@ -242,7 +190,7 @@ def test_a_canary_gets_its_share_by_the_picture_and_the_same_picture_the_same_mo
     assert all("/captioner" not in record["models"] for record in first)
 
     service.deployment("Ingress")["user_config"]["canary"]["detector"] = 0.0
-    with Load(service, "/v1/detect") as load:
+    with Load(service, "/v1/detect", CLIENTS) as load:
         service.redeploy()
         limit = time.monotonic() + 60
         while has_canary() and time.monotonic() < limit:
@@ -303,7 +251,7 @@ def exported(service: SmallService) -> set[str]:
     found: set[str] = set()
     for group in json.loads((cluster.instance_folder(service.port) / "ray" / DISCOVERY).read_text()):
         for target in group["targets"]:
-            lines = _HTTP.get(f"http://{target}/metrics", timeout=60).text.splitlines()
+            lines = HTTP.get(f"http://{target}/metrics", timeout=60).text.splitlines()
             found |= {re.split(r"[{ ]", line)[0] for line in lines if not line.startswith("#")}
     return found
 
@@ -326,7 +274,7 @@ def test_every_panel_shows_something_and_every_rule_is_evaluated(service: SmallS
     queries = [query for query in panels() if not any(name in query for name in ELSEWHERE)]
     assert len(queries) > 30
     try:
-        with Load(service, "/v1/analyze"):
+        with Load(service, "/v1/analyze", CLIENTS):
             limit, empty = time.monotonic() + 300, queries
             while empty and time.monotonic() < limit:
                 time.sleep(5)
@@ -343,7 +291,7 @@ def test_every_panel_shows_something_and_every_rule_is_evaluated(service: SmallS
 
 def ask(port: int, what: str, **parameters: str) -> Any:
     """An answer of Prometheus's HTTP API."""
-    answer = _HTTP.get(f"http://127.0.0.1:{port}/api/v1/{what}", params=parameters, timeout=60).json()
+    answer = HTTP.get(f"http://127.0.0.1:{port}/api/v1/{what}", params=parameters, timeout=60).json()
     assert answer["status"] == "success", answer
     return answer["data"]
 
