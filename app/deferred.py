@@ -28,6 +28,7 @@ from pydantic import BaseModel, Field
 
 from app.admission import Admission
 from app.analysis import Explain, Graph
+from app.feedback import store_problem
 from app.problems import MEDIA_TYPE, Problem
 from app.store import deferred
 from app.store.database import StoreUnavailable
@@ -112,8 +113,8 @@ class Deferral:
             ) from None
         except KeyConflict:
             raise Problem("conflict", "This Idempotency-Key was used for another request.") from None
-        except (StoreUnavailable, StoreOff):
-            raise _unavailable() from None
+        except (StoreUnavailable, StoreOff) as error:
+            raise store_problem(error) from None
         return _waiting(Waiting(id=place, pictures=len(pictures)), {"Preference-Applied": "respond-async"})
 
     async def result(self, place: str) -> Response:
@@ -124,12 +125,8 @@ class Deferral:
         """
         try:
             found = await self._store.read(partial(deferred.outcomes, place=place))
-        except StoreBusy:
-            raise Problem("overloaded", "Too many requests at the moment.", {"Retry-After": "2"}) from None
-        except StoreUnavailable:
-            raise _unavailable() from None
-        except StoreOff:
-            found = []
+        except (StoreBusy, StoreUnavailable, StoreOff) as error:
+            raise store_problem(error) from None
         if not found:
             raise Problem("not_found", "There is no such result here, or it has been removed since.")
         done = sum(outcome.status > 0 for outcome in found)
@@ -248,11 +245,3 @@ def _answer(found: list[Outcome]) -> Response:
         kind = "application/json" if found[0].status == 200 else MEDIA_TYPE
         return Response(found[0].answer, found[0].status, media_type=kind)
     return JSONResponse({"items": [json.loads(outcome.answer) for outcome in found]})
-
-
-def _unavailable() -> Problem:
-    return Problem(
-        "unavailable",
-        f"The queue cannot be reached at the moment; try again in {_RETRY_AFTER_S} s.",
-        {"Retry-After": str(_RETRY_AFTER_S)},
-    )

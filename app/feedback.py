@@ -233,7 +233,7 @@ def router(store_of: Callable[[], Awaitable[Store]]) -> APIRouter:
         except KeyConflict:
             raise Problem("conflict", "This Idempotency-Key was used for another event.") from None
         except (StoreUnavailable, StoreOff) as error:
-            raise _problem(error) from None
+            raise store_problem(error) from None
         picture = "kept" if receipt.has_picture else "wanted" if store.wants_pictures else "not kept"
         answer = {"id": str(receipt.id), "sha256": receipt.sha256, "picture": picture}
         return JSONResponse(answer, 201 if receipt.is_new else 200)
@@ -263,7 +263,7 @@ def router(store_of: Callable[[], Awaitable[Store]]) -> APIRouter:
             if not await store.keep_picture(sha256, data):
                 raise Problem("not_found", "There is no feedback on this picture, so it is not kept.")
         except (StoreUnavailable, StoreBusy, StoreOff) as error:
-            raise _problem(error) from None
+            raise store_problem(error) from None
         finally:
             store.taking_in -= 1
         return Response(status_code=201)
@@ -286,7 +286,7 @@ def router(store_of: Callable[[], Awaitable[Store]]) -> APIRouter:
         try:
             found = await store.picture(sha256, small=size == "small")
         except (StoreUnavailable, StoreBusy, StoreOff) as error:
-            raise _problem(error) from None
+            raise store_problem(error) from None
         if found is None:
             raise Problem("not_found", "This picture is not kept here.")
         data, kind = found
@@ -311,7 +311,7 @@ def router(store_of: Callable[[], Awaitable[Store]]) -> APIRouter:
         try:
             return Deleted(**await store.delete_picture(sha256))
         except (StoreUnavailable, StoreBusy, StoreOff) as error:
-            raise _problem(error) from None
+            raise store_problem(error) from None
 
     @routes.get(
         "/v1/search",
@@ -346,7 +346,7 @@ def router(store_of: Callable[[], Awaitable[Store]]) -> APIRouter:
         except BadCursor:
             raise Problem("bad_parameter", "No page gave this cursor.") from None
         except (StoreUnavailable, StoreBusy, StoreOff) as error:
-            raise _problem(error) from None
+            raise store_problem(error) from None
         items = [
             SearchItem(at=item.at, annotation=item.annotation, picture=item.has_picture, feedback=list(item.judged))
             for item in found
@@ -385,7 +385,7 @@ def _id_at(moment: datetime) -> int:
     return min(MAX_ID, first_id(max(0.0, moment.timestamp())))
 
 
-def _problem(error: Exception) -> Problem:
+def store_problem(error: Exception) -> Problem:
     """What a store's refusal is over HTTP."""
     if isinstance(error, StoreUnavailable):
         # its own words are for operators: they name hosts and files
