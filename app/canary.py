@@ -41,6 +41,10 @@ _CLEAR_S = 180.0
 _TASKS = {"detector": "detection", "captioner": "captioning", "tagger": "tagging"}
 
 
+class NothingKept(CanaryError):
+    """Answers are not kept, so a trial shows nothing, however long one waits."""
+
+
 class CanarySettings(BaseModel):
     """What all commands need."""
 
@@ -134,12 +138,12 @@ class Canary:
         """What a trial has shown.
 
         Raises:
-            CanaryError: answers are not kept.
+            NothingKept: by the settings of the application.
             StoreUnavailable: not now.
         """
         settings = StoreSettings.model_validate((application.get("args") or {}).get("store") or {})
         if settings.keep == "off":
-            raise CanaryError(
+            raise NothingKept(
                 "the application keeps no answers (args.store.keep is off), so a trial shows nothing: give it a store "
                 "(see serve_config.yaml), or promote and roll back by hand"
             )
@@ -181,7 +185,7 @@ class Watcher:
             evidence = self.canary.evidence(application, since) if since is not None and running_trial else None
         except (CanaryError, StoreUnavailable) as error:
             blind_s = time.monotonic() - self._seen_at
-            if self.settings.once or (isinstance(error, CanaryError) and "keeps no answers" in str(error)):
+            if self.settings.once or isinstance(error, NothingKept):
                 raise
             self._say(f"nothing is known at present: {error}")
             if blind_s < self.settings.blind_s:
