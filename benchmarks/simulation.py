@@ -1,0 +1,839 @@
+"""A discrete-event model of the served graph: where pictures wait, and for how long.
+
+    client -> Ingress (admission, decoding) -> Detector ------------------> answer
+                                            \\-> Captioner -> Tagger -----/
+
+In: how long each part works (``Workload``), how many of each there are and how they may grow (``Scaling``), and when
+pictures arrive. Out: when each was answered or refused, how busy each part was, and how long the queues were.
+
+What is modelled is what the code does: the door and the batches of ``deployments.replica``, the admission's growing
+and shrinking limit, bounded queues, the choice of the emptier of two replicas, the continuous batches of vLLM, and
+Serve's autoscaling (look-back, delays, one replica for each target of requests in work, the time a replica needs to
+start). Parts that share a processor share its time.
+
+Written on ``heapq`` and not on simpy: a spike at 3,000 pictures a second is millions of pictures, each a handful of
+callbacks here, where a simulation of generators and event objects costs several times as much; and it spares users a
+dependency. Knows no Ray, no model and no figure: ``benchmarks.scale`` brings those.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+import random
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+#: Serve's: how often the controller looks, and how far back it averages (``look_back_period_s``).
+_CONTROL_S, _LOOK_BACK_S = 1.0, 30.0
+#: ``app.admission``: where the limit starts, and what is left of it when a picture is late.
+_LEAST, _DECREASE = 16, 0.8
+#: ``app.deferred``: how often an ingress looks for pictures that wait.
+_DEFERRED_LOOK_S = 0.2
+
+
+class Clock:
+    """Simulated time, and what is to be done when."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._heap: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
+        self._number = itertools.count()
+
+    def after(self, delay_s: float, do: Callable[..., None], *arguments: Any) -> None:
+        """Call ``do`` in ``delay_s`` seconds; of two at one moment the one that was asked for first comes first."""
+        heapq.heappush(self._heap, (self.now + delay_s, next(self._number), do, arguments))
+
+    def run(self, until_s: float) -> None:
+        """Let time pass."""
+        heap = self._heap
+        while heap and heap[0][0] <= until_s:
+            self.now, _, do, arguments = heapq.heappop(heap)
+            do(*arguments)
+        self.now = max(self.now, until_s)
+
+
+# ---------------------------------------------------------------------------------------------------------- processors
+
+
+class Processor:
+    """Cores, or a GPU, that works share: while more is wanted than there is, everything slows down alike.
+
+    ``width`` is what a piece of work uses of it when it is alone (threads of a core, or 1 for a GPU). Equal slowing is
+    what a fair scheduler gives to threads, and time slices to processes on one GPU.
+    """
+
+    def __init__(self, clock: Clock, capacity: float = 1.0) -> None:
+        self.clock, self.capacity, self.busy = clock, capacity, 0.0
+        self._users: dict[Any, float] = {}
+        self._wanted = 0.0
+        self._since = 0.0
+
+    @property
+    def speed(self) -> float:
+        """Of everything that runs: 1 when nothing waits for a core."""
+        return 1.0 if self._wanted <= self.capacity else self.capacity / self._wanted
+
+    def join(self, user: Any, width: float) -> None:
+        """``user.speed_changed`` is called before and after every change of the speed."""
+        self._change(user, width)
+
+    def leave(self, user: Any) -> None:
+        self._change(user, None)
+
+    def _change(self, user: Any, width: float | None) -> None:
+        now = self.clock.now
+        self.busy += min(self._wanted, self.capacity) * (now - self._since)
+        self._since, before = now, self.speed
+        if width is None:
+            self._wanted -= self._users.pop(user)
+            if not self._users:
+                self._wanted = 0.0  # what rounding has left
+        else:
+            self._users[user] = width
+            self._wanted += width
+        after = self.speed
+        if after != before:
+            for other in list(self._users):
+                if other is not user:
+                    other.speed_changed(before, after)
+
+
+class Job:
+    """A piece of work on a processor: ``seconds`` when it is alone."""
+
+    __slots__ = ("_done", "_left", "_processor", "_since", "_turn")
+
+    def __init__(self, processor: Processor, seconds: float, width: float, done: Callable[[], None]) -> None:
+        self._processor, self._left, self._done, self._turn = processor, seconds, done, 0
+        self._since = processor.clock.now
+        processor.join(self, width)
+        self._plan(processor.speed)
+
+    def speed_changed(self, before: float, after: float) -> None:
+        now = self._processor.clock.now
+        self._left -= (now - self._since) * before
+        self._since = now
+        self._plan(after)
+
+    def _plan(self, speed: float) -> None:
+        self._turn += 1
+        self._processor.clock.after(max(0.0, self._left) / speed, self._end, self._turn)
+
+    def _end(self, turn: int) -> None:
+        if turn == self._turn:
+            self._processor.leave(self)
+            self._done()
+
+
+def work(clock: Clock, processor: Processor | None, seconds: float, width: float, done: Callable[[], None]) -> None:
+    """Do ``done`` when that much work is finished; without a processor nothing slows it down."""
+    if processor is None:
+        clock.after(seconds, done)
+    else:
+        Job(processor, seconds, width, done)
+
+
+# ------------------------------------------------------------------------------------------------------------ replicas
+
+
+@dataclass(frozen=True)
+class BatchTimes:
+    """Seconds for a batch of a size: measured at some sizes, linear between and beyond them."""
+
+    sizes: tuple[int, ...]
+    seconds: tuple[float, ...]
+
+    def __call__(self, size: int) -> float:
+        if len(self.sizes) == 1:
+            return self.seconds[0] * size / self.sizes[0]
+        position = min(max(1, sum(known < size for known in self.sizes)), len(self.sizes) - 1)
+        left, right = self.sizes[position - 1], self.sizes[position]
+        low, high = self.seconds[position - 1], self.seconds[position]
+        return low + (high - low) * (size - left) / (right - left)
+
+
+class Replica(Protocol):
+    """Takes requests and answers them."""
+
+    ongoing: int
+    busy: float
+
+    def take(self, answered: Callable[[], None], what: Any = None) -> None: ...
+
+
+class BatchReplica:
+    """``deployments.replica``: a door that lets up to ``size`` in while no batch is computed, and a batch that begins
+    when it is full or the first in it has waited ``wait_s``.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        times: Callable[[int], float],
+        size: int,
+        wait_s: float,
+        processor: Processor | None = None,
+        width: float = 1.0,
+    ) -> None:
+        self.clock, self.times, self.size, self.wait_s = clock, times, size, wait_s
+        self.processor, self.width = processor, width
+        self.ongoing, self.busy, self.batches, self.pictures = 0, 0.0, 0, 0
+        self._inside: list[Callable[[], None]] = []
+        self._outside: deque[Callable[[], None]] = deque()
+        self._computing = False
+        self._turn = 0
+
+    def take(self, answered: Callable[[], None], what: Any = None) -> None:
+        self.ongoing += 1
+        if self._computing or self._outside or len(self._inside) >= self.size:
+            self._outside.append(answered)
+        else:
+            self._enter(answered)
+
+    def _enter(self, answered: Callable[[], None]) -> None:
+        self._inside.append(answered)
+        if len(self._inside) == self.size:
+            self._compute()
+        elif len(self._inside) == 1:
+            self._turn += 1
+            self.clock.after(self.wait_s, self._waited, self._turn)
+
+    def _waited(self, turn: int) -> None:
+        if turn == self._turn and not self._computing and self._inside:
+            self._compute()
+
+    def _compute(self) -> None:
+        self._computing = True
+        batch, self._inside = self._inside, []
+        self.batches += 1
+        self.pictures += len(batch)
+        started = self.clock.now
+
+        def done() -> None:
+            self.busy += self.clock.now - started
+            self._computing = False
+            self.ongoing -= len(batch)
+            for answered in batch:
+                answered()
+            while self._outside and not self._computing and len(self._inside) < self.size:
+                self._enter(self._outside.popleft())
+
+        work(self.clock, self.processor, self.times(len(batch)), self.width, done)
+
+
+class EngineReplica:
+    """vLLM: up to ``size`` requests advance together, a token of each in a step of ``step_s(requests)`` seconds."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        step_s: Callable[[int], float],
+        tokens: Callable[[], float],
+        size: int,
+        processor: Processor | None = None,
+        width: float = 1.0,
+    ) -> None:
+        self.clock, self.step_s, self.tokens, self.size = clock, step_s, tokens, size
+        self.processor, self.width = processor, width
+        self.ongoing, self.busy, self.load = 0, 0.0, 0.0
+        self._speed = 1.0
+        self._tokens_done = 0.0  # by a request that has been in from the beginning
+        self._since = 0.0
+        self._running: list[tuple[float, int, Callable[[], None]]] = []
+        self._outside: deque[Callable[[], None]] = deque()
+        self._number = itertools.count()
+        self._turn = 0
+
+    def take(self, answered: Callable[[], None], what: Any = None) -> None:
+        self.ongoing += 1
+        self._advance()
+        if len(self._running) >= self.size:
+            self._outside.append(answered)
+            return
+        self._enter(answered)
+        self._plan()
+
+    def _enter(self, answered: Callable[[], None]) -> None:
+        if not self._running and self.processor is not None:
+            self.processor.join(self, self.width)
+            self._speed = self.processor.speed
+        heapq.heappush(self._running, (self._tokens_done + self.tokens(), next(self._number), answered))
+
+    def speed_changed(self, before: float, after: float) -> None:
+        self._advance()
+        self._speed = after
+        self._plan()
+
+    def _advance(self) -> None:
+        now, running = self.clock.now, len(self._running)
+        if running:
+            self._tokens_done += (now - self._since) * self._speed / self.step_s(running)
+            self.busy += now - self._since
+            self.load += (now - self._since) * running / self.size
+        self._since = now
+
+    def _plan(self) -> None:
+        self._turn += 1
+        if self._running:
+            left = max(0.0, self._running[0][0] - self._tokens_done)
+            self.clock.after(left * self.step_s(len(self._running)) / self._speed, self._end, self._turn)
+
+    def _end(self, turn: int) -> None:
+        if turn != self._turn:
+            return
+        self._advance()
+        finished = []
+        while self._running and self._running[0][0] <= self._tokens_done + 1e-9:
+            finished.append(heapq.heappop(self._running)[2])
+        while self._outside and len(self._running) < self.size:
+            self._enter(self._outside.popleft())
+        if not self._running and self.processor is not None:
+            self.processor.leave(self)
+        self.ongoing -= len(finished)
+        self._plan()
+        for answered in finished:
+            answered()
+
+
+# --------------------------------------------------------------------------------------------------------- deployments
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """A deployment's part of a Serve configuration."""
+
+    min_replicas: int = 1
+    max_replicas: int = 1
+    target_ongoing: float = 16.0
+    upscale_delay_s: float = 30.0
+    downscale_delay_s: float = 600.0
+    max_ongoing: int = 100
+    max_queued: int = -1
+    """Requests that wait at each caller; -1: any number."""
+    start_s: float = 0.0
+    """From the decision to a replica that answers."""
+    gpu_share: float = 0.0
+
+
+class Gpus:
+    """GPUs that replicas are placed on by shares. Replicas that share one share its time."""
+
+    def __init__(self, clock: Clock, count: int) -> None:
+        self.processors = [Processor(clock) for _ in range(count)]
+        self._free = [1.0] * count
+
+    def place(self, share: float) -> int | None:
+        """Index of the fullest GPU that has room: what Ray packs together stays together."""
+        fitting = [index for index, free in enumerate(self._free) if free >= share - 1e-9]
+        if not fitting:
+            return None
+        chosen = min(fitting, key=lambda index: self._free[index])
+        self._free[chosen] -= share
+        return chosen
+
+    def give_back(self, index: int, share: float) -> None:
+        self._free[index] += share
+
+    @property
+    def used(self) -> float:
+        """GPUs taken, in whole ones and parts."""
+        return len(self._free) - sum(self._free)
+
+
+class Deployment:
+    """Replicas behind a router and an autoscaler.
+
+    Args:
+        make: a new replica on the processor that it was given.
+        gpus: where replicas are placed; without, each has whatever ``make`` gives it.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        name: str,
+        make: Callable[[Processor | None], Any],
+        scaling: Scaling,
+        chance: random.Random,
+        gpus: Gpus | None = None,
+        callers: Callable[[], int] = lambda: 1,
+    ) -> None:
+        self.clock, self.name, self.make, self.scaling = clock, name, make, scaling
+        self.gpus, self.chance, self.callers = gpus, chance, callers
+        self.replicas: list[Any] = []
+        self.starting = 0
+        self.refused = 0
+        self.pending: deque[tuple[Callable[[], None], Any]] = deque()
+        self.replica_seconds, self.gpu_seconds = 0.0, 0.0
+        self._draining: list[Any] = []
+        self._place: dict[int, int] = {}
+        self._seen: deque[float] = deque(maxlen=max(1, round(_LOOK_BACK_S / _CONTROL_S)))
+        self._wanted_since: tuple[int, float] | None = None
+        self.target = scaling.min_replicas
+        for _ in range(scaling.min_replicas):
+            self._begin(0.0)
+        clock.after(_CONTROL_S, self._control)
+
+    # ---- requests -----------------------------------------------------------------------------------------------
+
+    def ask(self, answered: Callable[[], None], refused: Callable[[], None], what: Any = None) -> None:
+        """One request, which is about ``what``; ``refused`` when the callers' queues are full."""
+        replica = self._choose()
+        if replica is not None:
+            self._send(replica, answered, what)
+        elif self.scaling.max_queued >= 0 and len(self.pending) >= self.scaling.max_queued * max(1, self.callers()):
+            self.refused += 1
+            refused()
+        else:
+            self.pending.append((answered, what))
+
+    def _choose(self) -> Any:
+        """The emptier of two at random, as Serve's router does; any that has room when neither has."""
+        there, most = self.replicas, self.scaling.max_ongoing
+        if not there:
+            return None
+        if len(there) == 1:
+            return there[0] if there[0].ongoing < most else None
+        first, second = self.chance.choice(there), self.chance.choice(there)
+        best = first if first.ongoing <= second.ongoing else second
+        if best.ongoing < most:
+            return best
+        return next((replica for replica in there if replica.ongoing < most), None)
+
+    def _send(self, replica: Any, answered: Callable[[], None], what: Any) -> None:
+        def done() -> None:
+            answered()
+            if self.pending and replica in self.replicas and replica.ongoing < self.scaling.max_ongoing:
+                self._send(replica, *self.pending.popleft())
+            elif self._draining and replica in self._draining and replica.ongoing == 0:
+                self._end(replica)
+
+        replica.take(done, what)
+
+    @property
+    def ongoing(self) -> int:
+        """Requests in replicas and before them."""
+        return sum(replica.ongoing for replica in self.replicas) + len(self.pending)
+
+    # ---- scaling ------------------------------------------------------------------------------------------------
+
+    def _begin(self, delay_s: float) -> bool:
+        place = None
+        if self.gpus is not None and self.scaling.gpu_share:
+            place = self.gpus.place(self.scaling.gpu_share)
+            if place is None:
+                return False
+        self.starting += 1
+        if delay_s:
+            self.clock.after(delay_s, self._ready, place)
+        else:
+            self._ready(place)
+        return True
+
+    def _ready(self, place: int | None) -> None:
+        self.starting -= 1
+        processor = self.gpus.processors[place] if self.gpus is not None and place is not None else None
+        replica = self.make(processor)
+        if place is not None:
+            self._place[id(replica)] = place
+        self.replicas.append(replica)
+        while self.pending and replica.ongoing < self.scaling.max_ongoing:
+            self._send(replica, *self.pending.popleft())
+
+    def _end(self, replica: Any) -> None:
+        self._draining.remove(replica)
+        place = self._place.pop(id(replica), None)
+        if place is not None and self.gpus is not None:
+            self.gpus.give_back(place, self.scaling.gpu_share)
+
+    def _control(self) -> None:
+        """``replica_queue_length_autoscaling_policy`` with Serve's delays."""
+        scaling, now = self.scaling, self.clock.now
+        have = len(self.replicas) + self.starting
+        self.replica_seconds += have * _CONTROL_S
+        self.gpu_seconds += (have + len(self._draining)) * scaling.gpu_share * _CONTROL_S
+        self._seen.append(self.ongoing)
+        wanted = math.ceil(sum(self._seen) / len(self._seen) / scaling.target_ongoing)
+        wanted = min(max(wanted, scaling.min_replicas), scaling.max_replicas)
+        direction = (wanted > self.target) - (wanted < self.target)
+        if direction == 0:
+            self._wanted_since = None
+        elif self._wanted_since is None or self._wanted_since[0] != direction:
+            self._wanted_since = (direction, now)
+        if direction and self._wanted_since is not None:
+            delay = scaling.upscale_delay_s if direction > 0 else scaling.downscale_delay_s
+            if now - self._wanted_since[1] >= delay - 1e-6:
+                self.target, self._wanted_since = wanted, None
+        while have < self.target and self._begin(scaling.start_s):
+            have += 1
+        while len(self.replicas) > max(1, self.target):
+            replica = min(self.replicas, key=lambda each: each.ongoing)
+            self.replicas.remove(replica)
+            self._draining.append(replica)
+            if replica.ongoing == 0:
+                self._end(replica)
+        self.clock.after(_CONTROL_S, self._control)
+
+
+# ------------------------------------------------------------------------------------------------------------- ingress
+
+
+@dataclass(frozen=True)
+class IngressTimes:
+    """What an ingress replica and the proxy before it work for one picture, seconds of a core."""
+
+    proxy_s: float
+    loop_s: float
+    """On the event loop: one thread."""
+    decode_s: float
+    """On the decoding threads."""
+    decode_spread: float = 0.0
+    """Standard deviation of the logarithm: pictures differ in size."""
+    decode_threads: int = 2
+    extra_s: float = 0.0
+    """Time that passes without work: hops between processes."""
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """``app.config.Limits``, and ``store.deferred_in_work``."""
+
+    max_in_flight: int = 32
+    max_waiting: int = 64
+    max_wait_s: float = 4.0
+    target_s: float = 30.0
+    deferred_in_work: int = 8
+
+
+@dataclass
+class Picture:
+    """One picture on its way."""
+
+    arrived: float
+    deferred: bool = False
+    deadline: float = math.inf
+    answered: Callable[[Picture, str], None] | None = None
+    failed: bool = False
+    """A stage gave no answer."""
+
+
+class Station:
+    """A number of workers with a queue before them, on a processor that they share with others or on one of their
+    own.
+    """
+
+    def __init__(self, clock: Clock, workers: int, processor: Processor | None) -> None:
+        self.clock, self.workers, self.processor = clock, workers, processor
+        self.active, self.busy = 0, 0.0
+        self._queue: deque[tuple[float, Callable[[], None]]] = deque()
+
+    def do(self, seconds: float, done: Callable[[], None]) -> None:
+        if self.active < self.workers:
+            self._start(seconds, done)
+        else:
+            self._queue.append((seconds, done))
+
+    def _start(self, seconds: float, done: Callable[[], None]) -> None:
+        self.active += 1
+        self.busy += seconds
+
+        def end() -> None:
+            self.active -= 1
+            if self._queue:
+                self._start(*self._queue.popleft())
+            done()
+
+        work(self.clock, self.processor, seconds, 1.0, end)
+
+
+class IngressReplica:
+    """Admission as ``app.admission`` has it, an event loop, decoding threads, and the graph behind them."""
+
+    def __init__(self, graph: Graph, processor: Processor | None) -> None:
+        self.graph, self.clock = graph, graph.clock
+        self.limits, self.times = graph.admitted, graph.ingress_times
+        self.loop = Station(self.clock, 1, processor)
+        self.threads = Station(self.clock, self.times.decode_threads, processor)
+        self.ongoing, self.busy = 0, 0.0
+        self.in_work, self.waiting, self.working = 0, deque[tuple[Picture, Callable[[], None]]](), 0
+        self.limit = float(min(self.limits.max_in_flight, _LEAST))
+        self._late_before, self._decreased_at = False, -math.inf
+        self.clock.after(_DEFERRED_LOOK_S, self._look)
+
+    def take(self, answered: Callable[[], None], what: Any = None) -> None:
+        """A picture whose sender waits."""
+        picture: Picture = what
+        self.ongoing += 1
+
+        def left() -> None:
+            self.ongoing -= 1
+            answered()
+
+        if self.in_work < int(self.limit) and not self.waiting:
+            self._work(picture, left)
+        elif len(self.waiting) >= self.limits.max_waiting:
+            self._refuse(picture, left)
+        else:
+            self.waiting.append((picture, left))
+            self.clock.after(self.limits.max_wait_s, self._give_up, picture, left)
+
+    def _give_up(self, picture: Picture, left: Callable[[], None]) -> None:
+        if any(waiting is picture for waiting, _ in self.waiting):
+            self.waiting.remove((picture, left))
+            self._refuse(picture, left)
+
+    def _refuse(self, picture: Picture, left: Callable[[], None]) -> None:
+        self.graph.end(picture, "refused")
+        left()
+
+    def _look(self) -> None:
+        """``app.deferred``: pictures that wait, into places that nobody waits for."""
+        if self not in self.graph.ingress.replicas:
+            return  # it is being taken down
+        queue = self.graph.deferred
+        room = 0 if self.waiting else int(self.limit) - self.in_work
+        for _ in range(min(room, self.limits.deferred_in_work - self.working, len(queue))):
+            self.working += 1
+            self._work(queue.popleft(), self._worked)
+        self.clock.after(_DEFERRED_LOOK_S, self._look)
+
+    def _worked(self) -> None:
+        self.working -= 1
+
+    def _work(self, picture: Picture, left: Callable[[], None]) -> None:
+        self.in_work += 1
+        began = self.clock.now
+        times = self.times
+
+        def decode() -> None:
+            self.threads.do(self.graph.decode_seconds(), ask)
+
+        def ask() -> None:
+            self.graph.analyse(picture, join)
+
+        def join() -> None:
+            self.in_work -= 1
+            self._observe(self.clock.now - began)
+            while self.waiting and self.in_work < int(self.limit):
+                self._work(*self.waiting.popleft())
+            self.clock.after(times.extra_s, self.graph.end, picture, "answered")
+            left()
+
+        self.loop.do(times.loop_s, decode)
+
+    def _observe(self, seconds: float) -> None:
+        now, limits = self.clock.now, self.limits
+        if seconds > limits.target_s:
+            self._late_before = True
+            if now - self._decreased_at > seconds:
+                self.limit = max(min(_LEAST, limits.max_in_flight), self.limit * _DECREASE)
+                self._decreased_at = now
+        elif self.in_work + 1 >= int(self.limit):
+            step = 1 / self.limit if self._late_before else 1.0
+            self.limit = min(float(limits.max_in_flight), self.limit + step)
+
+
+# --------------------------------------------------------------------------------------------------------------- graph
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How a picture model's replica batches, and what a batch costs."""
+
+    times: Callable[[int], float]
+    size: int
+    wait_s: float
+    width: float = 1.0
+
+
+@dataclass(frozen=True)
+class Generating:
+    """How the tagger's engine works: seconds of a step by the number of requests in it, tokens of an answer."""
+
+    step_s: Callable[[int], float]
+    size: int
+    tokens: float
+    tokens_spread: float = 0.0
+    width: float = 1.0
+
+
+@dataclass(frozen=True)
+class Service:
+    """A whole deployment of the graph."""
+
+    ingress_times: IngressTimes
+    admitted: Admitted
+    detector: Batching
+    captioner: Batching
+    tagger: Generating
+    scaling: dict[str, Scaling]
+    """Of ``ingress``, ``detector``, ``captioner``, ``tagger``."""
+    gpus: int = 0
+    """0: every replica has a processor of its own, unless ``cores`` says that all share some."""
+    cores: float = 0.0
+    """Above 0: one machine's, shared by everything."""
+    proxies: int = 1
+    request_timeout_s: float = 60.0
+
+
+class Graph:
+    """The service at work in simulated time."""
+
+    def __init__(self, service: Service, seed: int = 0) -> None:
+        self.service, self.clock, self.chance = service, Clock(), random.Random(seed)
+        self.ingress_times, self.admitted = service.ingress_times, service.admitted
+        shared = Processor(self.clock, service.cores) if service.cores else None
+        self.processor = shared
+        gpus = Gpus(self.clock, service.gpus) if service.gpus else None
+        self.gpus = gpus
+        self.deferred: deque[Picture] = deque()
+        self.outcomes: list[tuple[float, float, bool, str]] = []
+        """(arrived, ended, deferred, how)."""
+        self.samples: list[dict[str, float]] = []
+        chance, clock = self.chance, self.clock
+
+        def batching(kind: Batching) -> Callable[[Processor | None], Any]:
+            return lambda processor: BatchReplica(
+                clock, kind.times, kind.size, kind.wait_s, shared or processor, kind.width
+            )
+
+        def engine(processor: Processor | None) -> Any:
+            kind = service.tagger
+            spread = kind.tokens_spread
+            tokens = (lambda: max(4.0, chance.gauss(kind.tokens, spread))) if spread else (lambda: kind.tokens)
+            return EngineReplica(clock, kind.step_s, tokens, kind.size, shared or processor, kind.width)
+
+        def deploy(name: str, make: Callable[[Processor | None], Any], on: Gpus | None) -> Deployment:
+            return Deployment(clock, name, make, service.scaling[name], chance, on, lambda: len(self.ingress.replicas))
+
+        self.ingress: Deployment
+        self.ingress = Deployment(
+            clock,
+            "ingress",
+            lambda _: IngressReplica(self, shared),
+            service.scaling["ingress"],
+            chance,
+            callers=lambda: service.proxies,
+        )
+        self.detector = deploy("detector", batching(service.detector), gpus)
+        self.captioner = deploy("captioner", batching(service.captioner), gpus)
+        self.tagger = deploy("tagger", engine, gpus)
+        self.proxies = [Station(clock, 1, shared) for _ in range(service.proxies)]
+        # a lognormal with the mean that was measured
+        spread = self.ingress_times.decode_spread
+        self._decode_mu = math.log(max(1e-9, self.ingress_times.decode_s)) - spread**2 / 2
+
+    def decode_seconds(self) -> float:
+        """Of the next picture."""
+        times = self.ingress_times
+        if not times.decode_spread:
+            return times.decode_s
+        return self.chance.lognormvariate(self._decode_mu, times.decode_spread)
+
+    @property
+    def deployments(self) -> dict[str, Deployment]:
+        return {one.name: one for one in (self.ingress, self.detector, self.captioner, self.tagger)}
+
+    def arrive(self, deferred: bool = False, answered: Callable[[Picture, str], None] | None = None) -> None:
+        """A picture comes in now."""
+        picture = Picture(self.clock.now, deferred, self.clock.now + self.service.request_timeout_s, answered)
+        proxy = self.proxies[0] if len(self.proxies) == 1 else self.chance.choice(self.proxies)
+        proxy.do(self.ingress_times.proxy_s, lambda: self._route(picture))
+
+    def _route(self, picture: Picture) -> None:
+        if picture.deferred:
+            # read, and on disk: an ingress will work on it when it has room
+            replica = self.chance.choice(self.ingress.replicas)
+            replica.loop.do(self.ingress_times.loop_s, lambda: self.deferred.append(picture))
+            return
+        self.ingress.ask(lambda: None, lambda: self.end(picture, "refused"), picture)
+
+    def analyse(self, picture: Picture, done: Callable[[], None]) -> None:
+        """Detector and captioner side by side, then the tagger."""
+        parts = [2]
+
+        def part() -> None:
+            parts[0] -= 1
+            if parts[0] == 0:
+                done()
+
+        def failed() -> None:
+            picture.failed = True
+            part()
+
+        self.detector.ask(part, failed)
+        self.captioner.ask(lambda: self.tagger.ask(part, failed), failed)
+
+    def end(self, picture: Picture, how: str) -> None:
+        """A picture has left the service."""
+        if how == "answered" and picture.failed:
+            if picture.deferred:  # it is tried again
+                picture.failed = False
+                self.clock.after(2.0, self.deferred.append, picture)
+                return
+            how = "partial"
+        if how == "answered" and not picture.deferred and self.clock.now > picture.deadline:
+            how = "late"
+        self.outcomes.append((picture.arrived, self.clock.now, picture.deferred, how))
+        if picture.answered is not None:
+            picture.answered(picture, how)
+
+    # ---- what is seen -------------------------------------------------------------------------------------------
+
+    def sample(self, every_s: float) -> None:
+        """Note queues and replicas every so often, from now on."""
+        row: dict[str, float] = {"t": self.clock.now, "deferred": float(len(self.deferred))}
+        for name, deployment in self.deployments.items():
+            row[name] = float(deployment.ongoing)
+            row[f"{name}_replicas"] = float(len(deployment.replicas))
+        self.samples.append(row)
+        self.clock.after(every_s, self.sample, every_s)
+
+    def busy(self, name: str) -> float:
+        """Seconds that the replicas of a model have computed so far, all together."""
+        return sum(replica.busy for replica in self.deployments[name].replicas)
+
+
+def poisson(chance: random.Random, rate: Callable[[float], float], until_s: float) -> Iterator[float]:
+    """Moments of arrival at a rate that may change (thinning by steps: the rate is taken as constant over a gap)."""
+    now = 0.0
+    while True:
+        now += chance.expovariate(rate(now))
+        if now >= until_s:
+            return
+        yield now
+
+
+def feed(graph: Graph, moments: Iterator[float], deferred_share: float = 0.0) -> None:
+    """Let pictures arrive at these moments, one scheduled by the one before."""
+
+    def next_one(_: float = 0.0) -> None:
+        graph.arrive(graph.chance.random() < deferred_share)
+        plan()
+
+    def plan() -> None:
+        moment = next(moments, None)
+        if moment is not None:
+            graph.clock.after(max(0.0, moment - graph.clock.now), next_one)
+
+    plan()
+
+
+def closed_loop(graph: Graph, clients: int) -> None:
+    """Clients that send the next picture as soon as they have an answer, from now on."""
+
+    def send(_: Any = None, __: str = "") -> None:
+        graph.arrive(answered=send)
+
+    for _ in range(clients):
+        send()
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The smallest value that at least that share of them does not exceed; nan without values."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, max(0, math.ceil(share * len(ordered)) - 1))] if ordered else math.nan
