@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
 
 from data.splits import perceptual_hash
@@ -37,6 +38,9 @@ _JPEG_MODES = {1: "L", 3: "RGB", 4: "CMYK"}
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _DQT, _SOS = 0xDB, 0xDA
 _MAX_SEGMENTS = 4096
+_PAIRS = 512
+_PIXELS_AT_ONCE = 128 * _PAIRS
+_RGB = np.uint32(0xFFFFFF)
 
 
 @dataclass(frozen=True)
@@ -85,9 +89,29 @@ def identify(data: bytes, limits: ImageLimits) -> Particulars:
         quantisation=quantisation,
         declared=_declared(read_provenance(data, picture.format)),
         phash=f"{perceptual_hash(picture.image):016x}",
-        # not cryptographic, and need not be: equal size and perceptual hash are asked for as well
-        pixels=f"{zlib.adler32(picture.image.tobytes()):08x}",
+        pixels=pixel_digest(picture.image),
     )
+
+
+def pixel_digest(image: Image.Image) -> str:
+    """16 hexadecimal digits over the pixels of an RGB picture.
+
+    Sums of every 512th pair of pixels and a checksum of those, read where Pillow keeps them (four bytes a pixel):
+    copying them out and a checksum of each byte takes a tenth of the whole time of `identify`. Not cryptographic, and
+    need not be: equal size and perceptual hash are asked for as well.
+    """
+    try:
+        memory = pa.array(image).values.buffers()[1]
+    except ValueError:  # above 16 MiB Pillow keeps it in several pieces
+        memory = image.tobytes("raw", "RGBX")
+    pixels = np.frombuffer(memory, dtype="<u4", count=image.width * image.height)
+    sums, part = np.zeros(_PAIRS, np.uint64), np.zeros(_PIXELS_AT_ONCE, np.uint32)
+    for start in range(0, len(pixels), _PIXELS_AT_ONCE):  # which the processor's cache holds
+        # the fourth byte is none of the picture's, and whatever made it left it as it liked
+        count = len(np.bitwise_and(pixels[start : start + _PIXELS_AT_ONCE], _RGB, out=part[: len(pixels) - start]))
+        part[count:] = 0
+        sums += part.view(np.uint64).reshape(-1, _PAIRS).sum(axis=0)
+    return f"{zlib.crc32(sums):08x}{zlib.adler32(sums):08x}"
 
 
 def _stored_mode(data: bytes) -> str:

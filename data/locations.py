@@ -14,13 +14,14 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, Literal
 
 import fsspec
+import pyarrow as pa
 import pyarrow.fs
 
 from data.errors import DataError, explained
@@ -234,14 +235,25 @@ class Location:
 
     def write_bytes(self, data: bytes | memoryview) -> None:
         """Write the whole file or nothing: a reader never sees half of it, whatever kills the writer."""
+        with self.writing() as file:
+            file.write(data)
+
+    @contextmanager
+    def writing(self) -> Iterator[pa.NativeFile]:
+        """A file to write to, which appears whole when the block ends, or not at all."""
         with explained(str(self)):
             if not self.is_local:
-                self.filesystem.pipe_file(self.path, bytes(data))  # S3 shows an object when it is complete
+                buffer = pa.BufferOutputStream()
+                yield buffer
+                self.filesystem.pipe_file(
+                    self.path, buffer.getvalue().to_pybytes()
+                )  # S3 shows an object when it is complete
                 return
             self.parent.make_dir()
             partial = Path(f"{self.path}.{secrets.token_hex(4)}.part")
             try:
-                partial.write_bytes(data)
+                with pa.OSFile(str(partial), "wb") as file:
+                    yield file
                 partial.replace(self.path)
             finally:
                 partial.unlink(missing_ok=True)

@@ -144,9 +144,8 @@ class _Identifier:
         began = time.time()
         rows = [self._row(name, data) for name, data in self._pictures.read_all(block["name"].to_pylist())]
         table = pa.Table.from_pylist(rows, _FACTS)
-        sink = io.BytesIO()
-        pq.write_table(table, sink)
-        (self._work / block["file"][0].as_py()).write_bytes(sink.getvalue())
+        with (self._work / block["file"][0].as_py()).writing() as file:
+            pq.write_table(table, file)
         return _timed(table, began)
 
     def _row(self, name: str, data: bytes | None) -> dict[str, Any]:
@@ -248,11 +247,12 @@ class _ShardWriter:
             for field in self._schema
         ]
         path = block["_file"][0].as_py()
-        (self._folder / path).write_bytes(parquet_bytes(pa.table(columns, schema=self._schema)))
+        with (self._folder / path).writing() as file:
+            write_parquet(pa.table(columns, schema=self._schema), file)
         return _timed(pa.table({"file": [path], "rows": [len(ids)]}), began)
 
 
-def parquet_bytes(table: pa.Table) -> memoryview:
+def write_parquet(table: pa.Table, file: pa.NativeFile) -> None:
     """A parquet file of one row group. Pictures are stored as they are: they do not compress any further."""
     small = [field.name for field in table.schema if field.name != "image"]
     leaves = [
@@ -260,16 +260,14 @@ def parquet_bytes(table: pa.Table) -> memoryview:
         for field in table.schema
         if field.name != "image"
     ]
-    sink = pa.BufferOutputStream()
     pq.write_table(
         table,
-        sink,
+        file,
         row_group_size=max(1, len(table)),
         compression=dict.fromkeys(leaves, "zstd") | ({"image": "NONE"} if "image" in table.column_names else {}),
         use_dictionary=leaves,
         write_statistics=small,
     )
-    return memoryview(sink.getvalue())
 
 
 # ------------------------------------------------------------------------------------------------------------ stream

@@ -22,7 +22,7 @@ from data.curate import Curated
 from data.errors import DataError
 from data.layouts import Reject
 from data.locations import Location
-from data.passes import Pictures, Timing, parquet_bytes, plan_shards, write_shards
+from data.passes import Pictures, Timing, plan_shards, write_parquet, write_shards
 from data.rules import RuleSettings, enforce, run_rules
 from data.versions import (
     LAYOUT,
@@ -127,7 +127,8 @@ def publish(
         asdict(reject) for reject in sorted(content.rejects, key=lambda r: (r.file_name, r.reason, r.label or ""))
     ]
     files = {split: [shard.path for shard in shards if shard.path.startswith(f"{split}/")] for split in SPLITS}
-    (staging / _REJECTS_FILE).write_bytes(parquet_bytes(pa.Table.from_pylist(rejects, REJECTS)))
+    with (staging / _REJECTS_FILE).writing() as file:
+        write_parquet(pa.Table.from_pylist(rejects, REJECTS), file)
     manifest = _manifest(content, target.name, checks, files | {"rejects": [_REJECTS_FILE]})
     listed = {path for paths in manifest.files.values() for path in paths}
     for entry in staging.files():  # halves that a killed run left

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from PIL.Image import Exif
 
-from data.identify import identify, jpeg_quality, read_jpeg_header
+from data.identify import identify, jpeg_quality, pixel_digest, read_jpeg_header
 from deployments.images import ImageError, ImageLimits
 from tests.data.made import encoded, picture
 
@@ -92,3 +92,17 @@ def test_what_the_service_refuses_is_refused(data: bytes, code: str) -> None:
     with pytest.raises(ImageError) as error:
         identify(data, LIMITS)
     assert error.value.code == code
+
+
+def test_the_digest_of_pixels_depends_on_each_and_on_nothing_else() -> None:
+    rng = np.random.default_rng(4)
+    for width, height in ((1, 1), (3, 3), (333, 401), (2100, 2003)):  # the last is kept in pieces by Pillow
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        image = Image.fromarray(pixels)
+        pasted = Image.new("RGB", image.size)
+        pasted.paste(image.convert("RGBA"), (0, 0), image.convert("RGBA"))
+        assert pixel_digest(image) == pixel_digest(pasted)  # whose unused fourth bytes differ
+        for row, column in ((0, 0), (height // 2, width // 2), (-1, -1)):
+            other = pixels.copy()
+            other[row, column, 1] ^= 1
+            assert pixel_digest(Image.fromarray(other)) != pixel_digest(image)
