@@ -28,6 +28,7 @@ from ray.serve.handle import DeploymentHandle
 from app.config import CanaryShares, Limits
 from app.problems import Problem
 from app.trials import Role, Tried, agreement, arm_of, said
+from deployments import telemetry
 from deployments.annotation import Annotation, Provenance, Stage, Task
 from deployments.heat_map import heat_map
 from deployments.images import decode
@@ -159,7 +160,8 @@ class Graph:
         """
         loop, started = asyncio.get_running_loop(), time.perf_counter()
         specs = self._wanted_views(tasks)
-        sha256, prepared = await loop.run_in_executor(self._threads, self._prepare, data, specs)
+        with telemetry.span("decode", bytes=len(data)):
+            sha256, prepared = await loop.run_in_executor(self._threads, self._prepare, data, specs)
         progress = _Progress(Annotation(id=picture_id or uuid.uuid4().hex, sha256=sha256), deadline, started)
         record = progress.annotation
         record.timings_ms["decode"] = _milliseconds(started)
@@ -178,6 +180,7 @@ class Graph:
                 branch.cancel()
         record.timings_ms["total"] = _milliseconds(started)
         self.metrics.picture(record)
+        _note(record)
         if record.detection is None and record.caption is None and record.tags is None:
             raise _no_answer(record)
         return record
@@ -263,6 +266,17 @@ class Graph:
             request: asks a model.
             plain: the same without what only the caller wants; asks the other model of a trial.
         """
+        with telemetry.span(f"stage {stage}") as span:
+            answer, failure = await self._answered(progress, stage, request, plain)
+            name = answer.get("model", "") if failure is None else ""
+            span.set_attributes({"code": failure[0] if failure else "ok", "revision": revision_of(name)})
+        if failure is not None:
+            progress.annotation.failed(stage, *failure)
+        return answer
+
+    async def _answered(
+        self, progress: _Progress, stage: Stage, request: Request, plain: Request
+    ) -> tuple[Any, tuple[str, str] | None]:
         started, sha256 = time.perf_counter(), progress.annotation.sha256
         arm = arm_of(sha256, getattr(self.shares, stage), getattr(self.shadow, stage))
         answer: Any = None
@@ -278,11 +292,9 @@ class Graph:
             if arm is not None:
                 self._tried(stage, role, True, sha256, answer, failure, began)
         progress.annotation.timings_ms[stage] = _milliseconds(started)
-        if failure is not None:
-            progress.annotation.failed(stage, *failure)
-        elif arm in ("canary", "shadow"):
+        if failure is None and arm in ("canary", "shadow"):
             self._compare(stage, "production" if role == "candidate" else "candidate", sha256, answer, plain)
-        return answer
+        return answer, failure
 
     async def _ask(
         self, stage: Stage, role: Role, request: Request, deadline: float
@@ -382,6 +394,17 @@ async def _await(response: Any, deadline: float) -> Any:
     except (TimeoutError, asyncio.CancelledError):
         response.cancel()
         raise
+
+
+def _note(record: Annotation) -> None:
+    """A line about a picture: what took how long, which revisions answered, which stage did not and why."""
+    telemetry.note(
+        "picture",
+        code="ok" if not record.errors else "partial" if record.models else "failed",
+        errors={error.stage: error.code for error in record.errors},
+        revisions={stage: revision_of(name) for stage, name in record.models.items() if "#" in name},
+        timings_ms=record.timings_ms,
+    )
 
 
 def _milliseconds(since: float) -> float:

@@ -21,6 +21,9 @@ from pathlib import Path
 
 import psutil
 
+from app.access import CALLBACK, CALLBACK_VARIABLE
+from deployments import telemetry
+
 #: Environment variable of every process of an instance.
 MARK = "DEEPTRUST_INSTANCE"
 _ROOT = Path(__file__).parent.parent
@@ -75,6 +78,8 @@ def environment(port: int) -> dict[str, str]:
         # where Grafana's provisioning, which Ray writes, looks for dashboards
         "RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR": str(folder / "grafana"),
         "RAY_USAGE_STATS_ENABLED": "0",
+        CALLBACK_VARIABLE: CALLBACK,
+        **telemetry.environment(os.environ),
         "RAY_DISABLE_IMPORT_WARNING": "1",
         # Ray takes 127.0.0.1 for the machine's own address and listens on every interface, unless it is told that this
         # machine is no part of a cluster

@@ -301,7 +301,7 @@ class RequireKey:
             try:
                 _admit(self.ring, scope)
             except Problem as problem:
-                await problem.to_response()(scope, receive, send)
+                await problem.to_response(scope)(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 

@@ -15,14 +15,16 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Match
+from starlette.types import Scope
 
 from deployments.images import ImageError
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("ray.serve")
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -43,6 +45,7 @@ CODES: dict[str, tuple[int, str]] = {
     "unsupported_media_type": (415, "This content type is not supported"),
     "truncated": (422, "The picture is cut off or damaged"),
     "too_small": (422, "The picture is too small"),
+    "callback_refused": (422, "Nobody can be told at this address"),
     "unknown_task": (422, "There is no such task"),
     "bad_parameter": (422, "A parameter has a value that is not allowed"),
     "overloaded": (429, "Too many requests at the moment"),
@@ -76,6 +79,9 @@ class ProblemModel(BaseModel):
     status: int = Field(description="the HTTP status, or what it would be for this picture alone")
     detail: str = Field(description="for people; what is particular to this occurrence")
     code: str = Field(description="machine-readable", examples=sorted(CODES))
+    request_id: str | None = Field(
+        None, description="the request's `X-Request-ID`, its own or one made here: the logs know it by this"
+    )
 
 
 class Problem(Exception):
@@ -100,8 +106,18 @@ class Problem(Exception):
         members = {"type": "about:blank", "title": self.title, "status": self.status, "detail": self.detail}
         return {**self.extra, **members, "code": self.code}
 
-    def to_response(self) -> JSONResponse:
-        return JSONResponse(self.to_dict(), self.status, self.headers, MEDIA_TYPE)
+    def to_response(self, scope: Scope | None = None) -> JSONResponse:
+        """The answer.
+
+        Args:
+            scope: of the request that is answered: its id goes into the body, and the code to whoever logs it.
+        """
+        body = self.to_dict()
+        if scope is not None:
+            scope.setdefault("state", {})["code"] = self.code
+            if request_id := Headers(scope=scope).get("x-request-id"):
+                body["request_id"] = request_id
+        return JSONResponse(body, self.status, self.headers, MEDIA_TYPE)
 
 
 def responses(*codes: str) -> dict[int | str, dict[str, Any]]:
@@ -133,12 +149,12 @@ def install(app: FastAPI) -> None:
 
 async def _on_problem(request: Request, error: Exception) -> Response:
     assert isinstance(error, Problem)
-    return error.to_response()
+    return error.to_response(request.scope)
 
 
 async def _on_image_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ImageError)
-    return Problem.of_image(error).to_response()
+    return Problem.of_image(error).to_response(request.scope)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
@@ -155,7 +171,7 @@ async def _on_http_exception(request: Request, error: Exception) -> Response:
     problem = Problem(code, str(error.detail) if error.status_code < 500 else CODES[code][1] + ".", headers)
     # A status that has no code of its own (401, say) stays what it is.
     problem.status = error.status_code
-    return problem.to_response()
+    return problem.to_response(request.scope)
 
 
 async def _on_validation_error(request: Request, error: Exception) -> Response:
@@ -168,14 +184,16 @@ async def _on_validation_error(request: Request, error: Exception) -> Response:
     unreadable = any(fault["type"] == "json_invalid" for fault in error.errors())
     return Problem(
         "bad_request" if unreadable else "bad_parameter", f"Not allowed: {where}.", errors=faults
-    ).to_response()
+    ).to_response(request.scope)
 
 
 async def _on_disconnect(request: Request, error: Exception) -> Response:
     # Nobody reads this answer; without it the log would show an error of ours.
-    return Problem("bad_request", "The client went away before the request was complete.").to_response()
+    problem = Problem("bad_request", "The client went away before the request was complete.")
+    return problem.to_response(request.scope)
 
 
 async def _on_unexpected(request: Request, error: Exception) -> Response:
     logger.error("unexpected error in %s %s", request.method, request.url.path, exc_info=error)
-    return Problem("internal_error", "The request could not be answered; the error was logged.").to_response()
+    problem = Problem("internal_error", "The request could not be answered; the error was logged.")
+    return problem.to_response(request.scope)

@@ -18,13 +18,16 @@ import contextlib
 import logging
 import time
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
+from deployments import telemetry
 from deployments.annotation import Stage
 from deployments.checkpoints import Checkpoint, resolve
 from deployments.metrics import Metrics
@@ -74,8 +77,22 @@ class PictureModel(Protocol):
 
 Model = TypeVar("Model", bound=PictureModel)
 
+_CODES: dict[type[BaseException], str] = {ViewMismatch: "other_views", DeadlineExceeded: "deadline"}
 #: A batch that runs longer than this is taken for a hang: the health check fails and Serve starts a new replica.
 _STUCK_AFTER_S = 120.0
+
+
+@dataclass(frozen=True)
+class _Computed:
+    """One picture's part of a batch."""
+
+    answer: dict[str, Any] | Exception
+    revision: str
+    pictures: int
+    """How many were computed together."""
+    began: float
+    ended: float
+    """``time.perf_counter()`` seconds."""
 
 
 class Door:
@@ -203,18 +220,47 @@ class Replica(Generic[Model]):
             DeadlineExceeded: ``deadline`` (``time.time()`` seconds) passed while the picture waited.
         """
         self.check(views, spec)
-        async with self._door:
-            answer = await self._batch(views, spec, deadline)  # type: ignore[call-arg]
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+        with self._told() as told:
+            async with self._door:
+                computed = await self._batch(views, spec, deadline)  # type: ignore[call-arg]
+            told.append(computed)
+            if isinstance(computed.answer, Exception):
+                raise computed.answer
+            return computed.answer
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[list[_Computed]]:
+        """Log one picture's way through this replica, and make spans of it: here and not where the batch is computed,
+        which belongs to no request.
+        """
+        came, code = time.perf_counter(), "ok"
+        computed: list[_Computed] = []
+        try:
+            yield computed
+        except BaseException as error:
+            code = _CODES.get(type(error), "cancelled" if isinstance(error, asyncio.CancelledError) else "failed")
+            raise
+        finally:
+            for one in computed:
+                telemetry.past_span("wait for a batch", came, one.began)
+                if one.pictures:
+                    attributes = {"pictures": one.pictures, "revision": one.revision}
+                    telemetry.past_span("compute a batch", one.began, one.ended, **attributes)
+            began, ended = (computed[0].began, computed[0].ended) if computed else (time.perf_counter(),) * 2
+            telemetry.note(
+                "stage",
+                stage=self.stage,
+                revision=computed[0].revision if computed else self.model.checkpoint.revision,
+                code=code,
+                waited_ms=telemetry.milliseconds(began - came),
+                computed_ms=telemetry.milliseconds(ended - began),
+                pictures=computed[0].pictures if computed else 0,
+            )
 
     @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.005)
-    async def _batch(
-        self, views: list[np.ndarray], specs: list[ViewSpec], deadline: list[float]
-    ) -> list[dict[str, Any] | Exception]:
+    async def _batch(self, views: list[np.ndarray], specs: list[ViewSpec], deadline: list[float]) -> list[_Computed]:
         self._door.shut()
-        model = self.model
+        model, started = self.model, time.perf_counter()
         answers: list[dict[str, Any] | Exception] = [
             # a revision with other views may have come into service while they waited
             ViewMismatch("another revision has come into service")
@@ -224,12 +270,12 @@ class Replica(Generic[Model]):
         ]
         chosen = [index for index in alive(deadline) if specs[index] == model.views]
         if chosen:
-            started = time.perf_counter()
             found = await self.compute(self.answer, model, np.stack([views[index] for index in chosen]))
             self._metrics.batch(self.stage, model.checkpoint.revision, len(chosen), time.perf_counter() - started)
             for index, answer in zip(chosen, found, strict=True):
                 answers[index] = answer
-        return answers
+        ended, revision = time.perf_counter(), model.checkpoint.revision
+        return [_Computed(answer, revision, len(chosen), started, ended) for answer in answers]
 
     async def info(self) -> dict[str, Any]:
         """``ModelInfo`` of the model in service."""

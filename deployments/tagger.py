@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve import Application
 
+from deployments import telemetry
 from deployments.checkpoints import Checkpoint, resolve
 from deployments.metrics import Metrics
 from deployments.processor import processor_flags
@@ -274,13 +275,26 @@ class Tagger:
             ModelFailed: the engine failed.
             TimeoutError: no answer within ``request_timeout_s``.
         """
+        started, code = time.perf_counter(), "cancelled"
         try:
-            async with asyncio.timeout(self._settings.request_timeout_s):
-                raw = await self._ask(caption)
-        except (TaggerError, TimeoutError):
+            with telemetry.span("generate"):
+                async with asyncio.timeout(self._settings.request_timeout_s):
+                    raw = await self._ask(caption)
+            code = "ok"
+        except (TaggerError, TimeoutError) as error:
+            code = "refused" if isinstance(error, TaggerError) else "deadline"
             raise
         except Exception as error:
+            code = "failed"
             raise failed(error) from None
+        finally:
+            telemetry.note(
+                "stage",
+                stage="tagger",
+                revision=self._checkpoint.revision if self._checkpoint else "",
+                code=code,
+                computed_ms=telemetry.milliseconds(time.perf_counter() - started),
+            )
         # read after the answer: a request that waited while weights were exchanged was answered by the new ones
         answer = tag_answer(raw, caption, self.checkpoint)
         self._metrics.tagged(answer["revision"], len(answer["tags"]), answer["proposed"])

@@ -1,8 +1,9 @@
-"""What tests of the store share: one PostgreSQL server for the session, and databases that were never opened."""
+"""What tests share: one PostgreSQL server for the session, databases that were never opened, and lines of log."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,17 @@ def postgres() -> Iterator[Postgres]:
         pytest.skip("no PostgreSQL here: apt-get install postgresql")
     with postgres_server("fsync=off") as server:
         yield server
+
+
+@pytest.fixture
+def lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.LogCaptureFixture]:
+    """What Serve's logger gets, which keeps it to itself once Ray has been imported."""
+    logger = logging.getLogger("ray.serve")
+    monkeypatch.setattr(logger, "propagate", False)
+    logger.addHandler(caplog.handler)
+    with caplog.at_level(logging.INFO, "ray.serve"):
+        yield caplog
+    logger.removeHandler(caplog.handler)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

@@ -79,11 +79,11 @@ def test_a_status_without_a_code_of_its_own_stays(app: FastAPI) -> None:
     assert answer.headers["www-authenticate"] == "Bearer"
 
 
-def test_an_unexpected_error_tells_nothing_of_the_inside(app: FastAPI, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unexpected_error_tells_nothing_of_the_inside(app: FastAPI, lines: pytest.LogCaptureFixture) -> None:
     answer = send(app, "GET", "/fail")
     assert answer.status_code == 500
     assert "secret" not in answer.text
-    assert "secret" in caplog.text
+    assert "secret" in lines.text
 
 
 def test_a_body_that_fails_validation(app: FastAPI) -> None:

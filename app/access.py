@@ -1,0 +1,94 @@
+"""A line of log for each request, and ids of requests that can be written into one.
+
+``RequestLines`` is middleware of the application, in the ingress: one line for each request but those about health and
+the page's own files. ``middlewares`` is Serve's call in each proxy (``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH``):
+headers that Serve itself reads are made sound before it does. Knows no route's meaning.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from typing import Any
+
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from deployments import telemetry
+
+#: What Serve is told so that it calls `middlewares`.
+CALLBACK_VARIABLE, CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "app.access:middlewares"
+
+#: Asked for all the time, and of no use to anybody later: health and the page's own files.
+_QUIET = ("/healthz", "/readyz", "/page/", "/samples", "/docs", "/openapi.json")
+#: A sender's own id of a request, as it may stand in logs and headers; another is replaced by one that Serve makes.
+_SOUND = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._:/+=-]{0,127}")
+#: Headers that Serve decodes: one that is no UTF-8 would be a 500 of its own.
+_READ_BY_SERVE = frozenset((b"x-request-id", b"traceparent", b"x-session-id", b"serve-multiplexed-model-id"))
+
+
+class SoundHeaders:
+    """ASGI middleware of the proxy: of the headers that Serve reads, those that it cannot use are dropped."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            scope = scope | {"headers": [pair for pair in scope["headers"] if _is_sound(*pair)]}
+        await self.app(scope, receive, send)
+
+
+def _is_sound(name: bytes, value: bytes) -> bool:
+    return name.lower().replace(b"_", b"-") not in _READ_BY_SERVE or _SOUND.fullmatch(value) is not None
+
+
+def middlewares() -> list[Middleware]:
+    """What Serve's proxies put before everything else."""
+    return [Middleware(SoundHeaders)]
+
+
+class RequestLines:
+    """ASGI middleware: `request` lines with method, status, code, duration and number of pictures.
+
+    What the application knows of a request it leaves in ``scope["state"]``: `code`, of a problem, and `pictures`.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "")
+        if scope["type"] != "http" or path == "/" or path.startswith(_QUIET):
+            await self.app(scope, receive, send)
+            return
+        state: dict[str, Any] = scope.setdefault("state", {})
+        started, status = time.perf_counter(), 0
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        code = "ok"
+        try:
+            await self.app(scope, receive, watched)
+            code = state.get("code", "ok")
+        except asyncio.CancelledError:
+            status, code = status or 499, "disconnected"
+            raise
+        except Exception:
+            status, code = status or 500, "internal_error"
+            raise
+        finally:
+            pictures = {"pictures": state["pictures"]} if "pictures" in state else {}
+            telemetry.note(
+                "request",
+                method=scope["method"],
+                status=status,
+                code=code,
+                duration_ms=telemetry.milliseconds(time.perf_counter() - started),
+                **pictures,
+            )

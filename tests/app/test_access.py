@@ -1,0 +1,85 @@
+"""Lines of requests, and headers that Serve can read."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from fastapi import FastAPI, Request
+from starlette.types import Receive, Scope, Send
+
+from app.access import RequestLines, SoundHeaders
+from app.problems import Problem
+from tests.app.small_app import send, small_app
+
+
+@pytest.fixture
+def app() -> FastAPI:
+    app = small_app()
+    app.add_middleware(RequestLines)
+
+    @app.get("/counted")
+    def counted(request: Request) -> None:
+        request.state.pictures = 3
+
+    @app.get("/healthz")
+    def healthz() -> None:
+        return None
+
+    @app.get("/busy")
+    def busy() -> None:
+        raise Problem("overloaded", "Try again.")
+
+    return app
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "code"),
+    [
+        ("/counted", 200, "ok"),
+        ("/busy", 429, "overloaded"),
+        ("/nowhere", 404, "not_found"),
+        ("/fail", 500, "internal_error"),
+        ("/fail?number=x", 422, "bad_parameter"),
+    ],
+)
+def test_each_request_is_a_line_with_its_code(
+    app: FastAPI, lines: pytest.LogCaptureFixture, path: str, status: int, code: str
+) -> None:
+    answer = send(app, "GET", path, headers={"x-request-id": "mine-7"})
+    line: Any
+    (line,) = (record for record in lines.records if record.message == "request")
+    assert (line.method, line.status, line.code) == ("GET", status, code) and line.duration_ms >= 0
+    assert getattr(line, "pictures", None) == (3 if path == "/counted" else None)
+    if status >= 400:
+        assert answer.json()["request_id"] == "mine-7", "whoever asks about it can name it"
+
+
+def test_a_problem_without_an_id_says_nothing_of_one(app: FastAPI) -> None:
+    assert "request_id" not in send(app, "GET", "/nowhere").json()
+
+
+def test_health_is_no_line(app: FastAPI, lines: pytest.LogCaptureFixture) -> None:
+    assert send(app, "GET", "/healthz").status_code == 200
+    assert [record for record in lines.records if record.message == "request"] == []
+
+
+def passed_on(*headers: tuple[bytes, bytes]) -> list[tuple[bytes, bytes]]:
+    found: list[Scope] = []
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        found.append(scope)
+
+    asyncio.run(SoundHeaders(app)({"type": "http", "headers": list(headers)}, None, None))  # type: ignore[arg-type]
+    return found[0]["headers"]
+
+
+def test_ids_that_can_be_logged_are_passed_on_and_others_are_not() -> None:
+    traced = (b"traceparent", b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
+    other = (b"x-anything", b"\xff \n")
+    for sound in (b"upload-4711", b"0f8fad5b-d9cb-469f-a165-70867728950e", b"a" * 128):
+        assert passed_on((b"x-request-id", sound), traced, other) == [(b"x-request-id", sound), traced, other]
+    for unsound in (b"\xff\xfe", b"", b"a" * 129, b'x", "level": "x', b"a b", b"\x1b[31m", b"-x"):
+        assert passed_on((b"x-request-id", unsound), (b"X-Request-Id", unsound), other) == [other]
+        assert passed_on((b"serve_multiplexed_model_id", unsound), (b"serve-multiplexed-model-id", unsound)) == []
