@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from app.callbacks import CallbackSettings
 from app.store.settings import StoreSettings
 from deployments.images import ImageLimits
 from deployments.tagger import TaggerSettings
@@ -56,6 +57,7 @@ class AppArgs(_Strict):
 
     limits: Limits = Field(Limits())
     store: StoreSettings = Field(StoreSettings())
+    callbacks: CallbackSettings = Field(CallbackSettings())
     tagger: TaggerSettings = Field(TaggerSettings())
     tagger_canary: TaggerSettings | None = Field(None, description="null: the tagger's canary is not deployed")
 

@@ -28,6 +28,7 @@ from pydantic import BaseModel, Field
 
 from app.admission import Admission
 from app.analysis import Explain, Graph
+from app.callbacks import answer_of
 from app.feedback import store_problem
 from app.problems import MEDIA_TYPE, Problem
 from app.store import deferred
@@ -36,6 +37,7 @@ from app.store.deferred import Accepted, Leased, Outcome, QueueFull
 from app.store.events import KeyConflict
 from app.store.store import Store, StoreBusy, StoreOff
 from app.uploads import Upload
+from deployments import telemetry
 from deployments.annotation import Annotation, Task
 from deployments.images import ImageError
 
@@ -83,11 +85,17 @@ class Deferral:
     # ---- requests -----------------------------------------------------------------------------------------------
 
     async def accept(
-        self, uploads: list[Upload], tasks: frozenset[Task], explain: Explain | None, key: str | None
+        self,
+        uploads: list[Upload],
+        tasks: frozenset[Task],
+        explain: Explain | None,
+        key: str | None,
+        callback: str | None = None,
     ) -> Response:
         """Take a request's pictures in; answered when they are on disk.
 
         Args:
+            callback: address to tell when they are answered, which has been checked.
             key: the sender's ``Idempotency-Key``: sent again with it, a request gets the same place.
 
         Raises:
@@ -104,6 +112,9 @@ class Deferral:
             pictures=pictures,
             max_count=settings.max_deferred,
             max_bytes=settings.max_deferred_bytes,
+            callback=callback,
+            request_id=telemetry.request_id(),
+            traceparent=telemetry.traceparent(),
         )
         try:
             await self._store.commit(put)
@@ -176,7 +187,8 @@ class Deferral:
     async def _work(self, picture: Leased) -> None:
         """One picture, from its lease to its answer. Holds a place of the admission."""
         try:
-            status, answer, record = await self._attempt(picture)
+            with telemetry.resumed(picture.request_id, picture.traceparent):
+                status, answer, record = await self._attempt(picture)
         finally:
             self._admission.leave(1)
         try:
@@ -241,7 +253,5 @@ def _waiting(waiting: Waiting, headers: Mapping[str, str] | None = None) -> Resp
 
 
 def _answer(found: list[Outcome]) -> Response:
-    if len(found) == 1:
-        kind = "application/json" if found[0].status == 200 else MEDIA_TYPE
-        return Response(found[0].answer, found[0].status, media_type=kind)
-    return JSONResponse({"items": [json.loads(outcome.answer) for outcome in found]})
+    status, answer = answer_of(found)
+    return Response(answer, status, media_type="application/json" if status == 200 else MEDIA_TYPE)

@@ -24,17 +24,20 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.access import RequestLines
 from app.admission import Admission
 from app.analysis import TASKS, Explain, Graph
+from app.callbacks import Callbacks, CallbackSettings
 from app.config import IngressConfig, Limits
 from app.deferred import Deferral, PlaceId, Waiting, wants_to_wait
 from app.feedback import router
 from app.keys import RequireKey, check_exposure
-from app.openapi import ANALYZE_BODY, ANALYZE_RESPONSES, use_local_docs
+from app.openapi import ANALYZE_BODY, ANALYZE_RESPONSES, CALLBACKS, use_local_docs
 from app.problems import Problem, install, responses
 from app.store.settings import StoreSettings
 from app.store.store import Store
 from app.uploads import Upload, UploadLimits, read_uploads
+from deployments import telemetry
 from deployments.annotation import Task
 from deployments.images import ImageError
 from deployments.metrics import Metrics
@@ -86,6 +89,7 @@ api = FastAPI(
 )
 api.add_middleware(RequireKey)
 api.add_middleware(SecurityHeaders)
+api.add_middleware(RequestLines)
 install(api)
 use_local_docs(api)
 
@@ -115,6 +119,15 @@ IdempotencyKey = Annotated[
         max_length=128,
         pattern=r"^[^\x00-\x1f\x7f]+$",
         description="with `respond-async`: the caller's own name of this request; sent again it gets the same place",
+    ),
+]
+CallbackUrl = Annotated[
+    str | None,
+    Header(
+        max_length=2048,
+        json_schema_extra={"format": "uri"},
+        description="with `respond-async`: told by a signed `POST` when the answer is there. Only addresses that the "
+        "service's settings allow",
     ),
 ]
 PictureId = Annotated[
@@ -178,6 +191,7 @@ class Ingress:
         production: Mapping[str, DeploymentHandle],
         canary: Mapping[str, DeploymentHandle],
         store: StoreSettings,
+        callbacks: CallbackSettings,
     ) -> None:
         # one warning for each malformed body would let anybody fill the log
         logging.getLogger("python_multipart").setLevel(logging.ERROR)
@@ -193,9 +207,11 @@ class Ingress:
         self.store.start()
         self.admission = Admission(limits.max_in_flight, limits.max_waiting, limits.max_wait_s, limits.target_s)
         self.deferral = Deferral(self.store, self.graph, self.admission, limits.request_timeout_s)
+        self.callbacks = Callbacks(callbacks, self.store, lambda outcome: self.metrics.record("callbacks", 1, outcome))
         self._receiving, self._receiving_waits = asyncio.Semaphore(_RECEIVING), 0
         self._watcher: asyncio.Task[None] | None = None
         self._deferred: asyncio.Task[None] | None = None
+        self._calling_back: asyncio.Task[None] | None = None
         self._sampler: asyncio.Task[None] | None = None
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -213,6 +229,7 @@ class Ingress:
             self._watcher = asyncio.get_running_loop().create_task(self.graph.watch())
             self._sampler = asyncio.get_running_loop().create_task(self._sample())
             self._deferred = asyncio.get_running_loop().create_task(self.deferral.run())
+            self._calling_back = asyncio.get_running_loop().create_task(self.callbacks.run())
 
     async def _sample(self) -> None:
         """Set the gauges and hand what trials have shown to the store, for ever."""
@@ -221,6 +238,7 @@ class Ingress:
                 self.store.offer_trials(tried)
             self.metrics.queue(self.admission.in_work, self.admission.limit, self.admission.waiting)
             self.metrics.deferred(await self.deferral.count())
+            self.metrics.record("callbacks_due", await self.callbacks.count_due())
             self.metrics.stages(
                 {stage: route.info is not None for stage, route in self.graph.routes.items()},
                 self.graph.shares.model_dump(),
@@ -237,7 +255,7 @@ class Ingress:
 
     async def check_health(self) -> None:
         """Serve's health check: what runs beside the requests is alive."""
-        for task in (self._watcher, self._sampler, self._deferred):
+        for task in (self._watcher, self._sampler, self._deferred, self._calling_back):
             if task is not None and task.done():
                 raise RuntimeError(f"a task of the ingress ended: {task.exception()!r}")
 
@@ -246,10 +264,10 @@ class Ingress:
     @api.post(
         "/v1/analyze",
         tags=["annotate"],
-        openapi_extra=ANALYZE_BODY,
+        openapi_extra=ANALYZE_BODY | CALLBACKS,
         responses={
             **ANALYZE_RESPONSES,
-            **responses("conflict"),
+            **responses("truncated", "too_small", "unknown_task", "bad_parameter", "callback_refused", "conflict"),
             202: {"model": Waiting, "description": "accepted with `Prefer: respond-async`; `Location` has the answer"},
         },
     )
@@ -261,10 +279,15 @@ class Ingress:
         id: PictureId = None,
         prefer: Prefer = None,
         idempotency_key: IdempotencyKey = None,
+        callback_url: CallbackUrl = None,
     ) -> Response:
         """Verdict, caption and tags of one picture, or of several in their order."""
-        if wants_to_wait(request.headers.getlist("prefer")) and self.deferral.is_possible:
-            return await self._answer(request, _parse_tasks(tasks), explain, partial(self._deferring, idempotency_key))
+        waits, is_possible = wants_to_wait(request.headers.getlist("prefer")), self.deferral.is_possible
+        if callback_url is not None:
+            self.callbacks.check(callback_url, waits, is_possible)
+        if waits and is_possible:
+            how = partial(self._deferring, idempotency_key, callback_url)
+            return await self._answer(request, _parse_tasks(tasks), explain, how)
         return await self._answer(request, _parse_tasks(tasks), explain)
 
     @api.get(
@@ -302,7 +325,7 @@ class Ingress:
         wanted: Explain | None = None if explain == "false" else ("grid" if explain == "grid" else "png")
         try:
             answer = await (how or self._admitted)(request, tasks, wanted)
-            code = "ok" if answer.status_code == 200 else "accepted"
+            code = request.state.code = "ok" if answer.status_code == 200 else "accepted"
             return answer
         except Problem as problem:
             code = problem.code
@@ -316,7 +339,12 @@ class Ingress:
             self.metrics.request(request.scope["route"].path, code, time.perf_counter() - started)
 
     async def _deferring(
-        self, key: str | None, request: Request, tasks: frozenset[Task], explain: Explain | None
+        self,
+        key: str | None,
+        callback: str | None,
+        request: Request,
+        tasks: frozenset[Task],
+        explain: Explain | None,
     ) -> Response:
         """Take the pictures in, for a sender who can wait."""
         if self._receiving.locked() and self._receiving_waits >= self.limits.max_waiting:
@@ -324,8 +352,10 @@ class Ingress:
         self._receiving_waits += 1
         try:
             async with asyncio.timeout(self.limits.request_timeout_s), self._receiving:
-                uploads = await read_uploads(request, self.uploads)
-                return await self.deferral.accept(uploads, tasks, explain, key)
+                with telemetry.span("read body"):
+                    uploads = await read_uploads(request, self.uploads)
+                request.state.pictures = len(uploads)
+                return await self.deferral.accept(uploads, tasks, explain, key, callback)
         except TimeoutError:
             raise Problem("timeout", "The request's body did not arrive in time.") from None
         finally:
@@ -334,16 +364,18 @@ class Ingress:
     async def _admitted(self, request: Request, tasks: frozenset[Task], explain: Explain | None) -> Response:
         deadline = time.time() + self.limits.request_timeout_s
         # before the body is read: an overloaded server buffers nothing
-        await self.admission.enter()
+        with telemetry.span("wait for a place"):
+            await self.admission.enter()
         places = 1
         try:
             try:
                 async with asyncio.timeout(max(0.0, deadline - time.time())):
-                    uploads = await read_uploads(request, self.uploads)
+                    with telemetry.span("read body"):
+                        uploads = await read_uploads(request, self.uploads)
             except TimeoutError:
                 raise Problem("timeout", "The request's body did not arrive in time.") from None
             self.admission.widen(len(uploads) - 1)
-            places = len(uploads)
+            places = request.state.pictures = len(uploads)
             if len(uploads) == 1:
                 return JSONResponse(await self._one(uploads[0], tasks, explain, deadline))
             items = await asyncio.gather(

@@ -35,4 +35,5 @@ def build(args: AppArgs) -> Application:
             **({"tagger": build_tagger(args.tagger_canary, name=CANARIES["tagger"])} if args.tagger_canary else {}),
         },
         args.store,
+        args.callbacks,
     )

@@ -13,6 +13,7 @@ from fastapi.responses import HTMLResponse
 from starlette.staticfiles import StaticFiles
 
 from app import keys
+from app.callbacks import IDEMPOTENCY_KEY, SIGNATURE
 from app.problems import ProblemModel, responses
 from deployments.annotation import Annotation
 
@@ -120,6 +121,60 @@ ANALYZE_RESPONSES: dict[int | str, dict[str, Any]] = {
         *("unsupported_media_type", "truncated", "too_small", "unknown_task", "bad_parameter"),
         *("overloaded", "internal_error", "unavailable", "timeout"),
     ),
+}
+
+
+#: What is sent to a request's `Callback-Url`; docs/callbacks.md says how to check the signature.
+CALLBACKS: dict[str, Any] = {
+    "callbacks": {
+        "answered": {
+            "{$request.header.callback-url}": {
+                "post": {
+                    "summary": "The answer is there",
+                    "description": "At least once: the same `Idempotency-Key` may come again. Tried again until the "
+                    "answer is 2xx, or 410 to end it.",
+                    "parameters": [
+                        {
+                            "name": SIGNATURE,
+                            "in": "header",
+                            "required": True,
+                            "description": "`t=SECONDS,v1=HEX`: HMAC-SHA256 of `SECONDS.BODY` with the shared secret; "
+                            "one `v1` for each secret that is in use",
+                            "schema": {"type": "string"},
+                        },
+                        {
+                            "name": IDEMPOTENCY_KEY,
+                            "in": "header",
+                            "required": True,
+                            "description": "the place of the answer, as in the 202",
+                            "schema": {"type": "string"},
+                        },
+                    ],
+                    "requestBody": {
+                        "required": True,
+                        "content": {
+                            "application/json": {
+                                "schema": {
+                                    "type": "object",
+                                    "required": ["id", "result", "status", "answer"],
+                                    "properties": {
+                                        "id": {"type": "string", "description": "as in the 202"},
+                                        "result": {"type": "string", "description": "where the answer can be fetched"},
+                                        "status": {"type": "integer", "description": "of the answer that is there"},
+                                        "answer": {
+                                            "type": ["object", "null"],
+                                            "description": "what `result` answers; null: it is too large to be sent",
+                                        },
+                                    },
+                                }
+                            }
+                        },
+                    },
+                    "responses": {"2XX": {"description": "taken"}, "410": {"description": "do not try again"}},
+                }
+            }
+        }
+    }
 }
 
 

@@ -19,8 +19,8 @@ from typing import Any
 import httpx
 from pydantic import BaseModel, ConfigDict, Field
 
-from app import cluster
-from app.config import CANARIES, ConfigError, read_serve_config
+from app import callbacks, cluster
+from app.config import CANARIES, AppArgs, ConfigError, read_serve_config
 from app.keys import KeyFileError, check_exposure
 from deployments.checkpoints import CheckpointError, resolve
 
@@ -55,6 +55,9 @@ def prepare(settings: ServeSettings) -> dict[str, Any]:
         check_exposure(host)
     except KeyFileError as error:
         raise StartError(f"{settings.config}: {error}") from error
+    for application in config["applications"]:
+        if reason := callbacks.why_not(AppArgs.model_validate(application.get("args") or {}).callbacks):
+            raise StartError(f"{settings.config}: {reason}")
     config.setdefault("http_options", {})["host"] = host
     for uri in sorted(_checkpoints(config)):
         started = time.monotonic()

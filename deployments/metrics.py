@@ -10,6 +10,7 @@ them in a process: what comes later is counted as ``other``. Knows no HTTP and n
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 #: Combinations of label values that one metric may have in one process.
 MOST_SERIES = 128
+#: `off` in a process's environment: nothing is recorded there (what `benchmarks.observability` compares with).
+VARIABLE = "DEEPTRUST_METRICS"
 #: Before every name, and what Ray puts before that when it exports.
 PREFIX, EXPORTED_PREFIX = "deeptrust_", "ray_"
 OTHER = "other"
@@ -71,6 +74,12 @@ METRICS = {
         _gauge("pictures_limit", (), "Pictures that an ingress replica lets in at present"),
         _gauge("requests_waiting", (), "Requests that wait for a place"),
         _gauge("pictures_deferred", (), "Pictures in the store's queue, whose senders can wait"),
+        _gauge("callbacks_due", (), "Call-backs that are to be made and have not been"),
+        _counter(
+            "callbacks",
+            ("outcome",),
+            "Call-backs: `delivered`, `failed` (tried again), `given_up`, `gone` (the picture was deleted)",
+        ),
         _gauge("stage_ready", ("stage",), "1 while a stage has a replica that answers"),
         _gauge("canary_share", ("stage",), "Share of the pictures that goes to a stage's canary"),
         # one picture
@@ -132,9 +141,12 @@ class Metrics:
 
     def __init__(self) -> None:
         self._made: dict[str, Metric] = {}
+        self._off = os.environ.get(VARIABLE) == "off"
 
     def record(self, name: str, value: float, *labels: str) -> None:
         """See ``Metric.record``."""
+        if self._off:
+            return
         metric = self._made.get(name)
         if metric is None:
             metric = self._made[name] = Metric(name)

@@ -132,6 +132,15 @@ SERVICE = Board(
                     "The limit falls when pictures take longer than they should",
                 ),
                 Panel(
+                    "Call-backs",
+                    "ops",
+                    (
+                        Query(_rate("ray_deeptrust_callbacks_total", "outcome"), "{{outcome}}"),
+                        Query(f"max(ray_deeptrust_callbacks_due{{{_APP}}})", "due (number)"),
+                    ),
+                    "`failed` is tried again; `gone`: the picture was deleted",
+                ),
+                Panel(
                     "Requests in the replicas",
                     "short",
                     (

@@ -20,6 +20,7 @@ const PROBLEMS = {
   bad_base64: "The picture arrived garbled. Reload the page, then add it again.",
   unknown_task: "This page asked for something the service does not know. Reload the page to get its newest version.",
   bad_parameter: "This page asked for something the service does not know. Reload the page to get its newest version.",
+  callback_refused: "The service may not send answers to this address. Ask whoever runs it to allow it.",
   not_an_image: `This file is not a picture that DeepTrust can read. ${READABLE}`,
   unsupported_media_type: `DeepTrust does not read this kind of file. ${READABLE}`,
   truncated: "The picture is damaged or incomplete. Download or export it again, then add the new file.",

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, delete, exists, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
+from app.store import callbacks
 from app.store.events import KeyConflict, write_predictions
 from app.store.models import Deferred, first_id, new_id, row_of
 from deployments.annotation import Annotation
@@ -47,6 +48,8 @@ class Leased:
     answer_id: str
     data: bytes
     attempts: int
+    request_id: str
+    traceparent: str
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,16 @@ def put(
     pictures: Sequence[Accepted],
     max_count: int,
     max_bytes: int,
+    callback: str | None = None,
+    request_id: str = "",
+    traceparent: str = "",
 ) -> None:
     """Take a request's pictures in; the same pictures at the same place once.
+
+    Args:
+        callback: whom to tell when all of them are answered.
+        request_id: of the request, for what is logged of the work.
+        traceparent: its span, likewise.
 
     Raises:
         QueueFull: no room.
@@ -78,7 +89,7 @@ def put(
         select(func.count(), func.coalesce(func.sum(Deferred.size_bytes), 0)).where(Deferred.status == 0)
     ).one()
     if waiting + len(pictures) > max_count or size + sum(len(picture.data) for picture in pictures) > max_bytes:
-        if not _is_there(connection, place, tasks, explain, pictures):
+        if not _is_there(connection, place, tasks, explain, pictures, callback):
             raise QueueFull(f"{waiting} pictures wait")
         return
     now_s = time.time()
@@ -98,18 +109,25 @@ def put(
             "attempts": 0,
             "leased_until": 0,
             "answer": picture.answer,
+            "request_id": request_id,
+            "traceparent": traceparent,
         }
         for number, picture in enumerate(pictures)
     ]
     try:
         with connection.begin_nested():
             connection.execute(insert(Deferred), rows)
+            if callback is not None:
+                callbacks.add(connection, place, callback, now_s)
+                callbacks.release(connection, place)  # what is refused at once is answered
     except IntegrityError:
-        if not _is_there(connection, place, tasks, explain, pictures):
+        if not _is_there(connection, place, tasks, explain, pictures, callback):
             raise KeyConflict(place) from None
 
 
-def _is_there(connection: Connection, place: str, tasks: str, explain: str, pictures: Sequence[Accepted]) -> bool:
+def _is_there(
+    connection: Connection, place: str, tasks: str, explain: str, pictures: Sequence[Accepted], callback: str | None
+) -> bool:
     """Whether this very request was taken in before.
 
     Raises:
@@ -118,6 +136,8 @@ def _is_there(connection: Connection, place: str, tasks: str, explain: str, pict
     columns = (Deferred.sha256, Deferred.tasks, Deferred.explain)
     found = connection.execute(select(*columns).where(Deferred.place == place).order_by(Deferred.number)).all()
     if found and [tuple(row) for row in found] != [(picture.sha256, tasks, explain) for picture in pictures]:
+        raise KeyConflict(place)
+    if found and callbacks.url_of(connection, place) != callback:
         raise KeyConflict(place)
     return bool(found)
 
@@ -140,7 +160,10 @@ def lease(connection: Connection, now_s: float, lease_s: float, most: int) -> li
         .where(Deferred.id.in_(ids))
         .values(leased_until=int((now_s + lease_s) * 1000), attempts=Deferred.attempts + 1)
     )
-    columns = (Deferred.id, Deferred.tasks, Deferred.explain, Deferred.answer_id, Deferred.data, Deferred.attempts)
+    columns = (
+        *(Deferred.id, Deferred.tasks, Deferred.explain, Deferred.answer_id, Deferred.data, Deferred.attempts),
+        *(Deferred.request_id, Deferred.traceparent),
+    )
     rows = connection.execute(select(*columns).where(Deferred.id.in_(ids)).order_by(Deferred.id))
     return [Leased(*row) for row in rows]
 
@@ -168,6 +191,8 @@ def finish(
     )
     if ended.rowcount != 1:
         return False
+    place = connection.execute(select(Deferred.place).where(Deferred.id == row_id)).scalar_one()
+    callbacks.release(connection, place)
     if record is not None:
         write_predictions(connection, [row_of(record, time.time(), expires_s)])
     return True

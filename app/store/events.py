@@ -15,6 +15,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, text, update
 from sqlalchemy.dialects import postgresql, sqlite
 
+from app.store import callbacks
 from app.store.models import Deferred, Deletion, Feedback, Picture, Prediction, TrialAnswer, first_id, last_id, new_id
 from app.store.reviews import ReviewLabel
 
@@ -186,7 +187,10 @@ def forget_picture(connection: Connection, sha256: str, at_s: float) -> dict[str
     predictions = connection.execute(delete(Prediction).where(Prediction.sha256 == sha256)).rowcount
     connection.execute(delete(TrialAnswer).where(TrialAnswer.sha256 == sha256))
     connection.execute(delete(ReviewLabel).where(ReviewLabel.sha256 == sha256))
+    places = set(connection.execute(select(Deferred.place).where(Deferred.sha256 == sha256)).scalars())
     connection.execute(delete(Deferred).where(Deferred.sha256 == sha256))
+    for place in sorted(places):  # who waits for the others that came with it need not wait for this one
+        callbacks.release(connection, place)
     pictures = connection.execute(
         update(Picture).where(Picture.sha256 == sha256, Picture.stored.is_(True)).values(stored=False)
     ).rowcount

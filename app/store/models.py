@@ -191,6 +191,9 @@ class Deferred(Base):
     leased_until: Mapped[int] = mapped_column(BigInteger)
     """Somebody works on it until then, milliseconds since 1970."""
     answer: Mapped[str] = mapped_column(Text)
+    request_id: Mapped[str] = mapped_column(String(128), server_default="")
+    """Of the request that it came with, and that request's span: what is logged of the work names them."""
+    traceparent: Mapped[str] = mapped_column(String(64), server_default="")
 
     __table_args__ = (
         UniqueConstraint("place", "number", name="uq_deferred_place"),
@@ -201,6 +204,32 @@ class Deferred(Base):
             sqlite_where=text("status = 0"),
         ),
         Index("ix_deferred_sha256", "sha256"),
+    )
+
+
+class Callback(Base):
+    """Whom to tell that the answer at a place is there (`app.store.callbacks`)."""
+
+    __tablename__ = "callbacks"
+
+    place: Mapped[str] = mapped_column(String(64), primary_key=True)
+    id: Mapped[int] = mapped_column(BigInteger)
+    url: Mapped[str] = mapped_column(Text)
+    state: Mapped[str] = mapped_column(String(16))
+    """`waiting` for the answer, `due`, then `delivered`, `given_up` or `gone`."""
+    since: Mapped[int] = mapped_column(BigInteger)
+    """When the answer was there, milliseconds since 1970."""
+    due_at: Mapped[int] = mapped_column(BigInteger)
+    """When to tell next, or until when somebody is at it; milliseconds since 1970."""
+    attempts: Mapped[int] = mapped_column(Integer)
+
+    __table_args__ = (
+        Index(
+            "ix_callbacks_due",
+            "due_at",
+            postgresql_where=text("state = 'due'"),
+            sqlite_where=text("state = 'due'"),
+        ),
     )
 
 

@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection, select
 from sqlalchemy.exc import SQLAlchemyError
 
-from app.store import deferred, events
+from app.store import callbacks, deferred, events
 from app.store.database import Database, StoreUnavailable
 from app.store.events import Event, Receipt, UnknownAnswer
 from app.store.models import Feedback, Picture, time_of
@@ -385,6 +385,7 @@ class Store:
         with database.writing() as connection:
             removed = events.remove_old(connection, time.time(), self.settings.keep_days, _TIDY_ROWS)
             removed += deferred.remove_old(connection, time.time(), self.settings.results_hours, _TIDY_ROWS)
+            removed += callbacks.remove_old(connection, time.time(), self.settings.results_hours, _TIDY_ROWS)
             if removed < _TIDY_ROWS and self.settings.keep_count is not None:
                 removed += events.remove_surplus(connection, self.settings.keep_count, _TIDY_ROWS)
             unwanted = events.unwanted_pictures(connection, 100)

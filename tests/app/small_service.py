@@ -64,8 +64,12 @@ def small_tagger(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def write_config(folder: Path, **limits: Any) -> Path:
-    """`serve_config.cpu.yaml` with tiny models: `detector-0`, `detector-1` and so on lie beside it."""
+def write_config(folder: Path, tell: tuple[str, ...] = (), **limits: Any) -> Path:
+    """`serve_config.cpu.yaml` with tiny models: `detector-0`, `detector-1` and so on lie beside it.
+
+    Args:
+        tell: addresses that may be called back.
+    """
     from tests.train import small_models
 
     for seed in (0, 1, 2):
@@ -76,6 +80,7 @@ def write_config(folder: Path, **limits: Any) -> Path:
     config = yaml.safe_load((ROOT / "serve_config.cpu.yaml").read_text())
     application = config["applications"][0]
     application["args"]["limits"] |= {"request_timeout_s": REQUEST_TIMEOUT_S} | limits
+    application["args"]["callbacks"] = {"allow": list(tell)}
     application["args"]["tagger"] |= {
         "max_ongoing_requests": TAGGER_REQUESTS,
         "max_queued_requests": 1,
@@ -168,10 +173,10 @@ def _connections(process: psutil.Process) -> list[Any]:
 
 
 @contextmanager
-def small_service(folder: Path, **limits: Any) -> Iterator[SmallService]:
+def small_service(folder: Path, tell: tuple[str, ...] = (), **limits: Any) -> Iterator[SmallService]:
     """Start it, wait until all stages are ready, and leave nothing of it behind."""
     port = cluster.free_port(8133)
-    path, log = write_config(folder, **limits), folder / "serve.log"
+    path, log = write_config(folder, tell, **limits), folder / "serve.log"
     with log.open("w") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "app.serve", "--config", str(path)],

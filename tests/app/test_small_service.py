@@ -28,6 +28,9 @@ import pytest
 from ray.serve.generated import serve_pb2, serve_pb2_grpc
 
 from app import cluster
+from app.callbacks import SECRET_VARIABLE
+from deployments import telemetry
+from tests.app.hook import Hook, listening
 from tests.app.load import HTTP, Load, picture, post
 from tests.app.small_service import REQUEST_TIMEOUT_S, ROOT, TAGGER_REQUESTS, SmallService, small_service
 from tests.monitoring.expressions import ELSEWHERE, needed, panels
@@ -40,12 +43,23 @@ DISCOVERY = "prom_metrics_service_discovery.json"
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SmallService]:
+def hook() -> Iterator[Hook]:
+    with listening() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory, hook: Hook) -> Iterator[SmallService]:
     folder = tmp_path_factory.mktemp("service")
     with pytest.MonkeyPatch.context() as patch:
         # with the session's store, its other application would work on what waits here
         patch.setenv("DEEPTRUST_STORE_URL", f"sqlite:///{folder}/store.db")
-        with small_service(folder) as running:
+        # only what is asked for by its sender, and soon written
+        patch.setenv(telemetry.VARIABLE, f"{folder}/traces")
+        patch.setenv(telemetry.RATIO_VARIABLE, "0")
+        patch.setenv("OTEL_BSP_SCHEDULE_DELAY", "500")
+        patch.setenv(SECRET_VARIABLE, "0123456789abcdef0123456789abcdef")
+        with small_service(folder, (hook.url,)) as running:
             yield running
 
 
@@ -87,6 +101,97 @@ def test_every_stage_answers(service: SmallService) -> None:
     }
 
 
+def logged(service: SmallService, request_id: str, expected: set[tuple[str, str]]) -> list[dict[str, Any]]:
+    """Lines of all logs of the proxies and replicas that bear a request's id, once what is expected is among them."""
+    folder = cluster.instance_folder(service.port) / "ray" / "session_latest" / "logs" / "serve"
+    limit = time.monotonic() + 60
+    while True:
+        texts = [line for file in folder.glob("*.log") for line in file.read_text().splitlines() if request_id in line]
+        lines = [json.loads(text) for text in texts]
+        for line in lines:
+            line["deployment"] = line.get("deployment", "").removeprefix("deeptrust_")
+        missing = expected - {(line["deployment"], line["message"]) for line in lines}
+        if not missing:
+            return lines
+        assert time.monotonic() < limit, (missing, texts)
+        time.sleep(0.2)
+
+
+def test_a_requests_id_finds_its_lines_in_every_replicas_log(service: SmallService) -> None:
+    answer = HTTP.post(f"{service.url}/v1/analyze", content=picture(70), headers={"x-request-id": "upload-70.a"})
+    record = answer.json()
+    assert answer.headers["x-request-id"] == "upload-70.a"
+    stages = {"detector", "captioner", "tagger"}
+    expected = {("Ingress", "request"), ("Ingress", "picture"), *((stage.capitalize(), "stage") for stage in stages)}
+    lines = logged(service, "upload-70.a", expected)
+    assert {line["request_id"] for line in lines} == {"upload-70.a"}
+    assert any(line.get("component_name") == "proxy" for line in lines)
+    found = {(line["deployment"], line["message"]): line for line in lines if line["deployment"]}
+    assert len(found) == len(lines) - 1 == len(expected), "one line of each, and the proxy's"
+    request, seen = found["Ingress", "request"], found["Ingress", "picture"]
+    assert (request["method"], request["route"], request["status"], request["code"]) == (
+        "POST",
+        "/v1/analyze",
+        200,
+        "ok",
+    )
+    assert request["duration_ms"] >= seen["timings_ms"]["total"] > 0 and request["pictures"] == 1
+    for stage in stages:
+        line = found[stage.capitalize(), "stage"]
+        assert record["models"][stage].endswith(f"#{line['revision']}") and line["code"] == "ok"
+        assert line["computed_ms"] > 0 and seen["revisions"][stage] == line["revision"]
+    text = json.dumps(lines)
+    assert record["caption"]["text"] not in text and record["sha256"] not in text and record["id"] not in text
+
+
+def test_an_id_is_made_where_there_is_none_that_can_be_used_and_problems_name_it(service: SmallService) -> None:
+    for sent in (b"\xff\xfe", b"a" * 200, None):
+        headers = {} if sent is None else {b"X-Request-ID": sent}
+        refused = HTTP.post(f"{service.url}/v1/analyze", content=b"", headers=headers)
+        assert refused.status_code == 400
+        made = refused.headers["x-request-id"]
+        assert re.fullmatch("[0-9a-f-]{36}", made) and refused.json()["request_id"] == made
+    (line,) = (line for line in logged(service, made, {("Ingress", "request")}) if line["message"] == "request")
+    assert (line["status"], line["code"]) == (400, "empty_body")
+
+
+def test_a_request_whose_sender_wants_it_is_one_trace_across_all_replicas(service: SmallService) -> None:
+    trace, sender = "5bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
+    headers = {"traceparent": f"00-{trace}-{sender}-01", "x-request-id": "traced-71"}
+    assert HTTP.post(f"{service.url}/v1/analyze", content=picture(71), headers=headers).status_code == 200
+    wanted = {"wait for a place", "read body", "decode", "wait for a batch", "compute a batch", "generate"}
+    wanted |= {f"stage {stage}" for stage in ("detector", "captioner", "tagger")}
+    wanted |= {f"replica_handle_request {name}" for name in ("Detector detect", "Captioner caption", "Tagger tag")}
+    wanted |= {f"route_to_replica {name}" for name in ("Detector detect", "Captioner caption", "Tagger tag")}
+    limit, spans = time.monotonic() + 60, []
+    while not wanted <= {span["name"] for span in spans} or not any("proxy" in span["name"] for span in spans):
+        assert time.monotonic() < limit, sorted(span["name"] for span in spans)
+        time.sleep(0.5)
+        files = list((service.folder / "traces").glob("*.jsonl"))
+        spans = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    assert {span["context"]["trace_id"] for span in spans} == {f"0x{trace}"}, "nobody else asked"
+    by_id = {span["context"]["span_id"]: span for span in spans}
+
+    def way(span: dict[str, Any]) -> list[str]:
+        """Names from a span up to what the sender named."""
+        names = [span["name"]]
+        while span["parent_id"] != f"0x{sender}":
+            span = by_id[span["parent_id"]]
+            names.append(span["name"])
+        return names
+
+    ways = [way(span) for span in spans]
+    assert {names[-1].split()[0] for names in ways} == {"proxy_http_request"}
+    for stage, call in (("detector", "Detector detect"), ("captioner", "Captioner caption")):
+        steps = ["compute a batch", f"replica_handle_request {call}", f"route_to_replica {call}", f"stage {stage}"]
+        assert any(names[:4] == steps for names in ways), ways
+    assert any(names[:2] == ["generate", "replica_handle_request Tagger tag"] for names in ways)
+    pids = {span["resource"]["attributes"]["process.pid"] for span in spans}
+    assert len(pids) == 5, "proxy, ingress and three models"
+    (line,) = (line for line in logged(service, "traced-71", {("Ingress", "request")}) if line["message"] == "request")
+    assert line["trace_id"] == trace
+
+
 def later(service: SmallService, content: bytes, **headers: str) -> httpx.Response:
     return HTTP.post(f"{service.url}/v1/analyze", content=content, headers={"prefer": "respond-async"} | headers)
 
@@ -125,6 +230,36 @@ def test_who_can_wait_gets_a_place_and_finds_the_same_answer_there(service: Smal
     assert refused.headers["content-type"] == "application/problem+json"
     assert later(service, b"").status_code == 400
     assert HTTP.get(f"{service.url}/v1/results/nowhere").status_code == 404
+
+
+def told(service: SmallService, hook: Hook, number: int, request_id: str) -> tuple[str, dict[str, str], dict[str, Any]]:
+    """Send a picture, wait to be told of its answer: its place, and the headers and body of the call."""
+    before = len(hook.came)
+    accepted = later(service, picture(number), **{"callback-url": f"{hook.url}/done", "x-request-id": request_id})
+    assert accepted.status_code == 202, accepted.text
+    limit = time.monotonic() + 120
+    while len(hook.came) == before and time.monotonic() < limit:
+        time.sleep(0.1)
+    path, headers, body = hook.came[before]
+    assert path == "/done"
+    return accepted.headers["location"], headers, json.loads(body)
+
+
+def test_who_can_wait_is_told_where_that_is_allowed_and_all_of_it_bears_the_requests_id(
+    service: SmallService, hook: Hook
+) -> None:
+    place, headers, body = told(service, hook, 63, "told-63")
+    assert body["result"] == place and body["answer"] == HTTP.get(f"{service.url}{place}").json()
+    assert headers["x-request-id"] == "told-63" and headers["deeptrust-signature"].startswith("t=")
+    expected = {("Ingress", message) for message in ("request", "picture", "callback")}
+    lines = logged(service, "told-63", expected | {("Detector", "stage"), ("Tagger", "stage")})
+    (line,) = (line for line in lines if line["message"] == "callback")
+    assert (line["outcome"], line["status"], line["attempt"]) == ("delivered", 204, 1)
+    for address in ("https://elsewhere.example.com/", "http://localhost/", hook.url.replace("http", "https")):
+        refused = later(service, picture(63), **{"callback-url": address})
+        assert (refused.status_code, refused.json()["code"]) == (422, "callback_refused")
+    at_once = HTTP.post(f"{service.url}/v1/analyze", content=picture(63), headers={"callback-url": hook.url})
+    assert at_once.json()["code"] == "callback_refused" and len(hook.came) == 1
 
 
 def test_feedback_finds_the_answer_and_search_finds_both(service: SmallService) -> None:
@@ -267,7 +402,8 @@ def test_every_metric_that_dashboards_and_alerts_ask_for_is_exported(service: Sm
 
 @pytest.mark.proof
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus: apt-get install prometheus")
-def test_every_panel_shows_something_and_every_rule_is_evaluated(service: SmallService) -> None:
+def test_every_panel_shows_something_and_every_rule_is_evaluated(service: SmallService, hook: Hook) -> None:
+    told(service, hook, 64, "told-64")  # what has never happened is not counted
     port = cluster.free_port()
     command = [sys.executable, "-m", "app.monitoring", "--listen", f"127.0.0.1:{port}"]
     prometheus = subprocess.Popen(command, env=os.environ | {"PORT": str(service.port)}, cwd=ROOT)

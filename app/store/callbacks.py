@@ -1,0 +1,126 @@
+"""Who is to be told that an answer is there: one address for each request that named one, until it has been told.
+
+A request's row waits until the last of its pictures is answered (``release``), is due from then on, and ends as
+delivered, given up or gone. Whoever tells somebody leases the row first; a lease that has run out (its process was
+killed) lets another one tell again: at least once, and not more often than processes die.
+
+Functions on a connection, the same for both databases. Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+from sqlalchemy import Connection, delete, exists, func, insert, select, update
+
+from app.store.models import Callback, Deferred, first_id, new_id
+
+Ending = Literal["delivered", "given_up", "gone"]
+WAITING, DUE = "waiting", "due"
+
+
+@dataclass(frozen=True)
+class Due:
+    """Somebody to be told."""
+
+    place: str
+    url: str
+    attempts: int
+    """This one included."""
+    since_s: float
+    """When the answer was there."""
+    request_id: str
+    traceparent: str
+
+
+def add(connection: Connection, place: str, url: str, now_s: float) -> None:
+    """Remember whom to tell of a request that is being taken in."""
+    row = {"place": place, "id": new_id(now_s), "url": url, "state": WAITING, "since": 0, "due_at": 0, "attempts": 0}
+    connection.execute(insert(Callback), row)
+
+
+def url_of(connection: Connection, place: str) -> str | None:
+    """Whom a request named; None: nobody."""
+    return connection.execute(select(Callback.url).where(Callback.place == place)).scalar()
+
+
+def release(connection: Connection, place: str) -> None:
+    """Whoever waits for a request's answer is to be told now, if every picture of it is answered."""
+    # the row is locked before the others are looked at: of two who answer the last two pictures at a time the second
+    # then sees what the first one wrote
+    waiting = select(Callback.place).where(Callback.place == place, Callback.state == WAITING).with_for_update()
+    if connection.execute(waiting).scalar() is None:
+        return
+    left = exists().where(Deferred.place == place, Deferred.status == 0)
+    now = int(time.time() * 1000)
+    connection.execute(update(Callback).where(Callback.place == place, ~left).values(state=DUE, since=now, due_at=now))
+
+
+def is_any_due(connection: Connection, now_s: float) -> bool:
+    """Whether somebody is to be told now."""
+    due = exists().where(Callback.state == DUE, Callback.due_at <= int(now_s * 1000))
+    return bool(connection.execute(select(due)).scalar())
+
+
+def lease(connection: Connection, now_s: float, lease_s: float, most: int) -> list[Due]:
+    """Up to ``most`` who are to be told, the longest due first; they are this caller's for ``lease_s``."""
+    wanted = (
+        select(Callback.place)
+        .where(Callback.state == DUE, Callback.due_at <= int(now_s * 1000))
+        .order_by(Callback.due_at)
+        .limit(most)
+    )
+    if connection.dialect.name == "postgresql":
+        wanted = wanted.with_for_update(skip_locked=True)
+    places = list(connection.execute(wanted).scalars())
+    if not places:
+        return []
+    connection.execute(
+        update(Callback)
+        .where(Callback.place.in_(places))
+        .values(due_at=int((now_s + lease_s) * 1000), attempts=Callback.attempts + 1)
+    )
+    # of a request whose pictures were all deleted there is nothing left to name
+    columns = (Callback.place, Callback.url, Callback.attempts, Callback.since)
+    named = (func.coalesce(Deferred.request_id, ""), func.coalesce(Deferred.traceparent, ""))
+    first = (
+        select(func.min(Deferred.number)).where(Deferred.place == Callback.place).correlate(Callback).scalar_subquery()
+    )
+    rows = connection.execute(
+        select(*columns, *named)
+        .outerjoin(Deferred, (Deferred.place == Callback.place) & (Deferred.number == first))
+        .where(Callback.place.in_(places))
+        .order_by(Callback.since)
+    )
+    return [Due(row[0], row[1], row[2], row[3] / 1000, row[4], row[5]) for row in rows]
+
+
+def end(connection: Connection, place: str, ending: Ending) -> bool:
+    """Nobody has to be told any more; False: that was so before."""
+    ended = connection.execute(
+        update(Callback).where(Callback.place == place, Callback.state == DUE).values(state=ending)
+    )
+    return ended.rowcount == 1
+
+
+def put_off(connection: Connection, due: Due, until_s: float) -> None:
+    """Tell again at ``until_s``, unless somebody else has taken it over since."""
+    connection.execute(
+        update(Callback)
+        .where(Callback.place == due.place, Callback.state == DUE, Callback.attempts == due.attempts)
+        .values(due_at=int(until_s * 1000))
+    )
+
+
+def count(connection: Connection) -> int:
+    """Who is to be told and has not been, answers that are not there yet aside."""
+    return connection.execute(select(func.count()).where(Callback.state == DUE)).scalar_one()
+
+
+def remove_old(connection: Connection, now_s: float, keep_h: float, most: int) -> int:
+    """Remove a few of requests whose answers have been removed; returns how many."""
+    answers = exists().where(Deferred.place == Callback.place)
+    old = select(Callback.place).where(Callback.id < first_id(now_s - keep_h * 3600), ~answers).limit(most)
+    return connection.execute(delete(Callback).where(Callback.place.in_(old))).rowcount
