@@ -36,7 +36,7 @@ class SoundHeaders:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            scope = scope | {"headers": [pair for pair in scope["headers"] if _is_sound(*pair)]}
+            scope = {**scope, "headers": [pair for pair in scope["headers"] if _is_sound(*pair)]}
         await self.app(scope, receive, send)
 
 

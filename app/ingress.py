@@ -83,7 +83,9 @@ api = FastAPI(
     title="DeepTrust",
     version="1",
     summary="Is a picture AI-generated, what does it show, and which tags find it again.",
-    description="A verdict is a calibrated probability, not proof: never take a picture down on it alone.",
+    description="A verdict is a calibrated probability, not proof: never take a picture down on it alone.\n\n"
+    "Every answer bears an `X-Request-ID`: the request's own, or one that was made. Logs and problems name it. "
+    "`traceparent` is honoured where traces are on.",
     docs_url=None,
     redoc_url=None,
 )

@@ -176,9 +176,11 @@ def processors() -> list[SpanProcessor]:
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-    made = {"service.name": "deeptrust", "host.name": socket.gethostname(), "process.pid": os.getpid()}
+    resource = Resource.create(
+        {"service.name": "deeptrust", "host.name": socket.gethostname(), "process.pid": os.getpid()}
+    )
     ratio = float(os.environ.get(RATIO_VARIABLE, RATIO))
-    trace.set_tracer_provider(TracerProvider(sampler=at_the_door(ratio), resource=Resource.create(made)))
+    trace.set_tracer_provider(TracerProvider(sampler=at_the_door(ratio), resource=resource))
     # Serve tries to set its own after this, which OpenTelemetry refuses with a line that would only puzzle
     logging.getLogger("opentelemetry.trace").addFilter(lambda record: "Overriding" not in record.getMessage())
     return [BatchSpanProcessor(_without_names(_exporter(os.environ.get(VARIABLE, ""))))]

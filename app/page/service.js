@@ -78,7 +78,9 @@ async function ask(path, options, signal = new AbortController().signal) {
   }
   const byStatus = {413: "too_large", 415: "unsupported_media_type", 429: "overloaded", 502: "unavailable", 503: "unavailable", 504: "timeout"};
   const code = body?.code ?? byStatus[answer.status] ?? (answer.status >= 500 ? "internal_error" : "bad_request");
-  throw new Problem(code, String(body?.detail ?? ""), answer.status, retryAfter(answer.headers.get("retry-after")));
+  // what whoever runs the service finds the request by
+  const named = answer.status >= 500 && body?.request_id ? ` Request ${body.request_id}.` : "";
+  throw new Problem(code, String(body?.detail ?? "") + named, answer.status, retryAfter(answer.headers.get("retry-after")));
 }
 
 /* ---- what is kept --------------------------------------------------------------------------------------------- */
