@@ -2,11 +2,14 @@
 replica.
 
 In: the uint8 views of a picture that the checkpoint asks for. Out: the calibrated probability that the picture is
-AI-made, one of three answers, and on request a heat map of what moved it. Knows no HTTP and no file formats.
+AI-made, one of three answers, and on request a heat map of what moved it; for whoever watches for drift, what the last
+layer was given, projected as the checkpoint's reference says. Knows no HTTP and no file formats.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -15,6 +18,7 @@ from transformers import AutoModelForImageClassification
 
 from deployments.checkpoints import Checkpoint, CheckpointError, Thresholds
 from deployments.detector_model import ClipBlocksConfig
+from deployments.drift_statistic import Reference, read_reference
 from deployments.engines import open_engine
 from deployments.pixels import Normalisation, check_views
 from deployments.replica import DeadlineExceeded, Replica, alive
@@ -28,6 +32,26 @@ def verdict(ai_probability: float, thresholds: Thresholds) -> Verdict:
     if ai_probability >= thresholds.ai_above:
         return "ai"
     return "human" if ai_probability < thresholds.human_below else "uncertain"
+
+
+def last_layer(network: torch.nn.Module, labels: int) -> torch.nn.Module | None:
+    """The linear layer that makes the logits; None: there is none."""
+    linear = [module for module in network.modules() if isinstance(module, torch.nn.Linear)]
+    return next((layer for layer in reversed(linear) if layer.out_features == labels), None)
+
+
+@contextlib.contextmanager
+def reading(layer: torch.nn.Module | None) -> Iterator[list[torch.Tensor]]:
+    """A list of what the layer is given meanwhile."""
+    read: list[torch.Tensor] = []
+    if layer is None:
+        yield read
+        return
+    handle = layer.register_forward_pre_hook(lambda _, given: read.append(given[0]))
+    try:
+        yield read
+    finally:
+        handle.remove()
 
 
 class DetectorModel:
@@ -56,6 +80,8 @@ class DetectorModel:
         if "ai" not in names:
             raise CheckpointError(f"{checkpoint.uri}: none of its labels {labels} is `ai`: not a detector")
         self._ai = names.index("ai")
+        self.last_layer = last_layer(self._model, len(names))
+        self.reference: Reference | None = read_reference(checkpoint.folder)
         self.engine = open_engine(checkpoint, self.device) if engine else None
 
     @property
@@ -75,6 +101,27 @@ class DetectorModel:
         if self.engine is not None:
             return self.engine[1](np.ascontiguousarray(self.pixels(views).numpy()))
         return self._model(pixel_values=self.pixels(views)).logits.float().cpu().numpy()
+
+    @torch.inference_mode()
+    def outputs(self, views: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """As ``logits``, and what the last layer was given, float32 ``(n, D)``, where that can be had."""
+        if self.engine is not None:
+            return self.engine[1].outputs(np.ascontiguousarray(self.pixels(views).numpy()))
+        with reading(self.last_layer) as read:
+            logits = self._model(pixel_values=self.pixels(views)).logits.float().cpu().numpy()
+        return logits, read[0].flatten(1).float().cpu().numpy() if read else None
+
+    def margins(self, logits: np.ndarray) -> np.ndarray:
+        """By how much the calibrated logit of `ai` is above the others' largest, ``(n,)``."""
+        others = np.delete(logits, self._ai, axis=1).max(axis=1)
+        return (logits[:, self._ai] - others) / self.checkpoint.card.temperature
+
+    def observed(self, logits: np.ndarray, embeddings: np.ndarray | None) -> list[np.ndarray | None]:
+        """For each picture its projected embedding and its margin, float32 ``(dimensions + 1,)``; None without a
+        reference to compare it with."""
+        if self.reference is None or embeddings is None:
+            return [None] * len(logits)
+        return list(np.column_stack([self.reference.projection(embeddings), self.margins(logits)]).astype(np.float32))
 
     def detect(self, views: np.ndarray) -> np.ndarray:
         """Calibrated probability of `ai`, float ``(n,)``: softmax of the logits over the card's temperature.
@@ -124,17 +171,26 @@ class Detector(Replica[DetectorModel]):
 
     def answer(self, model: DetectorModel, views: np.ndarray) -> list[dict[str, Any]]:
         thresholds = model.checkpoint.card.thresholds
+        logits, embeddings = model.outputs(views)
+        probabilities = map(float, model.calibrated(logits))
         return [
             {
                 "label": verdict(probability, thresholds),
                 "ai_probability": round(probability, 4),
                 "model": model.checkpoint.name,
+                "observed": observed,
             }
-            for probability in map(float, model.detect(views))
+            for probability, observed in zip(probabilities, model.observed(logits, embeddings), strict=True)
         ]
 
+    async def reference(self) -> tuple[str, bytes | None]:
+        """The revision in service, and its reference for drift as in its file; None: it has none."""
+        model = self.model
+        return model.checkpoint.revision, None if model.reference is None else model.reference.to_bytes()
+
     async def detect(self, views: np.ndarray, spec: ViewSpec, deadline: float) -> dict[str, Any]:
-        """One picture's views ``(V, S, S, 3)``, made by ``spec`` -> ``{"label", "ai_probability", "model"}``.
+        """One picture's views ``(V, S, S, 3)``, made by ``spec`` -> ``{"label", "ai_probability", "model"}``, and for
+        whoever watches for drift ``observed`` (``DetectorModel.observed``).
 
         Raises: as ``Replica.batched``.
         """

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +26,27 @@ logger = logging.getLogger(__name__)
 
 Logits = Callable[[np.ndarray], np.ndarray]
 """float32 pixels ``(n, ...)`` as the checkpoint's normalisation gives them -> float32 logits ``(n, labels)``."""
+
+
+class Engine:
+    """A loaded file: called as ``Logits`` are.
+
+    Args:
+        run: pixels -> the file's outputs: logits, and in files that have it what its last layer reads.
+    """
+
+    def __init__(self, run: Callable[[np.ndarray], Sequence[np.ndarray]], precision: str) -> None:
+        self._run, self._precision = run, precision
+
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        return self._run(pixels)[0]
+
+    def outputs(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """Logits, and the last layer's input ``(n, D)``. None: the file was exported without it, or computes in eight
+        bits, which moves it from where PyTorch has it.
+        """
+        found = self._run(pixels)
+        return found[0], found[1] if len(found) > 1 and self._precision != "int8" else None
 
 
 class EngineFile(BaseModel):
@@ -69,7 +90,7 @@ def usable(checkpoint: Checkpoint, device: str) -> list[EngineFile]:
     return sorted(fit, key=lambda each: -each.speed)
 
 
-def open_engine(checkpoint: Checkpoint, device: str, threads: int | None = None) -> tuple[EngineFile, Logits] | None:
+def open_engine(checkpoint: Checkpoint, device: str, threads: int | None = None) -> tuple[EngineFile, Engine] | None:
     """The fastest usable engine of a checkpoint, loaded; None when PyTorch is what there is.
 
     Raises:
@@ -83,17 +104,18 @@ def open_engine(checkpoint: Checkpoint, device: str, threads: int | None = None)
     return None
 
 
-def load_engine(file: Path, engine: str, precision: str, threads: int | None = None) -> Logits:
+def load_engine(file: Path, engine: str, precision: str, threads: int | None = None) -> Engine:
     """A function that runs an ONNX file.
 
     Args:
         threads: of the engine; None follows ``OMP_NUM_THREADS``, as PyTorch does.
     """
     threads = threads or int(os.environ.get("OMP_NUM_THREADS", "0")) or None
-    return (_openvino if engine == "openvino" else _onnxruntime)(file, precision, threads)
+    run = (_openvino if engine == "openvino" else _onnxruntime)(file, precision, threads)
+    return Engine(run, precision)
 
 
-def _openvino(file: Path, precision: str, threads: int | None) -> Logits:
+def _openvino(file: Path, precision: str, threads: int | None) -> Callable[[np.ndarray], Sequence[np.ndarray]]:
     import openvino
 
     core = openvino.Core()
@@ -105,11 +127,16 @@ def _openvino(file: Path, precision: str, threads: int | None) -> Logits:
     if threads:
         settings["INFERENCE_NUM_THREADS"] = threads
     compiled = core.compile_model(core.read_model(file), "CPU", settings)
-    output = compiled.output(0)
-    return lambda pixels: np.array(compiled([pixels])[output], dtype=np.float32)
+    outputs = list(compiled.outputs)
+
+    def run(pixels: np.ndarray) -> list[np.ndarray]:
+        found = compiled([pixels])
+        return [np.array(found[output], dtype=np.float32) for output in outputs]
+
+    return run
 
 
-def _onnxruntime(file: Path, precision: str, threads: int | None) -> Logits:
+def _onnxruntime(file: Path, precision: str, threads: int | None) -> Callable[[np.ndarray], Sequence[np.ndarray]]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -117,4 +144,4 @@ def _onnxruntime(file: Path, precision: str, threads: int | None) -> Logits:
         options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    return lambda pixels: session.run(None, {name: pixels})[0]
+    return lambda pixels: session.run(None, {name: pixels})

@@ -47,6 +47,9 @@ ImageErrorCode = Literal["empty_body", "too_large", "not_an_image", "truncated",
 #: A progressive JPEG has about ten scans. Each costs a pass over all pixels, so thousands of tiny ones stall a decoder.
 _MAX_JPEG_SCANS = 100
 
+#: Mean of the luma table that the JPEG standard gives as an example (ITU T.81, table K.1): libjpeg's quality 50.
+_LUMA_MEAN = 57.625
+
 #: What has to be done to a picture of EXIF orientation 2 to 8 (Exif 2.32, 4.6.4) to see it upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -92,6 +95,8 @@ class Picture:
     height: int
     format: Format
     size_bytes: int
+    jpeg_quality: float | None = None
+    """1 to 100, read off the quantisation table; None for other formats."""
 
 
 def decode(data: bytes, limits: ImageLimits | None = None) -> Picture:
@@ -113,7 +118,7 @@ def decode(data: bytes, limits: ImageLimits | None = None) -> Picture:
     if picture_format is None:
         raise ImageError("not_an_image", "The file is none of JPEG, PNG, WebP, GIF, TIFF, AVIF and HEIC.")
     try:
-        image = _decode_upright(data, picture_format, limits)
+        image, quality = _decode_upright(data, picture_format, limits)
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -121,11 +126,13 @@ def decode(data: bytes, limits: ImageLimits | None = None) -> Picture:
     except Exception as error:
         # The border to a dozen C decoders: whatever one of them raises on a stranger's bytes means a damaged file.
         raise ImageError("truncated", f"The {picture_format} file is cut off or damaged beyond decoding.") from error
-    return Picture(image, hashlib.sha256(data).hexdigest(), image.width, image.height, picture_format, len(data))
+    sha256 = hashlib.sha256(data).hexdigest()
+    return Picture(image, sha256, image.width, image.height, picture_format, len(data), quality)
 
 
-def _decode_upright(data: bytes, picture_format: Format, limits: ImageLimits) -> Image.Image:
-    """Dimensions checked, then pixels, then RGB, then turned. Raises what the decoders raise, and ImageError."""
+def _decode_upright(data: bytes, picture_format: Format, limits: ImageLimits) -> tuple[Image.Image, float | None]:
+    """Dimensions checked, then pixels, then RGB, then turned; and a JPEG's quality. Raises what the decoders raise,
+    and ImageError."""
     if picture_format == "WEBP":
         # libwebp allocates two canvases when a file is opened, before Pillow can tell its size.
         _check_size(_webp_size(data), limits)
@@ -145,8 +152,18 @@ def _decode_upright(data: bytes, picture_format: Format, limits: ImageLimits) ->
         image = _load_jpeg_without_end(content)
     _check_size(image.size, limits)  # a HEIC tells its true size only now
     transpose = _UPRIGHT.get(_orientation(image, data, picture_format))
+    quality = _jpeg_quality(image) if isinstance(image, JpegImagePlugin.JpegImageFile) else None
     rgb = _to_rgb(image)
-    return rgb if transpose is None else rgb.transpose(transpose)
+    return rgb if transpose is None else rgb.transpose(transpose), quality
+
+
+def _jpeg_quality(image: JpegImagePlugin.JpegImageFile) -> float | None:
+    """The quality for which libjpeg would write a luma table of this mean (inverse of its ``jpeg_quality_scaling``)."""
+    luma = image.quantization.get(0)
+    if not luma:
+        return None
+    scale = 100 * sum(luma) / len(luma) / _LUMA_MEAN
+    return min(100.0, max(1.0, (200 - scale) / 2 if scale <= 100 else 5000 / scale))
 
 
 def _check_size(size: tuple[int, int], limits: ImageLimits) -> None:

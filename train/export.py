@@ -25,7 +25,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from deployments.checkpoints import Checkpoint, CheckpointError, publish, resolve, scratch_folder
-from deployments.detector import DetectorModel, verdict
+from deployments.detector import DetectorModel, reading, verdict
 from deployments.engines import EngineFile, Logits, load_engine
 from deployments.images import ImageError, decode
 from deployments.processor import processor_flags
@@ -56,15 +56,17 @@ class ExportConfig(BaseModel):
     threads: int = Field(2, ge=1, description="CPU threads of every engine")
 
 
-class _Logits(torch.nn.Module):
-    """A model that answers its logits alone."""
+class _Outputs(torch.nn.Module):
+    """A model that answers its logits and what its last layer reads, where it has one."""
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, last: torch.nn.Module | None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.last = model, last
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return self.model(pixel_values=pixel_values).logits
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with reading(self.last) as read:
+            logits = self.model(pixel_values=pixel_values).logits
+        return (logits, read[0]) if read else (logits,)
 
 
 def export_onnx(model: DetectorModel, file: Path) -> None:
@@ -75,12 +77,13 @@ def export_onnx(model: DetectorModel, file: Path) -> None:
     """
     shape = model.views.shape
     pixels = torch.zeros((2, *(shape[:1] if shape[0] > 1 else ()), 3, shape[1], shape[2]))
-    axes = {"pixel_values": {0: "batch"}, "logits": {0: "batch"}}
-    names = {"input_names": ["pixel_values"], "output_names": ["logits"]}
+    outputs = ["logits"] if model.last_layer is None else ["logits", "embedding"]
+    axes = {name: {0: "batch"} for name in ("pixel_values", *outputs)}
+    names = {"input_names": ["pixel_values"], "output_names": outputs}
     try:
         with torch.no_grad():
             torch.onnx.export(
-                _Logits(model.network).eval(),
+                _Outputs(model.network, model.last_layer).eval(),
                 (pixels,),
                 str(file),
                 dynamic_axes=axes,
