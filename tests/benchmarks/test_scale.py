@@ -1,0 +1,109 @@
+"""What the scale model reads, what it is fed with, and that its answers hang together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks import published, scale
+from benchmarks.scale_measure import Phase, batching, fitted, generating, predicted
+from benchmarks.simulation import Admitted, Batching, Generating, IngressTimes, Scaling, Service
+from benchmarks.stand_ins import parse
+
+CALIBRATION = {"decode_s": 0.02, "decode_spread": 0.5}
+ROUTERS = {"rows": [{"proxy_s_each": 0.004, "ingress_s_each": 0.012}]}
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures of this machine that do not change with the last measurement."""
+    results: dict[str, Any] = {"scale_calibration": CALIBRATION, "scale_routers": ROUTERS}
+    monkeypatch.setattr(scale, "stored", results.get)
+
+
+def test_the_production_configuration_is_read() -> None:
+    settings = scale.graph_settings(scale.ROOT / "serve_config.yaml")
+    assert settings["detector"]["scaling"].gpu_share == 0.25
+    assert settings["captioner"]["scaling"].upscale_delay_s == 10
+    assert settings["tagger"]["scaling"].gpu_share == 1
+    assert settings["tagger"]["scaling"].max_ongoing == 192  # of `args.tagger`, not of a deployment
+    assert settings["detector"]["batch"]["max_batch_size"] == 32
+    assert settings["limits"]["max_in_flight"] == 64
+
+
+def test_the_taggers_step_gives_back_what_was_published() -> None:
+    engine = published.tagger(128)
+    for number, figure in published.MISTRAL.items():
+        assert number / (100 * engine.step_s(number)) == pytest.approx(figure.value, rel=0.03)
+
+
+def test_the_captioner_alone_takes_what_the_original_took() -> None:
+    assert published.captioner(16, 0.01).times(1) == pytest.approx(published.ORIGINAL_BLIP_S, rel=0.01)
+
+
+def test_replicas_are_packed() -> None:
+    settings = scale.graph_settings(scale.ROOT / "serve_config.yaml")
+    assert scale.gpus_for({"detector": 1, "captioner": 1, "tagger": 1}, settings) == 2
+    assert scale.gpus_for({"detector": 2, "captioner": 3, "tagger": 2}, settings) == 4
+    assert scale.gpus_for({"detector": 5, "captioner": 0, "tagger": 0}, settings) == 2
+
+
+def test_a_size_carries_its_rate_and_more_needs_more(measured: None) -> None:
+    config = scale.ScaleConfig()
+    settings = scale.graph_settings(config.serve_config)
+    small, large = (scale.sized(config, settings, rate, 30.0) for rate in (20.0, 80.0))
+    for one in (small, large):
+        assert one["answered_per_s"] == pytest.approx(one["rate_per_s"], rel=0.1)
+        assert sum(one["not_answered"].values()) == 0
+        assert max(one["use"].values()) < 1
+    assert small["gpus"] < large["gpus"]
+    assert all(small["replicas"][name] <= large["replicas"][name] for name in small["replicas"])
+    price = large["gpus"] * config.price / (80 * 3600) * 1e6
+    assert large["usd_a_million"] == pytest.approx(price)
+
+
+def test_more_room_makes_a_spike_shorter(measured: None) -> None:
+    config = scale.ScaleConfig()
+    settings = scale.graph_settings(config.serve_config)
+    size = scale.sized(config, settings, 10.0, 30.0)
+    little, much = (scale.spike(config, settings, size, room, 64) for room in (1.0, 3.0))
+    assert much["deferred_p50_p99_max_s"][2] <= little["deferred_p50_p99_max_s"][2]
+    assert much["most_waiting"] <= little["most_waiting"]
+    assert much["drained_after_s"] is not None
+
+
+def test_an_engines_step_is_found_again() -> None:
+    rows = [
+        {"size": size, "seconds": 20.0 * (0.05 + 0.004 * size), "cores": 1.5, "tokens": 20.0, "tokens_spread": 0.0}
+        for size in (1, 2, 4, 8, 16)
+    ]
+    engine = generating(rows, 32)
+    assert engine.step_s(10) == pytest.approx(0.05 + 0.04, rel=0.01)
+    assert (engine.tokens, engine.width, engine.size) == (20.0, 1.5, 32)
+
+
+def test_the_time_between_processes_is_what_the_model_lacks() -> None:
+    one = Scaling(max_ongoing=64)
+
+    def service(extra_s: float) -> Service:
+        return Service(
+            IngressTimes(0.001, 0.002, 0.01, extra_s=extra_s),
+            Admitted(),
+            batching([{"size": 1, "seconds": 0.05, "cores": 1.0}, {"size": 8, "seconds": 0.2, "cores": 1.0}], 8, 0.005),
+            Batching(lambda size: 0.1, 8, 0.005),
+            Generating(lambda running: 0.005, 16, 10.0),
+            dict.fromkeys(("ingress", "detector", "captioner", "tagger"), one),
+            cores=2.0,
+        )
+
+    alone = 0.013 + 0.105 + 0.05
+    assert fitted(service, alone + 0.03) == pytest.approx(0.03, abs=0.002)
+    figures = predicted(service(0.03), Phase("one", 10.0, clients=1), 1.0, seeds=1)
+    assert figures["p50_s"] == pytest.approx(alone + 0.03, rel=0.02)
+    assert figures["throughput_per_s"] == pytest.approx(1 / (alone + 0.03), rel=0.02)
+
+
+def test_a_stand_in_says_how_long_it_takes() -> None:
+    assert parse("stand-in:0.06+0.01") == (0.06, 0.01, 0.0)
+    assert parse("stand-in:0.016+0.0008x23") == (0.016, 0.0008, 23.0)
