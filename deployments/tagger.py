@@ -36,6 +36,7 @@ from deployments.replica import ModelInfo, ReplicaConfig, failed
 from deployments.tag_rules import MAX_TAGS, MIN_TAGS, clean_tags, proposed
 
 PROMPT_FILE = Path(__file__).with_name("tag_prompt.yaml")
+_LOGGING_FILE = Path(__file__).with_name("vllm_logging.json")
 
 #: The name under which the engine knows its model, whichever checkpoint it runs.
 _MODEL_ID = "tagger"
@@ -241,6 +242,9 @@ class Tagger:
             self._metrics.in_service("tagger", checkpoint.revision, before)
 
     async def _start(self, checkpoint: Checkpoint) -> None:
+        # vLLM sets logging up when it is imported, and by that closes the log file that Serve has opened for this
+        # replica; told to change nothing but its own level, it leaves it open
+        os.environ["VLLM_LOGGING_CONFIG_PATH"] = str(_LOGGING_FILE)
         from ray.serve.llm import LLMConfig, LLMServer
 
         server = LLMServer.sync_init(llm_config(self._settings, checkpoint.folder, LLMConfig))

@@ -411,6 +411,7 @@ asyncio.run(Callbacks(CallbackSettings(allow=(sys.argv[2],), timeout_s=20.0), st
 """
 
 
+@pytest.mark.parametrize("database_url", ["sqlite", pytest.param("postgresql", marks=pytest.mark.proof)], indirect=True)
 def test_a_kill_between_the_call_and_its_note_means_a_second_call_under_the_same_key(
     database_url: str, hook: Hook
 ) -> None:

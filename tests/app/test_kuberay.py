@@ -57,9 +57,15 @@ def test_serving_flags_are_carried_and_nothing_of_a_machine_is(made: dict[str, A
         environment = {entry["name"]: entry["value"] for entry in container["env"]}
         assert environment["RAY_SERVE_CONTROL_LOOP_INTERVAL_S"] == "0.5"
         assert environment["RAY_worker_niceness"] == "0"
+        assert environment["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] == "app.access:middlewares"
         assert environment["DEEPTRUST_KEYS"].startswith(container["volumeMounts"][-1]["mountPath"])
         assert not [entry for entry in environment.items() if "$" in entry[1]], "nothing expands it"
         assert container["image"] == IMAGE
+
+
+def test_its_logs_are_json(made: dict[str, Any]) -> None:
+    serve = yaml.safe_load(made["spec"]["serveConfigV2"])
+    assert serve["logging_config"]["encoding"] == serve["applications"][0]["logging_config"]["encoding"] == "JSON"
 
 
 def test_ray_is_ours_and_asks_for_a_token(made: dict[str, Any]) -> None:
