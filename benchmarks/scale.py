@@ -147,7 +147,7 @@ def ingress_times(threads: int) -> tuple[IngressTimes, dict[str, str]]:
         )
     else:
         proxy_s, loop_s, origin["proxy and ingress"] = 0.005, 0.01, "assumed: run --parts routers"
-    return IngressTimes(proxy_s, loop_s, decode_s, spread, threads, 0.005), origin
+    return IngressTimes(proxy_s, loop_s, decode_s, spread, threads, hops_s=(0.005,)), origin
 
 
 def models(config: ScaleConfig, settings: dict[str, Any]) -> tuple[Batching, Batching, Generating]:
@@ -233,9 +233,8 @@ def gpus_for(replicas: dict[str, int], settings: dict[str, Any]) -> int:
 
 
 def run(service: Service, rate: float, seconds: float, deferred_share: float, seed: int) -> dict[str, Any]:
-    """A steady load: what was answered, how fast, and how busy each part was, its first third not counted."""
-    graph = Graph(service, seed)
-    warm_s = seconds / 3
+    """A steady load: what was answered, how fast, and how busy each part was, once the first minute is over."""
+    graph, warm_s = Graph(service, seed), 60.0
     feed(graph, poisson(random.Random(seed), lambda _: rate, warm_s + seconds), deferred_share)
     graph.clock.run(warm_s)
     computed = {name: _pictures(graph, name) for name in MODELS}

@@ -382,6 +382,7 @@ def overheads(port: int, photos: Sequence[bytes], idle_s: float = 10.0) -> dict[
     count = max(1, len(seen.latencies_s))
     return {
         "latency_s": statistics.fmean(seen.latencies_s),
+        "latencies_s": seen.latencies_s,
         "answers": count,
         "decode_s": statistics.fmean(stage["decode"] for stage in seen.stages) / 1000,
         "decode_spread": statistics.pstdev([math.log(max(1e-4, stage["decode"] / 1000)) for stage in seen.stages]),
@@ -390,7 +391,7 @@ def overheads(port: int, photos: Sequence[bytes], idle_s: float = 10.0) -> dict[
     }
 
 
-def _ingress(cost: dict[str, Any], models_s: float, decode_spread: float, extra_s: float) -> IngressTimes:
+def _ingress(cost: dict[str, Any], models_s: float, decode_spread: float, hops_s: tuple[float, ...]) -> IngressTimes:
     """What ``overheads`` says of proxy, ingress and the rest; ``models_s`` is the models' own work for a picture."""
     each: dict[str, float] = cost["each_s"]
     proxy_s = sum(value for name, value in each.items() if "ProxyActor" in name)
@@ -401,17 +402,17 @@ def _ingress(cost: dict[str, Any], models_s: float, decode_spread: float, extra_
         cost["decode_s"],
         decode_spread,
         beside_s=max(0.001, sum(each.values()) - proxy_s - ingress_s - models_s),
-        extra_s=extra_s,
+        hops_s=hops_s,
     )
 
 
-def fitted(service: Callable[[float], Service], latency_s: float) -> float:
-    """Seconds that pass between processes without work: what one client's latency has beyond the model's."""
-    graph = Graph(service(0.0))
+def fitted(service: Callable[[tuple[float, ...]], Service], latencies_s: Sequence[float]) -> tuple[float, ...]:
+    """Seconds that pass between processes without work: what one client's answers took beyond the model's."""
+    graph = Graph(service((0.0,)))
     closed_loop(graph, 1)
-    graph.clock.run(400 * latency_s)
-    spent = [ended - arrived for arrived, ended, *_ in graph.outcomes]
-    return max(0.0, latency_s - statistics.fmean(spent))
+    graph.clock.run(400 * statistics.fmean(latencies_s))
+    spent = statistics.fmean(ended - arrived for arrived, ended, *_ in graph.outcomes)
+    return tuple(max(0.0, latency - spent) for latency in latencies_s)
 
 
 def validate_stand_ins(seconds: float, warm_s: float) -> dict[str, Any]:
@@ -424,10 +425,10 @@ def validate_stand_ins(seconds: float, warm_s: float) -> dict[str, Any]:
         cost = overheads(instance.port, photos)
         times = partial(_ingress, cost, 0.0, 0.0)
 
-        def service(extra_s: float) -> Service:
+        def service(hops_s: tuple[float, ...]) -> Service:
             one = Scaling(max_ongoing=256, max_queued=256)
             return Service(
-                times(extra_s),
+                times(hops_s),
                 Admitted(max_in_flight=64, max_waiting=256, max_wait_s=20),
                 Batching(lambda size: base_d + each_d * size, 8, 0.005, 0.0),
                 Batching(lambda size: base_c + each_c * size, 8, 0.005, 0.0),
@@ -436,8 +437,8 @@ def validate_stand_ins(seconds: float, warm_s: float) -> dict[str, Any]:
                 cores=(os.cpu_count() or 2) - cost["idle_cores"],
             )
 
-        extra_s = fitted(service, cost["latency_s"])
-        model = service(extra_s)
+        hops_s = fitted(service, cost.pop("latencies_s"))
+        model = service(hops_s)
         bound = 8 / (base_c + each_c * 8)
         phases = [
             Phase("4 clients", seconds, clients=4),
@@ -446,7 +447,12 @@ def validate_stand_ins(seconds: float, warm_s: float) -> dict[str, Any]:
             Phase("Poisson, 70 % of the bound", seconds, rate=0.7 * bound),
         ]
         rows = compare(instance.url, photos, model, phases, warm_s)
-    return {"models": [DETECTOR, CAPTIONER, TAGGER], "one_client": cost, "hops_s": extra_s, "loads": rows}
+    return {
+        "models": [DETECTOR, CAPTIONER, TAGGER],
+        "one_client": cost,
+        "hops_s": statistics.fmean(hops_s),
+        "loads": rows,
+    }
 
 
 def validate_starter(
@@ -466,10 +472,10 @@ def validate_starter(
         models_s += tagger.step_s(1) * tagger.tokens * tagger.width
         times = partial(_ingress, cost, models_s, calibration["decode_spread"])
 
-        def service(extra_s: float) -> Service:
+        def service(hops_s: tuple[float, ...]) -> Service:
             one = Scaling(max_ongoing=48, max_queued=64)
             return Service(
-                times(extra_s),
+                times(hops_s),
                 Admitted(max_in_flight=32, max_waiting=64, max_wait_s=20),
                 detector,
                 captioner,
@@ -478,8 +484,8 @@ def validate_starter(
                 cores=(os.cpu_count() or 2) - cost["idle_cores"],
             )
 
-        extra_s = fitted(service, cost["latency_s"])
-        model = service(extra_s)
+        hops_s = fitted(service, cost.pop("latencies_s"))
+        model = service(hops_s)
         bound = predicted(model, Phase("", 300.0, clients=16), warm_s)["throughput_per_s"]
         phases = [
             Phase("4 clients", seconds, clients=4),
@@ -487,7 +493,7 @@ def validate_starter(
             Phase("Poisson, 50 % of the bound", seconds, rate=0.5 * bound),
         ]
         rows = compare(instance.url, photos, model, phases, warm_s)
-    return {"one_client": cost, "hops_s": extra_s, "loads": rows}
+    return {"one_client": cost, "hops_s": statistics.fmean(hops_s), "loads": rows}
 
 
 def worst(rows: Sequence[dict[str, Any]]) -> float:

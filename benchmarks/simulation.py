@@ -400,7 +400,8 @@ class Deployment:
             return None
         if len(there) == 1:
             return there[0] if there[0].ongoing < most else None
-        first, second = self.chance.choice(there), self.chance.choice(there)
+        number, chance = len(there), self.chance.random
+        first, second = there[int(chance() * number)], there[int(chance() * number)]
         best = first if first.ongoing <= second.ongoing else second
         if best.ongoing < most:
             return best
@@ -499,8 +500,9 @@ class IngressTimes:
     decode_threads: int = 2
     beside_s: float = 0.0
     """In other processes: what replicas work beside their models, and clients on the same machine."""
-    extra_s: float = 0.0
-    """Time that passes without work: hops between processes."""
+    hops_s: tuple[float, ...] = (0.0,)
+    """Time that passes without work on the way from process to process: one of these for each picture, half of it
+    before the models and half after. Unequal ones tear batches apart, as they do in life."""
 
 
 @dataclass(frozen=True)
@@ -611,8 +613,8 @@ class IngressReplica:
 
     def _work(self, picture: Picture, left: Callable[[], None]) -> None:
         self.in_work += 1
-        began = self.clock.now
-        times = self.times
+        began, times = self.clock.now, self.times
+        hops_s = self.graph.chance.choice(times.hops_s) if len(times.hops_s) > 1 else times.hops_s[0]
 
         def decode() -> None:
             self.threads.do(self.graph.decode_seconds(), beside if times.beside_s else ask)
@@ -621,14 +623,14 @@ class IngressReplica:
             work(self.clock, self.loop.processor, times.beside_s, 1.0, ask)
 
         def ask() -> None:
-            self.graph.analyse(picture, join)
+            self.clock.after(hops_s / 2, self.graph.analyse, picture, join)
 
         def join() -> None:
             self.in_work -= 1
             self._observe(self.clock.now - began)
             while self.waiting and self.in_work < int(self.limit):
                 self._work(*self.waiting.popleft())
-            self.clock.after(times.extra_s, self.graph.end, picture, "answered")
+            self.clock.after(hops_s / 2, self.graph.end, picture, "answered")
             left()
 
         self.loop.do(times.loop_s, decode)

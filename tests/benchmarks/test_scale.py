@@ -86,9 +86,9 @@ def test_an_engines_step_is_found_again() -> None:
 def test_the_time_between_processes_is_what_the_model_lacks() -> None:
     one = Scaling(max_ongoing=64)
 
-    def service(extra_s: float) -> Service:
+    def service(hops_s: tuple[float, ...]) -> Service:
         return Service(
-            IngressTimes(0.001, 0.002, 0.01, extra_s=extra_s),
+            IngressTimes(0.001, 0.002, 0.01, hops_s=hops_s),
             Admitted(),
             batching([{"size": 1, "seconds": 0.05, "cores": 1.0}, {"size": 8, "seconds": 0.2, "cores": 1.0}], 8, 0.005),
             Batching(lambda size: 0.1, 8, 0.005),
@@ -98,8 +98,8 @@ def test_the_time_between_processes_is_what_the_model_lacks() -> None:
         )
 
     alone = 0.013 + 0.105 + 0.05
-    assert fitted(service, alone + 0.03) == pytest.approx(0.03, abs=0.002)
-    figures = predicted(service(0.03), Phase("one", 10.0, clients=1), 1.0, seeds=1)
+    assert fitted(service, [alone + 0.03, alone + 0.05]) == pytest.approx((0.03, 0.05), abs=0.002)
+    figures = predicted(service((0.03,)), Phase("one", 10.0, clients=1), 1.0, seeds=1)
     assert figures["p50_s"] == pytest.approx(alone + 0.03, rel=0.02)
     assert figures["throughput_per_s"] == pytest.approx(1 / (alone + 0.03), rel=0.02)
 
