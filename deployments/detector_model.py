@@ -247,4 +247,5 @@ def assemble_detector(target: Path) -> None:
     card = json.loads((_STARTER / "card.json").read_text())
     model = model_on_clip(config, load_file(_STARTER / "head.safetensors"))
     write_checkpoint(model, ViewSpec.model_validate(card["preprocessing"]), card, target)
-    shutil.copy(_STARTER / "README.md", target / "README.md")
+    for name in ("README.md", "drift.safetensors"):
+        shutil.copy(_STARTER / name, target / name)

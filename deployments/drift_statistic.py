@@ -300,9 +300,8 @@ def window_counts(drawn: np.ndarray, pool: int, window: int, step: int) -> np.nd
         drawn: places in the pool, in the order of the stream.
     """
     looks = len(drawn) // step
-    counts = np.zeros((looks + 1, pool), dtype=np.float32)
-    np.add.at(counts, (np.repeat(np.arange(1, looks + 1), step), drawn[: looks * step]), 1)
-    counts = counts.cumsum(0)
+    places = np.repeat(np.arange(1, looks + 1), step) * pool + drawn[: looks * step]
+    counts = np.bincount(places, minlength=(looks + 1) * pool).reshape(looks + 1, pool).astype(np.float32).cumsum(0)
     return counts[window // step :] - counts[: -(window // step)]
 
 
@@ -400,7 +399,7 @@ def _thresholds(nulls: Sequence[np.ndarray], settings: DriftSettings) -> tuple[d
         return together[looks - 1 - tail]
 
     def count(tail: int) -> int:
-        return sum(alarms((null > at(tail)).any(1), quiet) for null in nulls)
+        return sum(alarms(np.any(null > at(tail), axis=1), quiet) for null in nulls)
 
     allowed = pictures / settings.between_alarms
     low, high = 0, looks // 4  # `count` is not falling anywhere: looks above only become more

@@ -10,6 +10,7 @@ tower) wrote with ``--freeze tower``. Out: a folder from which ``deployments.sta
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import save_file
 
 from deployments.checkpoints import Checkpoint, CheckpointError, resolve
+from deployments.drift_statistic import FILE
 from train.new_captioner import write_decoder
 
 
@@ -62,6 +64,9 @@ def _detector(checkpoint: Checkpoint, target: Path) -> None:
     (target / "head.safetensors").chmod(0o644)
     (target / "config.json").write_text(json.dumps(model.config.to_diff_dict(), indent=2) + "\n")
     (target / "card.json").write_text(json.dumps(_card(checkpoint), indent=2) + "\n")
+    if not (checkpoint.folder / FILE).is_file():
+        raise CheckpointError(f"{checkpoint.uri} has no reference for drift: `python -m train.drift_reference` first")
+    shutil.copyfile(checkpoint.folder / FILE, target / FILE)
 
 
 def _captioner(checkpoint: Checkpoint, target: Path) -> None:

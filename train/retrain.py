@@ -40,9 +40,10 @@ from data.prepare import AivshumanConfig, prepare
 from data.versions import DataVersion, open_version
 from deployments.checkpoints import CheckpointError, mlflow_uri, open_checkpoint, pinned, resolve
 from deployments.detector import DetectorModel
-from train import detector, registry, tracking
+from train import detector, drift_reference, registry, tracking
 from train.command import TrainingError
 from train.detector_report import score
+from train.drift_reference import DriftReferenceConfig
 from train.evaluate import DetectorEvaluation, EvaluationError, evaluate
 from train.evaluation_page import TEMPLATES
 from train.examples import read_examples
@@ -76,6 +77,7 @@ class RetrainConfig(TriggerSettings):
     work: Path = Field(description="folder for what is made on the way, seen by all nodes")
     prepare: dict[str, Any] = Field(default_factory=dict, description="further settings of data.prepare, as JSON")
     train: dict[str, Any] = Field(default_factory=dict, description="further settings of train.detector, as JSON")
+    drift: dict[str, Any] = Field(default_factory=dict, description="settings of train.drift_reference, as JSON")
     evaluation: dict[str, Any] = Field(default_factory=dict, description="further settings of train.evaluate, as JSON")
     export: bool = Field(True, description="export engine files, where detectors run on a CPU")
     rules: Path = Field(RULES, description="the gate for every model")
@@ -182,7 +184,17 @@ class Retraining:
         if outcome.status != "finished":
             raise RetrainError(f"training stopped after step {outcome.steps} of {outcome.total_steps}: run it again")
         figures = ", ".join(f"{name} {value:.4f}" for name, value in outcome.metrics.items())
-        return {"folder": str(output), "steps": outcome.steps, "told": f"{outcome.steps} steps: {figures}"}
+        told = f"{outcome.steps} steps: {figures}; {self._reference(output)}"
+        return {"folder": str(output), "steps": outcome.steps, "told": told}
+
+    def _reference(self, checkpoint: Path) -> str:
+        """What the new detector will be watched for drift with, in its folder before that is registered."""
+        settings = {"checkpoint": str(checkpoint), "data": self.done["data"]["place"]}
+        try:
+            _, made = drift_reference.make(DriftReferenceConfig.model_validate(settings | self.config.drift))
+        except (CheckpointError, DataError) as error:  # it serves as well without one, unwatched
+            return f"no reference for drift: {error}"[:500]
+        return f"reference for drift of {len(made.rows)} pictures"
 
     def _export(self) -> dict[str, Any]:
         trained, output = Path(self.done["train"]["folder"]), self.folder / "exported"

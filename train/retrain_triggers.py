@@ -33,7 +33,9 @@ class TriggerSettings(BaseModel):
     every_days: float = Field(30.0, gt=0, description="for schedule")
     new_labels: int = Field(200, ge=1, description="for labels")
     prometheus: str = Field("http://127.0.0.1:9090", description="for drift")
-    alerts: list[str] = Field(["VerdictsShifted", "UncertainShareHigh"], description="for drift: names of alerts")
+    alerts: list[str] = Field(
+        ["DetectorDrift", "VerdictsShifted", "UncertainShareHigh"], description="for drift: names of alerts"
+    )
 
 
 @dataclass(frozen=True)

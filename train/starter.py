@@ -62,6 +62,7 @@ def steps(config: Starter) -> Iterator[list[str]]:
             *("train.leave_out", "--data", data, "--checkpoint", head, "--cache", str(work / "features")),
             *("--result", str(reports / "detector.json")),
         ]
+        yield ["train.drift_reference", "--checkpoint", head, "--data", data, "--threads", str(config.threads)]
         yield _extract(head, "detector")
     if "captioner" in chosen:
         data, first, best = str(prepared / "flickr30k"), str(models / "likelihood"), str(models / "captioner")

@@ -57,6 +57,8 @@ def test_an_admitted_engine_serves_and_answers_as_pytorch_does(folder: Path) -> 
     assert plain.engine is None
     assert np.abs(model.logits(views(plain)) - plain.logits(views(plain))).max() <= 1e-4
     assert np.ptp(model.detect(views(plain))) > 0
+    read, by_pytorch = model.outputs(views(plain))[1], plain.outputs(views(plain))[1]
+    assert read is not None and by_pytorch is not None and np.abs(read - by_pytorch).max() <= 1e-3
     assert model.explain(views(plain)[0]).max() == pytest.approx(1.0)  # heat maps need PyTorch
     assert exported.revision != resolve(str(folder / "detector")).revision
     assert "onnxruntime-float32" in table(measured)

@@ -98,8 +98,8 @@ def test_an_alarm_of_drift_begins_it() -> None:
         Thread(target=server.serve_forever, daemon=True).start()
         settings = TriggerSettings(when=["drift"], prometheus=f"http://127.0.0.1:{server.server_port}")
         assert reason_to_begin(settings, None, 0, NOW) is None
-        alerts += [{"labels": {"alertname": name}, "state": "firing"} for name in ("VerdictsShifted", "NodeLost")]
-        assert reason_to_begin(settings, None, 0, NOW) == "alert VerdictsShifted"
+        alerts += [{"labels": {"alertname": name}, "state": "firing"} for name in ("DetectorDrift", "NodeLost")]
+        assert reason_to_begin(settings, None, 0, NOW) == "alert DetectorDrift"
         server.shutdown()
     with pytest.raises(DataError, match="--prometheus"):
         reason_to_begin(settings, None, 0, NOW)
