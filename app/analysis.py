@@ -26,10 +26,12 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from app.config import CanaryShares, Limits
+from app.drift import Sampler
 from app.problems import Problem
 from app.trials import Role, Tried, agreement, arm_of, said
 from deployments import telemetry
 from deployments.annotation import Annotation, Provenance, Stage, Task
+from deployments.drift_statistic import picture_statistics
 from deployments.heat_map import heat_map
 from deployments.images import decode
 from deployments.metrics import Metrics, revision_of
@@ -76,6 +78,8 @@ class Prepared:
     provenance: Provenance
     views: dict[ViewSpec, np.ndarray]
     regions: dict[ViewSpec, list[Box]]
+    statistics: np.ndarray | None = None
+    """For whoever watches for drift, of a picture of the sample."""
 
 
 @dataclass
@@ -96,9 +100,11 @@ class Graph:
         production: Mapping[str, DeploymentHandle],
         canary: Mapping[str, DeploymentHandle],
         metrics: Metrics,
+        sampler: Sampler,
     ) -> None:
         self.limits = limits
         self.metrics = metrics
+        self._sampler = sampler
         self.shares, self.shadow = CanaryShares(), CanaryShares()
         self._comparing: set[asyncio.Task[None]] = set()
         self._written: list[Tried] = []
@@ -160,8 +166,9 @@ class Graph:
         """
         loop, started = asyncio.get_running_loop(), time.perf_counter()
         specs = self._wanted_views(tasks)
+        sampled = "detect" in tasks and self._sampler.wants()
         with telemetry.span("decode", bytes=len(data)):
-            sha256, prepared = await loop.run_in_executor(self._threads, self._prepare, data, specs)
+            sha256, prepared = await loop.run_in_executor(self._threads, self._prepare, data, specs, sampled)
         progress = _Progress(Annotation(id=picture_id or uuid.uuid4().hex, sha256=sha256), deadline, started)
         record = progress.annotation
         record.timings_ms["decode"] = _milliseconds(started)
@@ -197,14 +204,17 @@ class Graph:
                     wanted.append(info.views)
         return wanted
 
-    def _prepare(self, data: bytes, specs: list[ViewSpec]) -> tuple[str, Prepared]:
+    def _prepare(self, data: bytes, specs: list[ViewSpec], sampled: bool = False) -> tuple[str, Prepared]:
         picture = decode(data, self.limits.picture)
         size = picture.image.size
+        views = {spec: render(picture.image, spec) for spec in set(specs)}
         return picture.sha256, Prepared(
             data,
             read_provenance(data, picture.format),
-            {spec: render(picture.image, spec) for spec in set(specs)},
+            views,
             {spec: regions(size, spec) for spec in set(specs)},
+            # the first view is the one that production's detector reads
+            picture_statistics(picture, views[specs[0]][0]) if sampled and specs else None,
         )
 
     async def _views(self, prepared: Prepared, spec: ViewSpec) -> np.ndarray:
@@ -234,6 +244,7 @@ class Graph:
         answer = await self._stage(progress, "detector", explained if explain else detect, detect)
         if answer is not None:
             progress.annotation.detected(answer, prepared.provenance, answer.get("heat_map"))
+            self._sampler.offer(progress.annotation.sha256, answer, prepared.statistics)
 
     async def _describe(self, progress: _Progress, prepared: Prepared, tag: bool) -> None:
         async def caption(handle: DeploymentHandle, info: ModelInfo, deadline: float) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from app.callbacks import CallbackSettings
+from app.drift import DriftSampleSettings
 from app.store.settings import StoreSettings
 from deployments.images import ImageLimits
 from deployments.tagger import TaggerSettings
@@ -22,6 +23,8 @@ from deployments.tagger import TaggerSettings
 #: Names of the deployments: production, and the twin that serves a canary.
 MODELS = {"detector": "Detector", "captioner": "Captioner", "tagger": "Tagger"}
 CANARIES = {"detector": "DetectorCanary", "captioner": "CaptionerCanary", "tagger": "TaggerCanary"}
+#: The one replica that watches for drift.
+WATCHER = "Drift"
 
 
 ModelName = Literal["detector", "captioner", "tagger"]
@@ -58,6 +61,7 @@ class AppArgs(_Strict):
     limits: Limits = Field(Limits())
     store: StoreSettings = Field(StoreSettings())
     callbacks: CallbackSettings = Field(CallbackSettings())
+    drift: DriftSampleSettings = Field(DriftSampleSettings())
     tagger: TaggerSettings = Field(TaggerSettings())
     tagger_canary: TaggerSettings | None = Field(None, description="null: the tagger's canary is not deployed")
 
@@ -111,7 +115,7 @@ def read_serve_config(path: Path) -> dict[str, Any]:
     config["http_options"] = config.get("http_options") or {}
     if port := os.environ.get("PORT"):
         config["http_options"]["port"] = _port(port)
-    known = {"Ingress", *MODELS.values(), *CANARIES.values()}
+    known = {"Ingress", WATCHER, *MODELS.values(), *CANARIES.values()}
     for application in config["applications"]:
         where = f"{path}: application {application.get('name')!r}"
         for deployment in application.get("deployments") or []:

@@ -30,6 +30,7 @@ from app.analysis import TASKS, Explain, Graph
 from app.callbacks import Callbacks, CallbackSettings
 from app.config import IngressConfig, Limits
 from app.deferred import Deferral, PlaceId, Waiting, wants_to_wait
+from app.drift import DriftSampleSettings, Sampler
 from app.feedback import router
 from app.keys import RequireKey, check_exposure
 from app.openapi import ANALYZE_BODY, ANALYZE_RESPONSES, CALLBACKS, use_local_docs
@@ -194,6 +195,8 @@ class Ingress:
         canary: Mapping[str, DeploymentHandle],
         store: StoreSettings,
         callbacks: CallbackSettings,
+        drift: DriftSampleSettings,
+        watcher: DeploymentHandle,
     ) -> None:
         # one warning for each malformed body would let anybody fill the log
         logging.getLogger("python_multipart").setLevel(logging.ERROR)
@@ -204,7 +207,8 @@ class Ingress:
             max_request_bytes=limits.max_request_bytes,
         )
         self.metrics = Metrics()
-        self.graph = Graph(limits, production, canary, self.metrics)
+        self.drift = Sampler(drift, watcher)
+        self.graph = Graph(limits, production, canary, self.metrics, self.drift)
         self.store = Store(store, limits.picture.max_bytes, lambda: _why_not(store))
         self.store.start()
         self.admission = Admission(limits.max_in_flight, limits.max_waiting, limits.max_wait_s, limits.target_s)
@@ -215,6 +219,7 @@ class Ingress:
         self._deferred: asyncio.Task[None] | None = None
         self._calling_back: asyncio.Task[None] | None = None
         self._sampler: asyncio.Task[None] | None = None
+        self._watching: asyncio.Task[None] | None = None
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serve's call at start and on a change of ``user_config``: shares of the canaries.
@@ -230,6 +235,7 @@ class Ingress:
             check_exposure(await asyncio.to_thread(_http_host))
             self._watcher = asyncio.get_running_loop().create_task(self.graph.watch())
             self._sampler = asyncio.get_running_loop().create_task(self._sample())
+            self._watching = asyncio.get_running_loop().create_task(self.drift.run(self.store.offer_drift))
             self._deferred = asyncio.get_running_loop().create_task(self.deferral.run())
             self._calling_back = asyncio.get_running_loop().create_task(self.callbacks.run())
 
@@ -257,7 +263,7 @@ class Ingress:
 
     async def check_health(self) -> None:
         """Serve's health check: what runs beside the requests is alive."""
-        for task in (self._watcher, self._sampler, self._deferred, self._calling_back):
+        for task in (self._watcher, self._sampler, self._deferred, self._calling_back, self._watching):
             if task is not None and task.done():
                 raise RuntimeError(f"a task of the ingress ended: {task.exception()!r}")
 
@@ -414,6 +420,7 @@ class Ingress:
                 entry |= {"uri": route.info.uri, "revision": route.info.revision, "card": card}
                 if stage == "detector":
                     entry["thresholds"] = card.get("thresholds")
+                entry["drift"] = self.drift.state
             share, shadow = getattr(self.graph.shares, stage), getattr(self.graph.shadow, stage)
             if share + shadow > 0:
                 canary = route.canary_info

@@ -183,10 +183,12 @@ class Detector(Replica[DetectorModel]):
             for probability, observed in zip(probabilities, model.observed(logits, embeddings), strict=True)
         ]
 
-    async def reference(self) -> tuple[str, bytes | None]:
-        """The revision in service, and its reference for drift as in its file; None: it has none."""
+    async def drift_reference(self, known: str = "") -> tuple[str, bytes | None]:
+        """The revision in service, and its reference for drift as in its file; None: it has none, or is the ``known``
+        one."""
         model = self.model
-        return model.checkpoint.revision, None if model.reference is None else model.reference.to_bytes()
+        revision, reference = model.checkpoint.revision, model.reference
+        return revision, None if reference is None or revision == known else reference.to_bytes()
 
     async def detect(self, views: np.ndarray, spec: ViewSpec, deadline: float) -> dict[str, Any]:
         """One picture's views ``(V, S, S, 3)``, made by ``spec`` -> ``{"label", "ai_probability", "model"}``, and for

@@ -99,6 +99,19 @@ METRICS = {
         _histogram("batch_pictures", _COUNTS, ("stage", "revision"), "Pictures that a model computed together"),
         _histogram("batch_seconds", _SECONDS, ("stage", "revision"), "Time that a model computed a batch"),
         _counter("tags", ("origin", "revision"), "Tags that the `model` gave and that `rules` filled up"),
+        _gauge(
+            "drift_statistic",
+            ("channel", "revision"),
+            "How far the latest pictures are from training's, in units of the threshold: above 1 is drift; 0 until the "
+            "window is full",
+        ),
+        _gauge("drift_alarm", ("revision",), "1 while there is an alarm of drift"),
+        _gauge("drift_reference", ("revision",), "0 where a detector is not watched: it has no reference"),
+        _counter(
+            "drift_pictures",
+            ("outcome", "revision"),
+            "Pictures of the sample: `observed`, `repeated` (in the window already), `other` (another revision's)",
+        ),
         _gauge("model", ("stage", "revision"), "1 for the revision that a replica has in service, 0 for earlier ones"),
     )
 }
@@ -204,6 +217,24 @@ class Metrics:
             self.record("stage_ready", float(is_ready), stage)
         for stage, share in canary_shares.items():
             self.record("canary_share", share, stage)
+
+    # ---- the watcher for drift ----------------------------------------------------------------------------------
+
+    def drift_reference(self, revision: str, there: bool) -> None:
+        """Whether a detector can be watched for drift."""
+        self.record("drift_reference", float(there), revision)
+
+    def drift_pictures(self, revision: str, observed: int, repeated: int, other: int) -> None:
+        """Pictures of the sample have come."""
+        for outcome, count in (("observed", observed), ("repeated", repeated), ("other", other)):
+            if count:
+                self.record("drift_pictures", count, outcome, revision)
+
+    def drift(self, revision: str, ratios: Mapping[Any, float], alarm: bool) -> None:
+        """What the last look at the window said."""
+        for channel, ratio in ratios.items():
+            self.record("drift_statistic", ratio, channel, revision)
+        self.record("drift_alarm", float(alarm), revision)
 
     # ---- the models' replicas -----------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, text, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from app.store import callbacks
+from app.store import callbacks, drift
 from app.store.models import Deferred, Deletion, Feedback, Picture, Prediction, TrialAnswer, first_id, last_id, new_id
 from app.store.reviews import ReviewLabel
 
@@ -23,6 +23,8 @@ from app.store.reviews import ReviewLabel
 _REMEMBER_DELETIONS_S = 24 * 3600.0
 #: How long what a trial wrote down is kept: longer than any trial lasts.
 _KEEP_TRIALS_S = 14 * 24 * 3600.0
+#: What the watcher for drift saw.
+_KEEP_DRIFT_S = 90 * 86400.0
 
 
 class UnknownAnswer(LookupError):
@@ -187,6 +189,7 @@ def forget_picture(connection: Connection, sha256: str, at_s: float) -> dict[str
     predictions = connection.execute(delete(Prediction).where(Prediction.sha256 == sha256)).rowcount
     connection.execute(delete(TrialAnswer).where(TrialAnswer.sha256 == sha256))
     connection.execute(delete(ReviewLabel).where(ReviewLabel.sha256 == sha256))
+    drift.forget_picture(connection, sha256)
     places = set(connection.execute(select(Deferred.place).where(Deferred.sha256 == sha256)).scalars())
     connection.execute(delete(Deferred).where(Deferred.sha256 == sha256))
     for place in sorted(places):  # who waits for the others that came with it need not wait for this one
@@ -225,6 +228,7 @@ def remove_old(connection: Connection, now_s: float, keep_days: float | None, mo
         removed += _remove(connection, ids)
     connection.execute(delete(Deletion).where(Deletion.id < first_id(now_s - _REMEMBER_DELETIONS_S)))
     connection.execute(delete(TrialAnswer).where(TrialAnswer.id < first_id(now_s - _KEEP_TRIALS_S)))
+    drift.remove_old(connection, now_s - _KEEP_DRIFT_S)
     return removed
 
 

@@ -233,6 +233,30 @@ class Callback(Base):
     )
 
 
+class DriftLook(Base):
+    """One look of the watcher for drift at the latest pictures (`app.store.drift`)."""
+
+    __tablename__ = "drift_looks"
+
+    id: Mapped[int] = mapped_column(_Id, primary_key=True, autoincrement=False)
+    revision: Mapped[str] = mapped_column(String(64))
+    alarm: Mapped[bool] = mapped_column(Boolean)
+    changed: Mapped[bool] = mapped_column(Boolean)
+    told: Mapped[str] = mapped_column(Text)
+
+
+class DriftPicture(Base):
+    """A picture that drove a look."""
+
+    __tablename__ = "drift_pictures"
+
+    look_id: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    sha256: Mapped[str] = mapped_column(String(64), primary_key=True)
+    witness: Mapped[float] = mapped_column(Float)
+
+    __table_args__ = (Index("ix_drift_pictures_sha256", "sha256"),)
+
+
 def plain(words: str) -> str:
     """Lower case without accents."""
     decomposed = unicodedata.normalize("NFKD", words)

@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection, select
 from sqlalchemy.exc import SQLAlchemyError
 
-from app.store import callbacks, deferred, events
+from app.store import callbacks, deferred, drift, events
 from app.store.database import Database, StoreUnavailable
 from app.store.events import Event, Receipt, UnknownAnswer
 from app.store.models import Feedback, Picture, time_of
@@ -178,6 +178,11 @@ class Store:
         """Keep what a trial wrote down (``app.trials``). Returns at once and raises nothing."""
         if self._writer is not None and not self._message:
             self._writer.submit(partial(events.write_trials, rows=rows))
+
+    def offer_drift(self, rows: list[dict[str, Any]]) -> None:
+        """Keep what the watcher for drift saw. Returns at once and raises nothing."""
+        if self._writer is not None and not self._message:
+            self._writer.submit(partial(drift.write, rows=rows))
 
     def offer_picture(self, sha256: str, data: bytes) -> None:
         """Keep the picture of an answer that is kept, if all are. Returns at once and raises nothing."""

@@ -64,6 +64,28 @@ def small_tagger(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def small_reference(folder: Path) -> None:
+    """Gives a small detector a reference for drift: pictures as `tests.app.load` sends them, a window of 32."""
+    import io
+
+    from deployments.checkpoints import resolve
+    from deployments.detector import DetectorModel
+    from deployments.drift_statistic import FILE, DriftSettings, make_reference
+    from tests.train.small_models import noise
+    from train.drift_reference import observe
+
+    pictures = []
+    for number in range(96):
+        buffer = io.BytesIO()
+        noise(9_000_000 + number, (64, 48)).save(buffer, "PNG")
+        pictures.append(buffer.getvalue())
+    seen = observe(DetectorModel(resolve(str(folder))), pictures, len(pictures))
+    settings = DriftSettings(
+        window=32, step=8, dimensions=8, most=72, held_out=0.5, splits=4, stream=4_000, between_alarms=2_000
+    )
+    make_reference(seen.embeddings, seen.margins, seen.statistics, settings).save(folder / FILE)
+
+
 def write_config(folder: Path, tell: tuple[str, ...] = (), **limits: Any) -> Path:
     """`serve_config.cpu.yaml` with tiny models: `detector-0`, `detector-1` and so on lie beside it.
 
@@ -77,6 +99,7 @@ def write_config(folder: Path, tell: tuple[str, ...] = (), **limits: Any) -> Pat
         with mock.patch.object(small_models, "SIDE_PX", 48 if seed == 1 else 32):
             small_models.small_detector(folder / f"detector-{seed}", seed)
             small_models.small_captioner(folder / f"captioner-{seed}", seed)
+        small_reference(folder / f"detector-{seed}")
     config = yaml.safe_load((ROOT / "serve_config.cpu.yaml").read_text())
     application = config["applications"][0]
     application["args"]["limits"] |= {"request_timeout_s": REQUEST_TIMEOUT_S} | limits

@@ -19,7 +19,8 @@ ROOT = Path(__file__).parents[2]
 def test_the_shipped_configurations_are_valid_and_name_every_deployment(name: str) -> None:
     config = read_serve_config(ROOT / name)
     names = {deployment["name"] for deployment in config["applications"][0]["deployments"]}
-    assert {"Ingress", "Detector", "DetectorCanary", "Captioner", "CaptionerCanary", "Tagger", "TaggerCanary"} == names
+    models = {"Detector", "DetectorCanary", "Captioner", "CaptionerCanary", "Tagger", "TaggerCanary"}
+    assert models | {"Ingress", "Drift"} == names
     assert config["http_options"]["host"] == "127.0.0.1"
 
 

@@ -7,6 +7,7 @@ The tests share one application and stand in the order of its life.
 from __future__ import annotations
 
 import contextlib
+import io
 import ipaddress
 import json
 import os
@@ -25,9 +26,10 @@ from typing import Any
 import grpc
 import httpx
 import pytest
+from PIL import Image
 from ray.serve.generated import serve_pb2, serve_pb2_grpc
 
-from app import cluster
+from app import cluster, drift_report
 from app.callbacks import SECRET_VARIABLE
 from deployments import telemetry
 from tests.app.hook import Hook, listening
@@ -190,6 +192,35 @@ def test_a_request_whose_sender_wants_it_is_one_trace_across_all_replicas(servic
     assert len(pids) == 5, "proxy, ingress and three models"
     (line,) = (line for line in logged(service, "traced-71", {("Ingress", "request")}) if line["message"] == "request")
     assert line["trace_id"] == trace
+
+
+def drift(service: SmallService) -> dict[str, Any]:
+    """What the watcher for drift says of the detector in production."""
+    return HTTP.get(f"{service.url}/v1/models", timeout=60).json()["detector"]["drift"]
+
+
+def test_pictures_of_another_kind_are_an_alarm_and_a_report_shows_them(service: SmallService, tmp_path: Path) -> None:
+    limit, number, sent = time.monotonic() + 180, 0, set()
+    while not (state := drift(service)).get("alarm") and time.monotonic() < limit:
+        for _ in range(8):
+            buffer = io.BytesIO()
+            Image.effect_noise((40 + number % 7, 160), 20).convert("RGB").save(buffer, "JPEG", quality=12)
+            record = HTTP.post(f"{service.url}/v1/detect", content=buffer.getvalue(), timeout=120).json()
+            sent.add(record["sha256"])
+            number += 1
+    assert state["alarm"] and state["watching"] and state["filled"] == 1, state
+    assert max(state["ratios"].values()) > 1 and state["revision"] == record["models"]["detector"].split("#")[1]
+
+    page = tmp_path / "drift.html"
+    while time.monotonic() < limit:  # what is kept is on its way into the store
+        with contextlib.suppress(SystemExit):
+            drift_report.main(["--output", str(page)])
+            break
+        time.sleep(1)
+    text = page.read_text()
+    shown = set(re.findall(r"<code>([0-9a-f]{16})</code>", text))
+    assert "<svg" in text and "drift</span>" in text
+    assert len(shown & {sha256[:16] for sha256 in sent}) >= 8, "the pictures that drove it"
 
 
 def later(service: SmallService, content: bytes, **headers: str) -> httpx.Response:

@@ -31,5 +31,5 @@ def build(args: AppArgs) -> Application:
     from app import main
     from deployments import tagger
 
-    main.Ingress = main.Detector = main.Captioner = tagger.Tagger = StandIn  # type: ignore[misc]
+    main.Ingress = main.Drift = main.Detector = main.Captioner = tagger.Tagger = StandIn  # type: ignore[misc]
     return main.build(args)
