@@ -1,6 +1,7 @@
 """Grafana dashboards as code: ``python -m monitoring.dashboards`` writes them to ``monitoring/grafana``.
 
-Four dashboards: what the service does, what it says, how far training is, and what the machines have left. The files
+Five dashboards: what the service does, what it says, whether pictures are what they were, how far training is, and what
+the machines have left. The files
 are committed and put where Ray's own Grafana set-up looks (``RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR``), so that no
 machine that serves needs this program or its library. Knows names of metrics and no data.
 """
@@ -330,6 +331,56 @@ PREDICTIONS = Board(
     ),
 )
 
+DRIFT = Board(
+    "deeptrust-drift",
+    "DeepTrust: drift",
+    (
+        (
+            "Pictures against the detector's training data",
+            (
+                Panel(
+                    "Distance in units of the threshold",
+                    "short",
+                    (
+                        Query(
+                            f"max by (channel, revision) (ray_deeptrust_drift_statistic{{{_APP}}})",
+                            "{{channel}} {{revision}}",
+                        ),
+                    ),
+                    "Squared MMD of the latest window; above 1 is drift. `picture`: size, compression, light",
+                ),
+                Panel(
+                    "Alarm",
+                    "short",
+                    (
+                        Query(f"max by (revision) (ray_deeptrust_drift_alarm{{{_APP}}})", "alarm {{revision}}"),
+                        Query(
+                            f"max by (revision) (ray_deeptrust_drift_reference{{{_APP}}})",
+                            "has a reference {{revision}}",
+                        ),
+                    ),
+                    "A detector whose checkpoint has no reference is not watched",
+                ),
+                Panel(
+                    "Pictures looked at",
+                    "ops",
+                    (
+                        Query(
+                            _rate("ray_deeptrust_drift_pictures_total", "outcome, revision"), "{{outcome}} {{revision}}"
+                        ),
+                    ),
+                    "A bounded sample of what is answered; `repeated` ones are in the window already",
+                ),
+                Panel(
+                    "Probability of AI, mean",
+                    "percentunit",
+                    (Query(_mean("ray_deeptrust_ai_probability", "revision"), "{{revision}}"),),
+                ),
+            ),
+        ),
+    ),
+)
+
 #: On two boards: training takes what serving leaves.
 _GPUS_IN_USE = Panel("GPUs in use", "percent", (Query("ray_node_gpus_utilization", "{{ip}} GPU {{GpuIndex}}"),))
 
@@ -464,7 +515,7 @@ CAPACITY = Board(
     ),
 )
 
-BOARDS = (SERVICE, PREDICTIONS, TRAINING, CAPACITY)
+BOARDS = (SERVICE, PREDICTIONS, DRIFT, TRAINING, CAPACITY)
 
 
 def render(board: Board) -> str:
