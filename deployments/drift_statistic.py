@@ -277,11 +277,21 @@ def median_bandwidth(rows: np.ndarray) -> float:
 class Discrepancies:
     """Squared MMD of windows that are drawn from a fixed pool: each is given by how often it has each of the pool's
     pictures, so that many streams cost one product of matrices.
+
+    Args:
+        few: that many of the pool's last pictures stand for many others of their kind. Drawn twice, one of them would
+            be nearer to itself than two pictures of its kind are to each other, and the kind be noticed by its
+            repetitions: two draws of one count as two of its fellows.
     """
 
-    def __init__(self, reference: np.ndarray, pool: np.ndarray, bandwidth: float) -> None:
+    def __init__(self, reference: np.ndarray, pool: np.ndarray, bandwidth: float, few: int = 0) -> None:
         count = len(reference)
         self._among = kernel(pool, pool, bandwidth)
+        np.fill_diagonal(self._among, 1)
+        if few > 1:
+            own = self._among[-few:, -few:]
+            np.fill_diagonal(own, (own.sum(1) - 1) / (few - 1))
+        self._twice = np.diag(self._among).copy()
         self._across = kernel(pool, reference, bandwidth).mean(1)
         self._own = (float(kernel(reference, reference, bandwidth).sum()) - count) / (count * (count - 1))
 
@@ -289,7 +299,9 @@ class Discrepancies:
         """float64 ``(windows,)`` of counts ``(windows, pool)``, each row's sum the length of the window."""
         length = counts.sum(1)
         among = np.einsum("ij,ij->i", counts @ self._among, counts)
-        return (among - length) / (length * (length - 1)) - 2 * (counts @ self._across) / length + self._own
+        return (
+            (among - counts @ self._twice) / (length * (length - 1)) - 2 * (counts @ self._across) / length + self._own
+        )
 
 
 def window_counts(drawn: np.ndarray, pool: int, window: int, step: int) -> np.ndarray:
@@ -377,13 +389,13 @@ def _fitted(embeddings: np.ndarray, margins: np.ndarray, statistics: np.ndarray,
     return bare
 
 
-def looks_of(reference: Reference, pool: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def looks_of(reference: Reference, pool: np.ndarray, counts: np.ndarray, few: int = 0) -> np.ndarray:
     """The statistic of each channel at each look, ``(looks, channels)``, of windows drawn from a pool of
-    observations."""
+    observations; ``few`` as of ``Discrepancies``."""
     found = []
     for channel in CHANNELS:
         columns = reference.columns(channel)
-        measure = Discrepancies(reference.rows[:, columns], pool[:, columns], reference.bandwidths[channel])
+        measure = Discrepancies(reference.rows[:, columns], pool[:, columns], reference.bandwidths[channel], few)
         found.append(measure(counts))
     return np.column_stack(found)
 
