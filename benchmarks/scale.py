@@ -21,6 +21,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -638,6 +639,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the chosen parts and write their results and plots."""
     from pydantic_settings import CliApp
 
+    # whatever ends this ends what it has started
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     config = CliApp.run(ScaleConfig, cli_args=arguments)
     parts = config.parts.split(",")
     if unknown := set(parts) - set(_PARTS):

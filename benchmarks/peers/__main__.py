@@ -25,6 +25,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -509,6 +510,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Tune, measure, and write ``results/peers.json``."""
     from pydantic_settings import CliApp
 
+    # whatever ends this ends what it has started
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     config = CliApp.run(PeersConfig, cli_args=arguments)
     names = config.servers.split(",")
     if unknown := set(names) - set(SERVERS):

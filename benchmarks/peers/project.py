@@ -35,10 +35,10 @@ def configuration(port: int, uri: str, batch: int, wait_s: float) -> dict[str, A
     application["args"]["limits"] |= {"max_in_flight": 64, "max_wait_s": 60}
     application["args"]["tagger"] |= {"num_cpus": 0.01, "max_replicas": 1}
     application["args"]["tagger_canary"] = None
-    application["deployments"] = [
-        one for one in application["deployments"] if one["name"] in ("Ingress", "Detector", "Captioner", "Tagger")
-    ]
+    application["deployments"] = [one for one in application["deployments"] if one["name"] != "TaggerCanary"]
     for one in application["deployments"]:
+        if one["name"].endswith("Canary"):
+            continue  # at zero replicas, as they are
         if one["name"] != "Ingress":
             one["user_config"] = {"uri": "stand-in:0+0x1"}
             one.pop("autoscaling_config", None)
