@@ -50,6 +50,8 @@ ROOT = Path(__file__).parents[1]
 MODELS = ("detector", "captioner", "tagger")
 #: What a decoding core costs is in a GPU's price: machines with so many cores to a GPU are what is rented.
 _CORES_A_GPU = 16
+#: A spike that is not over by then counts as never.
+_LONGEST_S = 3600.0
 
 
 class ScaleConfig(BaseModel):
@@ -77,8 +79,8 @@ class ScaleConfig(BaseModel):
     count: int = Field(48, ge=8, description="photos of `calibrate` and `validate`")
     repeats: int = Field(5, ge=2, description="batches of each size in `calibrate`")
     threads: int = Field(2, ge=1, description="OMP_NUM_THREADS of the replicas in `cpu_config`")
-    load_s: float = Field(180.0, gt=0, description="length of each load of `validate`")
-    warm_s: float = Field(30.0, ge=0)
+    load_s: float = Field(60.0, gt=0, description="each load of `validate`; three times that with starter models")
+    warm_s: float = Field(20.0, ge=0)
     replicas: list[int] = Field([1, 4, 8, 16], description="of each model in `routers`")
     routers_rate: float = Field(8.0, gt=0, description="pictures a second in `routers`")
     floor_gb: float = Field(3.0, gt=0, description="memory that `routers` leaves free")
@@ -442,10 +444,10 @@ def spike(
     def at(now: float) -> float:
         return rate * (5.0 if calm_s <= now < calm_s + spike_s else 1.0)
 
-    feed(graph, poisson(random.Random(config.seed), at, 7200.0), config.deferred_share)
+    feed(graph, poisson(random.Random(config.seed), at, _LONGEST_S), config.deferred_share)
     graph.sample(5.0)
     over = calm_s + spike_s
-    while graph.clock.now < 7200.0:
+    while graph.clock.now < _LONGEST_S:
         graph.clock.run(graph.clock.now + 30.0)
         # over when everything of the spike has ended and nobody waits longer than before it
         if graph.clock.now > over + 60 and len(graph.deferred) < rate * 2:
@@ -468,6 +470,7 @@ def spike(
         "deferred_p50_p99_max_s": [quantile(waiting, 0.5), quantile(waiting, 0.99), max(waiting, default=math.nan)],
         "under_10_minutes": max(waiting, default=math.inf) < 600,
         "interactive_answered": interactive.count("answered") / max(1, len(interactive)),
+        "interactive_not_answered": {how: interactive.count(how) for how in set(interactive) - {"answered"}},
         "interactive_p99_s": quantile(quick, 0.99),
         "most_waiting": max(sample["deferred"] for sample in graph.samples),
         "drained_after_s": drained_s,
@@ -551,7 +554,7 @@ def validate_part(config: ScaleConfig) -> dict[str, Any]:
         calibration = stored("scale_calibration")
         assert calibration is not None
         photos = read_photos(config.photos, config.count, config.seed)
-        result["starter"] = scale_measure.validate_starter(photos, calibration, config.cpu_config, 2 * seconds, warm_s)
+        result["starter"] = scale_measure.validate_starter(photos, calibration, config.cpu_config, 3 * seconds, warm_s)
     for name in ("stand_ins", "starter"):
         if name in result:
             result[name]["worst_error"] = scale_measure.worst(result[name]["loads"])

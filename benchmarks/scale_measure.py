@@ -20,6 +20,7 @@ import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -460,7 +461,7 @@ def validate_starter(
 ) -> dict[str, Any]:
     """The application as ``make serve`` starts it, its models' times as ``calibrate`` measured them in the same run."""
     os.environ["PORT"] = str(cluster.free_port(8312))
-    with serving(ServeSettings(config=config)) as instance:
+    with tempfile.TemporaryDirectory() as folder, _store(folder), serving(ServeSettings(config=config)) as instance:
         wait_until_ready(instance, 900)
         asyncio.run(load(instance.url, photos, 20.0, 0.0, clients=8))  # warm
         cost = overheads(instance.port, photos, idle_s=20.0)
@@ -494,6 +495,19 @@ def validate_starter(
         ]
         rows = compare(instance.url, photos, model, phases, warm_s)
     return {"one_client": cost, "hops_s": statistics.fmean(hops_s), "loads": rows}
+
+
+@contextmanager
+def _store(folder: str) -> Iterator[None]:
+    """A store of its own: another application's queue is not to be worked on here."""
+    before = os.environ.get("DEEPTRUST_STORE_URL")
+    os.environ["DEEPTRUST_STORE_URL"] = f"sqlite:///{folder}/store.db"
+    try:
+        yield
+    finally:
+        os.environ.pop("DEEPTRUST_STORE_URL")
+        if before is not None:
+            os.environ["DEEPTRUST_STORE_URL"] = before
 
 
 def worst(rows: Sequence[dict[str, Any]]) -> float:

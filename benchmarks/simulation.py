@@ -572,13 +572,21 @@ class IngressReplica:
         self.clock.after(_DEFERRED_LOOK_S, self._look)
 
     def take(self, answered: Callable[[], None], what: Any = None) -> None:
-        """A picture whose sender waits."""
+        """A request: a picture whose sender waits for the answer, or one that is only to be taken in."""
         picture: Picture = what
         self.ongoing += 1
 
         def left() -> None:
             self.ongoing -= 1
             answered()
+
+        def taken_in() -> None:
+            self.graph.deferred.append(picture)  # on disk: whoever has room works on it
+            left()
+
+        if picture.deferred:
+            self.loop.do(self.times.loop_s, taken_in)
+            return
 
         if self.in_work < int(self.limit) and not self.waiting:
             self._work(picture, left)
@@ -757,11 +765,6 @@ class Graph:
         proxy.do(self.ingress_times.proxy_s, lambda: self._route(picture))
 
     def _route(self, picture: Picture) -> None:
-        if picture.deferred:
-            # read, and on disk: an ingress will work on it when it has room
-            replica = self.chance.choice(self.ingress.replicas)
-            replica.loop.do(self.ingress_times.loop_s, lambda: self.deferred.append(picture))
-            return
         self.ingress.ask(lambda: None, lambda: self.end(picture, "refused"), picture)
 
     def analyse(self, picture: Picture, done: Callable[[], None]) -> None:

@@ -66,7 +66,7 @@ class PeersConfig(BaseModel):
     checkpoint: str = Field("starter:detector", description="checkpoint URI of a detector")
     clients: list[int] = Field([1, 4, 16, 64], description="clients without think time")
     rounds: int = Field(3, ge=1)
-    measure_s: float = Field(15.0, gt=0, description="of each load, after all clients have had their first answer")
+    measure_s: float = Field(12.0, gt=0, description="of each load, after all clients have had their first answer")
     tune_s: float = Field(12.0, gt=0)
     bare_s: float = Field(6.0, gt=0, description="of each bound")
     threads: int = Field(os.cpu_count() or 2, ge=1, description="OMP_NUM_THREADS of every server")
@@ -153,7 +153,7 @@ SERVERS = {
             "/predict",
             "/health",
             _form,
-            [one | {WAIT_S: wait} for one in _BATCHES for wait in ("0.005", "0.05")],
+            [*_BATCHES, {BATCH: "8", WAIT_S: "0.05"}],
         ),
         Server("bentoml", "bentoml", _bento, "/predict", "/readyz", _forms, _BATCHES),
     )
@@ -397,8 +397,8 @@ def measure(config: PeersConfig, photos: list[bytes], result: dict[str, Any], lo
             ) as running:
                 asyncio.run(drive(running, server.send, photos, 4, 2.0, 8 / rate))  # warm
                 for clients in config.clients:
-                    # all have had an answer by then, from a server that is half as fast as the engine
-                    warm_s = 2.0 + 1.5 * clients / rate
+                    # all have had an answer by then, from a server at three quarters of the engine
+                    warm_s = 2.0 + 1.3 * clients / rate
                     loads.append(asyncio.run(drive(running, server.send, photos, clients, warm_s, config.measure_s)))
                     print(f"  round {number} {name}, {clients} clients: {loads[-1]['per_s']:.2f}/s", flush=True)
                     if clients <= 16:
