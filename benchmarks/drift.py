@@ -2,7 +2,7 @@
 
 In: a prepared version of aivshuman, a detector on a frozen tower, folders of further pictures. Out:
 ``results/drift.json`` and a table. Nothing is served: the statistic is the service's own, on the detector's own outputs
-of real pictures.
+of real pictures. What is stopped goes on with the part that is missing.
 
 * **undisturbed**: streams drawn with replacement from pictures that the reference has not: the test split against the
   reference that is served, and a random fifth against a reference made of the rest, again and again. The pools are
@@ -24,9 +24,9 @@ of real pictures.
 
 from __future__ import annotations
 
+import json
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from benchmarks.report import write_result
+from benchmarks.report import RESULTS, write_result
 from data.versions import open_version
 from deployments.checkpoints import resolve
 from deployments.detector import DetectorModel
@@ -305,10 +305,18 @@ def one_window(reference: Reference, window: np.ndarray) -> np.ndarray:
     return looks / [reference.thresholds[channel] for channel in CHANNELS]
 
 
-def measure(config: DriftBenchmark) -> dict[str, Any]:
-    """All figures."""
+def begun(told: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier run that was stopped had measured of the same things in the same way."""
+    file = RESULTS / "drift.json"
+    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    parts = ("undisturbed", "held_out_generators", "extra")
+    same = {key: found.get(key) for key in told} == told
+    return told | {part: found[part] for part in parts if same and part in found}
+
+
+def measure(config: DriftBenchmark) -> Iterator[dict[str, Any]]:
+    """All figures so far, again after each part."""
     torch.set_num_threads(config.threads)
-    rng = np.random.default_rng(config.seed)
     checkpoint = resolve(config.checkpoint)
     served = read_reference(checkpoint.folder)
     if served is None:
@@ -318,25 +326,32 @@ def measure(config: DriftBenchmark) -> dict[str, Any]:
     observed = kept(config.cache, version.manifest.version, lambda: observe(model, contents, len(rows)))
     pictures = Pictures(rows, observed, np.array([kind_of(row) for row in rows]))
     settings = settings_of(served, config)
-    result: dict[str, Any] = {
-        "model": checkpoint.name,
-        "data": {"name": version.manifest.name, "version": version.manifest.version, "pictures": len(rows)},
-        "settings": settings.model_dump(),
-        "thresholds_made_by": served.facts["bootstrap"],
-        "share": config.share,
-        "undisturbed": undisturbed(pictures, served, config, rng),
-        "held_out_generators": {},
-    }
-    for name in sorted(set(pictures.kinds) - {"photo"}):
-        started = time.monotonic()
-        figures = held_out(pictures, name, settings, config, rng)
-        result["held_out_generators"][name] = figures
-        print(line(name, figures, config), f"({time.monotonic() - started:.0f} s)", flush=True)
+    result = begun(
+        {
+            "model": checkpoint.name,
+            "data": {"name": version.manifest.name, "version": version.manifest.version, "pictures": len(rows)},
+            "settings": settings.model_dump(),
+            "measured_with": config.model_dump(include={"share", "within", "longest", "repeats", "streams", "seed"}),
+            "thresholds_made_by": served.facts["bootstrap"],
+        }
+    )
+    if "undisturbed" not in result:
+        result["undisturbed"] = undisturbed(pictures, served, config, np.random.default_rng(config.seed))
+        yield result
+    generators: dict[str, Any] = result.setdefault("held_out_generators", {})
+    for number, name in enumerate(sorted(set(pictures.kinds) - {"photo"})):
+        if name not in generators:
+            rng = np.random.default_rng([config.seed, number])
+            generators[name] = held_out(pictures, name, settings, config, rng)
+            print(line(name, generators[name], config), flush=True)
+            yield result
     usual = pool_of(served, observed[np.array([row["split"] == "test" for row in rows])])
-    result["extra"] = {
-        folder.name: one_by_one(folder.expanduser(), model, served, usual, config, rng) for folder in config.extra
-    }
-    return result
+    further: dict[str, Any] = result.setdefault("extra", {})
+    for folder in config.extra:
+        if folder.name not in further:
+            rng = np.random.default_rng(config.seed)
+            further[folder.name] = one_by_one(folder.expanduser(), model, served, usual, config, rng)
+            yield result
 
 
 def line(name: str, figures: dict[str, Any], config: DriftBenchmark) -> str:
@@ -353,9 +368,8 @@ def main(arguments: list[str] | None = None) -> None:
     from pydantic_settings import CliApp
 
     config = CliApp.run(DriftBenchmark, cli_args=arguments)
-    result = measure(config)
-    print(result["undisturbed"]["served"]["alarms_per_20000"], result["undisturbed"]["random_fifths"])
-    print(write_result("drift", result))
+    for result in measure(config):
+        print(write_result("drift", result), flush=True)
 
 
 if __name__ == "__main__":
