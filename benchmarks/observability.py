@@ -20,13 +20,15 @@ import asyncio
 import json
 import os
 import tempfile
+import threading
+import time
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal
 
-import httpx
 import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
@@ -102,26 +104,47 @@ def environment(side: Side, folder: Path) -> Iterator[None]:
         os.environ |= before
 
 
-async def scraped(instance: cluster.Instance) -> None:
-    """Read an instance's metrics as a Prometheus does, for ever."""
-    folder = cluster.instance_folder(instance.port) / "ray"
-    async with httpx.AsyncClient(timeout=30) as client:
-        while True:
-            with suppress(OSError, ValueError, httpx.HTTPError):
-                for group in json.loads((folder / "prom_metrics_service_discovery.json").read_text()):
-                    for target in group["targets"]:
-                        await client.get(f"http://{target}/metrics")
-            await asyncio.sleep(_SCRAPE_S)
+class Scraper:
+    """Reads an instance's metrics as a Prometheus does while it is loaded, on a thread: what that costs the instance
+    counts, and what it costs the clients should not.
+    """
+
+    def __init__(self, instance: cluster.Instance) -> None:
+        self._file = cluster.instance_folder(instance.port) / "ray" / "prom_metrics_service_discovery.json"
+        self._next = time.monotonic()
+        self.bytes_read = 0
+
+    def read(self) -> None:
+        """Every target of the instance, once."""
+        with suppress(OSError, ValueError):
+            for group in json.loads(self._file.read_text()):
+                for target in group["targets"]:
+                    with urllib.request.urlopen(f"http://{target}/metrics", timeout=30) as answer:
+                        self.bytes_read += len(answer.read())
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Read again and again until the block ends; the pause between two readings may be in several blocks."""
+        over = threading.Event()
+
+        def run() -> None:
+            while not over.wait(max(0.0, self._next - time.monotonic())):
+                self._next = time.monotonic() + _SCRAPE_S
+                self.read()
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
 
 
-async def load_once(instance: cluster.Instance, photos: list[bytes], clients: int, side: Side) -> Load:
+def load_once(instance: cluster.Instance, photos: list[bytes], clients: int, scraper: Scraper | None) -> Load:
     """A round."""
-    scraping = asyncio.ensure_future(scraped(instance)) if side == "on" else None
-    try:
-        return await drive(instance.url, photos, clients)
-    finally:
-        if scraping is not None:
-            scraping.cancel()
+    with scraper.running() if scraper is not None else nullcontext():
+        return asyncio.run(drive(instance.url, photos, clients))
 
 
 def interval(ratios: list[float], seed: int, share: float = 0.95) -> tuple[float, float, float]:
@@ -136,8 +159,9 @@ def measure(
     config: ObservabilityConfig, instances: dict[Side, cluster.Instance], photos: list[bytes]
 ) -> dict[str, Any]:
     """The rounds, and what they say."""
+    scrapers: dict[Side, Scraper | None] = {"on": Scraper(instances["on"]), "off": None}
     for side, instance in instances.items():
-        asyncio.run(load_once(instance, (photos * config.warm_photos)[: config.warm_photos], config.clients, side))
+        load_once(instance, (photos * config.warm_photos)[: config.warm_photos], config.clients, scrapers[side])
     pairs, ratios = [], []
     spent: dict[Side, Counter[str]] = {side: Counter() for side in _SIDES}
     answers: Counter[Side] = Counter()
@@ -146,7 +170,7 @@ def measure(
         rates: dict[Side, float] = {}
         for side in _SIDES if number % 2 == 0 else reversed(_SIDES):
             before = cpu_seconds(instances[side].port)
-            load = asyncio.run(load_once(instances[side], chosen, config.clients, side))
+            load = load_once(instances[side], chosen, config.clients, scrapers[side])
             used = cpu_seconds(instances[side].port)
             used.subtract(before)
             if load.complete != len(chosen):
@@ -174,6 +198,7 @@ def measure(
             side: {name: round(seconds / answers[side], 4) for name, seconds in spent[side].most_common(12)}
             for side in _SIDES
         },
+        "bytes_scraped": scrapers["on"].bytes_read if scrapers["on"] else 0,
         "pairs": pairs,
     }
 
