@@ -9,7 +9,7 @@ PIP    := $(PY) -m pip --disable-pip-version-check
 TORCH  := 2.13.0
 export PORT ?= 8000
 
-.PHONY: help setup dev starter-models starter demo serve monitoring dashboards review stop test proofs data-dashboard lint format lock clean
+.PHONY: help setup dev starter-models starter demo serve monitoring dashboards review stop test proofs bench bench-quick data-dashboard lint format lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -89,6 +89,15 @@ test: dev  ## all tests, the end-to-end ones against the real application
 proofs: dev  ## the tests that take minutes each (kills, sweeps, thousands of bodies)
 	$(PY) -m pytest -m proof
 
+PHOTOS ?= samples
+bench: dev  ## beside the peers, and how large it must be (PHOTOS=FOLDER of JPEGs; on a quiet machine)
+	$(PY) -m benchmarks.peers --photos $(PHOTOS) --rounds 2
+	$(PY) -m benchmarks.scale --photos $(PHOTOS) --parts validate,size,spike
+
+bench-quick: dev  ## the same, short: shows that it works
+	$(PY) -m benchmarks.peers --photos $(PHOTOS) --quick
+	$(PY) -m benchmarks.scale --photos $(PHOTOS) --quick
+
 lint: dev  ## ruff and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -102,4 +111,4 @@ lock:  ## resolve the pinned lists in requirements/ again
 	$(PYTHON) requirements/lock.py
 
 clean: stop  ## remove the environment
-	rm -rf $(VENV) $(VENV)-review
+	rm -rf $(VENV) $(VENV)-review $(VENV)-peers
