@@ -111,7 +111,7 @@ def pixel_digest(image: Image.Image) -> str:
         count = len(np.bitwise_and(pixels[start : start + _PIXELS_AT_ONCE], _RGB, out=part[: len(pixels) - start]))
         part[count:] = 0
         sums += part.view(np.uint64).reshape(-1, _PAIRS).sum(axis=0)
-    return f"{zlib.crc32(sums):08x}{zlib.adler32(sums):08x}"
+    return f"{zlib.crc32(sums.data):08x}{zlib.adler32(sums.data):08x}"
 
 
 def _stored_mode(data: bytes) -> str:
