@@ -205,6 +205,8 @@ def test_ids_grow_with_time_and_tell_it() -> None:
     assert new_id(1_700_000_000.001) > new_id(1_700_000_000.0)
     assert first_id(1_700_000_000) <= new_id(1_700_000_000) < first_id(1_700_000_000.001) < 2**63
     assert time_of(new_id(1_700_000_000)).timestamp() == 1_700_000_000
+    many = [new_id(1_700_000_000) for _ in range(50_000)]  # drawn one by one, hundreds would come twice
+    assert len(set(many)) == len(many) and {time_of(some) for some in many} == {time_of(many[0])}
 
 
 def test_sampled_keeps_a_share_of_the_pictures_and_what_gets_feedback(stores: Stores) -> None:
