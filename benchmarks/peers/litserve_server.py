@@ -36,6 +36,8 @@ class DetectorAPI(ls.LitAPI):
 
 
 if __name__ == "__main__":
+    # `mcp` is there for vLLM, in another version than LitServe's tools for language models can use; no part of this
+    ls.server._MCP_AVAILABLE = False
     api = DetectorAPI(max_batch_size=int(setting(BATCH, 8)), batch_timeout=setting(WAIT_S, 0.005))
     server = ls.LitServer(api, accelerator="cpu", workers_per_device=1, timeout=300)
     server.run(
