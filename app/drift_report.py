@@ -10,7 +10,6 @@ needs nothing beside it. Knows no statistic and starts nothing.
 from __future__ import annotations
 
 import base64
-import io
 import sys
 import time
 from collections.abc import Sequence
@@ -29,7 +28,7 @@ from app.store.models import Picture, Prediction
 from app.store.pictures import PictureFiles, PicturesUnavailable
 from app.store.settings import StoreSettings
 from deployments.drift_statistic import CHANNELS
-from deployments.images import ImageError, decode
+from deployments.images import ImageError, small_jpeg
 
 _PATIENCE_S = 60.0
 _SIDE_PX = 256
@@ -122,13 +121,10 @@ def _shown(files: PictureFiles, sha256: str) -> str:
         data = files.read(sha256)
         if data is None:
             return ""
-        image = decode(data).image
+        small = small_jpeg(data, _SIDE_PX)
     except (PicturesUnavailable, ImageError):
         return ""
-    image.thumbnail((_SIDE_PX, _SIDE_PX))
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=80)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return f"data:image/jpeg;base64,{base64.b64encode(small).decode()}"
 
 
 def render(looks: Sequence[Look], alarms: Sequence[tuple[Look, Sequence[Driver]]], days: float) -> str:

@@ -32,7 +32,6 @@ from typing import Any
 
 import numpy as np
 import psutil
-import ray.data
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -88,6 +87,8 @@ def throughput(config: PrepareBenchmarkConfig, work: Path) -> dict[str, Any]:
     rounds: list[dict[str, float]] = json.loads(kept.read_text()) if kept.is_file() else []
     session = RaySettings(num_cpus=config.processes, object_store_bytes=config.object_store_bytes)
     with ray_session(session):
+        import ray.data  # not before the session has said on which address Ray listens
+
         # both sides begin when every worker is there, and Ray Data's own actors are
         ray.data.DataContext.get_current().wait_for_min_actors_s = 300
         ray.data.range(config.processes).map_batches(lambda batch: batch).materialize()

@@ -222,11 +222,12 @@ async def load(
             seen.failures[type(error).__name__] += 1
             return
         now = time.perf_counter() - started
-        if answer.status_code != 200 or answer.json()["errors"]:
+        record = answer.json() if answer.status_code == 200 else None
+        if record is None or record["errors"]:
             seen.failures[str(answer.status_code)] += 1
         elif warm_s <= now < ends:
             seen.latencies_s.append(time.perf_counter() - begun)
-            seen.stages.append(answer.json()["timings_ms"])
+            seen.stages.append(record["timings_ms"])
 
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
     async with httpx.AsyncClient(timeout=120, limits=limits) as session:

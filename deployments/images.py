@@ -130,6 +130,19 @@ def decode(data: bytes, limits: ImageLimits | None = None) -> Picture:
     return Picture(image, sha256, image.width, image.height, picture_format, len(data), quality)
 
 
+def small_jpeg(data: bytes, side_px: int) -> bytes:
+    """A JPEG of at most ``side_px`` a side, of the bytes of one file; for people.
+
+    Raises:
+        ImageError: as `decode` does.
+    """
+    picture = decode(data).image
+    picture.thumbnail((side_px, side_px))
+    buffer = BytesIO()
+    picture.save(buffer, "JPEG", quality=80)
+    return buffer.getvalue()
+
+
 def _decode_upright(data: bytes, picture_format: Format, limits: ImageLimits) -> tuple[Image.Image, float | None]:
     """Dimensions checked, then pixels, then RGB, then turned; and a JPEG's quality. Raises what the decoders raise,
     and ImageError."""

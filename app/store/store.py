@@ -14,7 +14,6 @@ Knows no HTTP and no Ray.
 from __future__ import annotations
 
 import asyncio
-import io
 import logging
 import queue
 import threading
@@ -39,7 +38,7 @@ from app.store.settings import StoreSettings
 from app.store.writer import Answered, Writer
 from deployments.annotation import Annotation
 from deployments.containers import sniff
-from deployments.images import ImageError, decode
+from deployments.images import ImageError, small_jpeg
 
 _log = logging.getLogger("ray.serve")
 Value = TypeVar("Value")
@@ -316,7 +315,7 @@ class Store:
             data = self._files.read(sha256) if kind is not None and self._files is not None else None
             if data is None or kind is None:
                 return None
-            return (_small(data), "image/jpeg") if small else (data, kind)
+            return (small_jpeg(data, _SMALL_PX), "image/jpeg") if small else (data, kind)
 
         return await self._read_thread(read)
 
@@ -400,11 +399,3 @@ class Store:
                 with database.writing() as connection:
                     events.picture_removed(connection, sha256)
         return 0.2 if removed >= _TIDY_ROWS or len(unwanted) == 100 else 60.0
-
-
-def _small(data: bytes) -> bytes:
-    picture = decode(data).image
-    picture.thumbnail((_SMALL_PX, _SMALL_PX))
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=80)
-    return buffer.getvalue()
