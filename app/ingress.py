@@ -24,6 +24,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app import idempotency
 from app.access import RequestLines
 from app.admission import Admission
 from app.analysis import TASKS, Explain, Graph
@@ -121,7 +122,8 @@ IdempotencyKey = Annotated[
         min_length=1,
         max_length=128,
         pattern=r"^[^\x00-\x1f\x7f]+$",
-        description="with `respond-async`: the caller's own name of this request; sent again it gets the same place",
+        description="the caller's own name of this request: sent again under it, it gets the same answer or the same "
+        "place, and is kept once",
     ),
 ]
 CallbackUrl = Annotated[
@@ -133,6 +135,7 @@ CallbackUrl = Annotated[
         "service's settings allow",
     ),
 ]
+_ONE_PART: dict[int | str, dict[str, Any]] = {**ANALYZE_RESPONSES, **responses("conflict")}
 PictureId = Annotated[
     str | None, Query(min_length=1, max_length=128, description="the caller's own id of a single picture")
 ]  # read by app.uploads; declared here for the documentation
@@ -167,7 +170,9 @@ def _why_not(settings: StoreSettings) -> str:
     """Why a store cannot be used on this cluster, or "": replicas on two nodes would each have a SQLite file."""
     import ray
 
-    nodes = sum(bool(node["Alive"]) for node in ray.nodes())
+    # several raylets may run on one machine
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    nodes = len({(node["NodeManagerHostname"], node["NodeManagerAddress"]) for node in alive})
     if settings.database_url.startswith("sqlite") and nodes > 1:
         return f"a SQLite store serves one node and there are {nodes}: give store.url a PostgreSQL"
     return ""
@@ -296,7 +301,7 @@ class Ingress:
         if waits and is_possible:
             how = partial(self._deferring, idempotency_key, callback_url)
             return await self._answer(request, _parse_tasks(tasks), explain, how)
-        return await self._answer(request, _parse_tasks(tasks), explain)
+        return await self._answer(request, _parse_tasks(tasks), explain, key=idempotency_key)
 
     @api.get(
         "/v1/results/{place}",
@@ -311,28 +316,39 @@ class Ingress:
         """The answer to a request that was accepted with `Prefer: respond-async`: as it would have been at once."""
         return await self.deferral.result(place)
 
-    @api.post("/v1/detect", tags=["annotate"], openapi_extra=ANALYZE_BODY, responses=ANALYZE_RESPONSES)
-    async def detect(self, request: Request, explain: ExplainQuery = "false", id: PictureId = None) -> Response:
+    @api.post("/v1/detect", tags=["annotate"], openapi_extra=ANALYZE_BODY, responses=_ONE_PART)
+    async def detect(
+        self,
+        request: Request,
+        explain: ExplainQuery = "false",
+        id: PictureId = None,
+        idempotency_key: IdempotencyKey = None,
+    ) -> Response:
         """The verdict alone."""
-        return await self._answer(request, frozenset({"detect"}), explain)
+        return await self._answer(request, frozenset({"detect"}), explain, key=idempotency_key)
 
-    @api.post("/v1/caption", tags=["annotate"], openapi_extra=ANALYZE_BODY, responses=ANALYZE_RESPONSES)
-    async def caption(self, request: Request, id: PictureId = None) -> Response:
+    @api.post("/v1/caption", tags=["annotate"], openapi_extra=ANALYZE_BODY, responses=_ONE_PART)
+    async def caption(self, request: Request, id: PictureId = None, idempotency_key: IdempotencyKey = None) -> Response:
         """The caption alone."""
-        return await self._answer(request, frozenset({"caption"}), "false")
+        return await self._answer(request, frozenset({"caption"}), "false", key=idempotency_key)
 
-    @api.post("/v1/tag", tags=["annotate"], openapi_extra=ANALYZE_BODY, responses=ANALYZE_RESPONSES)
-    async def tag(self, request: Request, id: PictureId = None) -> Response:
+    @api.post("/v1/tag", tags=["annotate"], openapi_extra=ANALYZE_BODY, responses=_ONE_PART)
+    async def tag(self, request: Request, id: PictureId = None, idempotency_key: IdempotencyKey = None) -> Response:
         """Tags, and the caption that they were made from."""
-        return await self._answer(request, frozenset({"tag"}), "false")
+        return await self._answer(request, frozenset({"tag"}), "false", key=idempotency_key)
 
     async def _answer(
-        self, request: Request, tasks: frozenset[Task], explain: str, how: _Answering | None = None
+        self,
+        request: Request,
+        tasks: frozenset[Task],
+        explain: str,
+        how: _Answering | None = None,
+        key: str | None = None,
     ) -> Response:
         started, code = time.perf_counter(), "disconnected"
         wanted: Explain | None = None if explain == "false" else ("grid" if explain == "grid" else "png")
         try:
-            answer = await (how or self._admitted)(request, tasks, wanted)
+            answer = await (how or partial(self._admitted, key))(request, tasks, wanted)
             code = request.state.code = "ok" if answer.status_code == 200 else "accepted"
             return answer
         except Problem as problem:
@@ -369,7 +385,9 @@ class Ingress:
         finally:
             self._receiving_waits -= 1
 
-    async def _admitted(self, request: Request, tasks: frozenset[Task], explain: Explain | None) -> Response:
+    async def _admitted(
+        self, key: str | None, request: Request, tasks: frozenset[Task], explain: Explain | None
+    ) -> Response:
         deadline = time.time() + self.limits.request_timeout_s
         # before the body is read: an overloaded server buffers nothing
         with telemetry.span("wait for a place"):
@@ -384,27 +402,40 @@ class Ingress:
                 raise Problem("timeout", "The request's body did not arrive in time.") from None
             self.admission.widen(len(uploads) - 1)
             places = request.state.pictures = len(uploads)
-            if len(uploads) == 1:
-                return JSONResponse(await self._one(uploads[0], tasks, explain, deadline))
-            items = await asyncio.gather(
-                *(self._one(upload, tasks, explain, deadline) for upload in uploads), return_exceptions=True
-            )
+            work = [
+                self._one(upload, tasks, explain, deadline, key and idempotency.name_of(key, tasks, number))
+                for number, upload in enumerate(uploads)
+            ]
+            if len(work) == 1:
+                return JSONResponse(await work[0])
+            items = await asyncio.gather(*work, return_exceptions=True)
             return JSONResponse({"items": [_item(item) for item in items]})
         finally:
             self.admission.leave(places)
 
     async def _one(
-        self, upload: Upload, tasks: frozenset[Task], explain: Explain | None, deadline: float
+        self, upload: Upload, tasks: frozenset[Task], explain: Explain | None, deadline: float, name: str | None
     ) -> dict[str, Any]:
+        """One picture's record.
+
+        Args:
+            name: of a request that may be sent again, and of this picture in it.
+        """
         if upload.problem is not None or upload.data is None:
             raise upload.problem or Problem("empty_body", "The request holds no picture.")
+        identity = upload.id
+        if name is not None:
+            given = await idempotency.earlier(self.store, name, upload.data)
+            if given is not None and explain is None:  # heat maps are not kept
+                return given.model_dump(mode="json")
+            identity = identity or idempotency.answer_id(name)
         started = time.perf_counter()
         try:
-            record = await self.graph.analyze(upload.data, upload.id, tasks, explain, deadline)
+            record = await self.graph.analyze(upload.data, identity, tasks, explain, deadline)
         except ImageError as error:
             raise Problem.of_image(error) from None
         self.admission.observe(time.perf_counter() - started)
-        self.store.offer(record, upload.data)
+        self.store.offer(record, upload.data, name)
         return record.model_dump(mode="json")
 
     # ---- what runs ----------------------------------------------------------------------------------------------

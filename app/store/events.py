@@ -77,10 +77,16 @@ def _insert_unless_there(connection: Connection, table: Any) -> Any:
 
 
 def write_predictions(connection: Connection, rows: Sequence[dict[str, Any]]) -> None:
-    """Insert answers; those that are there already (the same id) are left, and those of pictures whose deletion was
-    asked for after them are not written.
+    """Insert answers; those that are there already (the same id or name) are left, and those of pictures whose deletion
+    was asked for after them are not written.
     """
     _write(connection, Prediction, rows)
+
+
+def answered(connection: Connection, name: str) -> tuple[str, str] | None:
+    """Hash of the picture and record of the answer that is kept under a name."""
+    found = connection.execute(select(Prediction.sha256, Prediction.record).where(Prediction.name == name)).first()
+    return None if found is None else (found.sha256, found.record)
 
 
 def write_trials(connection: Connection, rows: Sequence[dict[str, Any]]) -> None:

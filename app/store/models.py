@@ -108,6 +108,8 @@ class Prediction(Base):
     tags_words: Mapped[str] = mapped_column(Text)
     facets: Mapped[str] = mapped_column(Text)
     """Verdict and tags as words of their own (`verdict_facet`, `tag_facet`), so that they are found with the text."""
+    name: Mapped[str | None] = mapped_column(String(64))
+    """Of the request and picture, if the request may be sent again (`app.idempotency`): kept once."""
 
     __table_args__ = (
         Index("ix_predictions_answer", "answer_id", "id"),
@@ -118,6 +120,13 @@ class Prediction(Base):
             "expires_id",
             postgresql_where=text("expires_id IS NOT NULL"),
             sqlite_where=text("expires_id IS NOT NULL"),
+        ),
+        Index(
+            "ix_predictions_name",
+            "name",
+            unique=True,
+            postgresql_where=text("name IS NOT NULL"),
+            sqlite_where=text("name IS NOT NULL"),
         ),
     )
 
@@ -294,7 +303,7 @@ def tag_facet(tag: str) -> str:
     return "xxtag" + digest.translate(str.maketrans("0123456789", "ghijklmnop"))
 
 
-def row_of(annotation: Annotation, at_s: float, expires_s: float | None) -> dict[str, object]:
+def row_of(annotation: Annotation, at_s: float, expires_s: float | None, name: str | None = None) -> dict[str, object]:
     """An answer as a row of `predictions`. PostgreSQL takes no NUL in a text; in the record's JSON it is escaped."""
     detection, caption, tags = annotation.detection, annotation.caption, annotation.tags or []
     facets = [verdict_facet(detection.label)] if detection else []
@@ -311,4 +320,5 @@ def row_of(annotation: Annotation, at_s: float, expires_s: float | None) -> dict
         "caption_words": plain(caption.text).replace("\0", " ") if caption else "",
         "tags_words": plain(" , ".join(tags)),
         "facets": " ".join([*facets, *(tag_facet(tag) for tag in tags)]),
+        "name": name,
     }

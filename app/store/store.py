@@ -156,13 +156,17 @@ class Store:
 
     # ---- answers in ---------------------------------------------------------------------------------------------
 
-    def offer(self, annotation: Annotation, data: bytes) -> None:
-        """Keep an answer, and its picture if all are kept. Returns at once and raises nothing."""
+    def offer(self, annotation: Annotation, data: bytes, name: str | None = None) -> None:
+        """Keep an answer, and its picture if all are kept. Returns at once and raises nothing.
+
+        Args:
+            name: the answer is kept once under it.
+        """
         if self._writer is None or self._message:
             return
         now = time.time()
         expires_s = self.expiry(annotation.sha256, now)
-        if self._writer.offer(Answered(annotation, now, expires_s)):
+        if self._writer.offer(Answered(annotation, now, expires_s, name)):
             self.offer_picture(annotation.sha256, data)
 
     def expiry(self, sha256: str, now_s: float) -> float | None:

@@ -40,6 +40,12 @@ class Answered:
     annotation: Annotation
     at_s: float
     expires_s: float | None
+    name: str | None = None
+    """Kept once under this name."""
+
+
+def _row(answered: Answered) -> dict[str, Any]:
+    return row_of(answered.annotation, answered.at_s, answered.expires_s, answered.name)
 
 
 @dataclass(frozen=True)
@@ -149,7 +155,7 @@ class Writer:
         return rows, [job for job in jobs if job.outcome.set_running_or_notify_cancel()], last
 
     def _write(self, rows: list[Answered | dict[str, Any]], jobs: list[_Job]) -> None:
-        prepared = [row if isinstance(row, dict) else row_of(row.annotation, row.at_s, row.expires_s) for row in rows]
+        prepared = [row if isinstance(row, dict) else _row(row) for row in rows]
         outcomes: list[tuple[_Job, Any, Exception | None]] = []
         try:
             if not self._database.is_open():

@@ -7,6 +7,7 @@ The tests share one application and stand in the order of its life.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import ipaddress
 import json
@@ -263,6 +264,27 @@ def test_who_can_wait_gets_a_place_and_finds_the_same_answer_there(service: Smal
     assert refused.headers["content-type"] == "application/problem+json"
     assert later(service, b"").status_code == 400
     assert HTTP.get(f"{service.url}/v1/results/nowhere").status_code == 404
+
+
+def test_a_request_sent_again_under_its_key_has_one_answer(service: SmallService) -> None:
+    def send(number: int, path: str = "/v1/analyze", **parameters: str) -> httpx.Response:
+        headers = {"idempotency-key": "upload-70"}
+        return HTTP.post(f"{service.url}{path}", content=picture(number), headers=headers, params=parameters)
+
+    first = send(70).json()
+    sha256 = hashlib.sha256(picture(70)).hexdigest()
+    limit = time.monotonic() + 60
+    while (again := send(70).json()) != first and time.monotonic() < limit:  # it is written a moment later
+        assert (again["id"], again["sha256"]) == (first["id"], sha256)
+    assert again == first, "timings and all"
+    assert send(71).status_code == 409 and send(71).json()["code"] == "conflict"
+    with_map = send(70, explain="png").json()
+    assert with_map["id"] == first["id"] and with_map["detection"]["heat_map"]
+    part = send(70, "/v1/detect").json()
+    assert part["caption"] is None and part["id"] != first["id"], "another route is another request"
+    rows = HTTP.delete(f"{service.url}/v1/pictures/{sha256}").json()
+    assert rows["predictions"] == 2, "each was kept once"
+    assert send(71).status_code == 200, "with the answer the name is gone"
 
 
 def told(service: SmallService, hook: Hook, number: int, request_id: str) -> tuple[str, dict[str, str], dict[str, Any]]:

@@ -11,6 +11,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import delete, func, inspect, select, text, update
 
+from app import idempotency
+from app.problems import Problem
 from app.store import events, models, search
 from app.store.database import Database, StoreUnavailable, migrate
 from app.store.events import Event, KeyConflict, UnknownAnswer
@@ -199,6 +202,35 @@ def test_an_answer_comes_back_as_it_was_given(stores: Stores) -> None:
     (found,), following = run(store.search(Query()))
     assert found.annotation == given and following is None
     assert abs(found.at.timestamp() - time.time()) < 60 and not found.has_picture and found.judged == ()
+
+
+def test_an_answer_with_a_name_is_kept_once_and_found_by_it(stores: Stores) -> None:
+    store, other = stores(), stores()
+    first, again = annotation("first", caption="a dog"), annotation("first", caption="a cat")
+    for holder, record in ((store, first), (other, again)):
+        holder.offer(record, PICTURE, "name")
+        wait_for(lambda holder=holder: holder.status()["written"] == 1)
+    keep(store, annotation("nameless"), annotation("nameless"))
+    assert count(store, Prediction) == 3
+    found = run(other.read(partial(events.answered, name="name")))
+    assert found is not None and found[0] == first.sha256 and Annotation.model_validate_json(found[1]) == first
+    assert run(other.read(partial(events.answered, name="another"))) is None
+
+
+def test_a_request_sent_again_gets_its_answer_and_another_picture_is_refused(stores: Stores, tmp_path: Path) -> None:
+    store = stores()
+    name = idempotency.name_of("upload-1", frozenset({"detect", "tag"}), 0)
+    assert name != idempotency.name_of("upload-1", frozenset({"detect", "tag"}), 1)
+    assert name != idempotency.name_of("upload-1", frozenset({"detect"}), 0)
+    assert run(idempotency.earlier(store, name, PICTURE)) is None
+    sha256 = hashlib.sha256(PICTURE).hexdigest()
+    record = annotation(idempotency.answer_id(name), caption="a dog").model_copy(update={"sha256": sha256})
+    store.offer(record, PICTURE, name)
+    assert wait_for(lambda: run(idempotency.earlier(store, name, PICTURE))) == record
+    with pytest.raises(Problem, match="another picture") as refused:
+        run(idempotency.earlier(store, name, b"another"))
+    assert refused.value.status == 409
+    assert run(idempotency.earlier(Store(StoreSettings(keep="off")), name, PICTURE)) is None
 
 
 def test_ids_grow_with_time_and_tell_it() -> None:
