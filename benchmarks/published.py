@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from benchmarks.simulation import Batching, BatchTimes, Generating
+from benchmarks.graph_simulation import Batching, Generating
+from benchmarks.simulation import BatchTimes
 
 GPU = "NVIDIA GeForce RTX 4090, 24 GB"
 

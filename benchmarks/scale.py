@@ -1,7 +1,7 @@
 """How large it must be: replicas, GPUs and money for 50, 300 and 3,000 pictures a second, and what a spike does.
 
-A discrete-event model of the graph (``benchmarks.simulation``), fed with what is measured here and what others have
-published of a GPU (``benchmarks.published``), and held against the running service. Parts, each with a result file:
+A discrete-event model of the graph (``benchmarks.graph_simulation``), fed with what is measured here and what others
+have published of a GPU (``benchmarks.published``), and held against the running service. Parts, each with a result:
 
 * ``calibrate``  -> ``scale_calibration``: the models' times by batch size, of decoding a photo
 * ``validate``   -> ``scale_validation``: the running service and the model under the same loads; errors, bar 15 %
@@ -32,19 +32,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from benchmarks import plots, published
+from benchmarks.graph_simulation import Admitted, Batching, Generating, Graph, IngressTimes, Service, feed, poisson
+from benchmarks.load import quantile
 from benchmarks.report import QUICK, RESULTS, write_result
-from benchmarks.simulation import (
-    Admitted,
-    Batching,
-    Generating,
-    Graph,
-    IngressTimes,
-    Scaling,
-    Service,
-    feed,
-    poisson,
-    quantile,
-)
+from benchmarks.simulation import Scaling
 
 ROOT = Path(__file__).parents[1]
 MODELS = ("detector", "captioner", "tagger")

@@ -37,23 +37,22 @@ import yaml
 
 from app import cluster
 from app.serve import ServeSettings, deploy, serving, wait_until_ready
-from benchmarks.plots import table
-from benchmarks.published import Step
-from benchmarks.serving import cpu_seconds, memory_bytes
-from benchmarks.simulation import (
+from benchmarks.graph_simulation import (
     Admitted,
     Batching,
-    BatchTimes,
     Generating,
     Graph,
     IngressTimes,
-    Scaling,
     Service,
-    closed_loop,
     feed,
+    feed_clients,
     poisson,
-    quantile,
 )
+from benchmarks.load import closed_loop, quantile, session
+from benchmarks.plots import table
+from benchmarks.published import Step
+from benchmarks.serving import cpu_seconds, memory_bytes
+from benchmarks.simulation import BatchTimes, Scaling
 
 ROOT = Path(__file__).parents[1]
 #: Stand-in models of `validate`: near what a GPU takes, and slow enough that two cores are not what limits.
@@ -212,12 +211,11 @@ async def load(
     seen = Seen(seconds)
     started = time.perf_counter()
     ends = warm_s + seconds
-    numbers = iter(range(10**9))
 
-    async def send(session: httpx.AsyncClient) -> None:
+    async def send(http: httpx.AsyncClient, number: int) -> None:
         begun = time.perf_counter()
         try:
-            answer = await session.post(f"{url}/v1/analyze", content=photos[next(numbers) % len(photos)])
+            answer = await http.post(f"{url}/v1/analyze", content=photos[number % len(photos)])
         except httpx.HTTPError as error:
             seen.failures[type(error).__name__] += 1
             return
@@ -229,18 +227,16 @@ async def load(
             seen.latencies_s.append(time.perf_counter() - begun)
             seen.stages.append(record["timings_ms"])
 
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
-    async with httpx.AsyncClient(timeout=120, limits=limits) as session:
+    async with session(None) as http:
 
-        async def client() -> None:
-            while time.perf_counter() - started < ends:
-                await send(session)
-
-        async def on_time(moment: float) -> None:
+        async def on_time(number: int, moment: float) -> None:
             await asyncio.sleep(moment - (time.perf_counter() - started))
-            await send(session)
+            await send(http, number)
 
-        await asyncio.gather(*(client() for _ in range(clients)), *(on_time(moment) for moment in moments))
+        await asyncio.gather(
+            closed_loop(http, clients, send, lambda _: time.perf_counter() - started < ends),
+            *(on_time(number, moment) for number, moment in enumerate(moments)),
+        )
     return seen
 
 
@@ -328,7 +324,7 @@ def predicted(service: Service, phase: Phase, warm_s: float, seeds: int = 8) -> 
     for seed in range(seeds):
         graph = Graph(service, seed)
         if phase.clients:
-            closed_loop(graph, phase.clients)
+            feed_clients(graph, phase.clients)
         else:
             feed(graph, poisson(random.Random(seed), lambda _: phase.rate, warm_s + length))
         graph.clock.run(warm_s + length)
@@ -411,7 +407,7 @@ def _ingress(cost: dict[str, Any], models_s: float, decode_spread: float, hops_s
 def fitted(service: Callable[[tuple[float, ...]], Service], latencies_s: Sequence[float]) -> tuple[float, ...]:
     """Seconds that pass between processes without work: what one client's answers took beyond the model's."""
     graph = Graph(service((0.0,)))
-    closed_loop(graph, 1)
+    feed_clients(graph, 1)
     graph.clock.run(400 * statistics.fmean(latencies_s))
     spent = statistics.fmean(ended - arrived for arrived, ended, *_ in graph.outcomes)
     return tuple(max(0.0, latency - spent) for latency in latencies_s)

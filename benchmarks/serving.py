@@ -31,6 +31,7 @@ import psutil
 from pydantic import BaseModel, ConfigDict, Field
 
 from app import cluster
+from benchmarks.load import closed_loop, session
 from benchmarks.report import write_result
 
 
@@ -92,34 +93,32 @@ async def drive(url: str, photos: list[bytes], clients: int, seconds: float | No
     """Closed loop: each client sends the next photo as soon as it has its answer, until all are sent or the time is
     over.
     """
-    load, position = Load(), iter(range(10**9))
+    load = Load()
     started = time.perf_counter()
 
-    async def client(session: httpx.AsyncClient) -> None:
-        while True:
-            index = next(position)
-            if (seconds is None and index >= len(photos)) or (seconds and time.perf_counter() - started >= seconds):
-                return
-            begun = time.perf_counter()
-            try:
-                answer = await session.post(f"{url}/v1/analyze", content=photos[index % len(photos)])
-            except httpx.HTTPError as error:
-                load.statuses[-1] += 1
-                print(f"request failed: {error!r}", flush=True)
-                continue
-            load.statuses[answer.status_code] += 1
-            if answer.status_code == 200:
-                record = answer.json()
-                if not record["errors"] and record["detection"] and record["caption"] and record["tags"]:
-                    load.complete += 1
-                    load.completed_at.append(time.perf_counter() - started)
-                load.errors.update(f"{error['stage']}: {error['code']}" for error in record["errors"])
-                load.latencies_ms.append((time.perf_counter() - begun) * 1000)
-            load.retry_after += answer.status_code == 429 and "retry-after" in answer.headers
+    def go_on(number: int) -> bool:
+        return number < len(photos) if seconds is None else time.perf_counter() - started < seconds
 
-    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
-    async with httpx.AsyncClient(timeout=120, limits=limits) as session:
-        await asyncio.gather(*(client(session) for _ in range(clients)))
+    async def send(http: httpx.AsyncClient, number: int) -> None:
+        begun = time.perf_counter()
+        try:
+            answer = await http.post(f"{url}/v1/analyze", content=photos[number % len(photos)])
+        except httpx.HTTPError as error:
+            load.statuses[-1] += 1
+            print(f"request failed: {error!r}", flush=True)
+            return
+        load.statuses[answer.status_code] += 1
+        if answer.status_code == 200:
+            record = answer.json()
+            if not record["errors"] and record["detection"] and record["caption"] and record["tags"]:
+                load.complete += 1
+                load.completed_at.append(time.perf_counter() - started)
+            load.errors.update(f"{error['stage']}: {error['code']}" for error in record["errors"])
+            load.latencies_ms.append((time.perf_counter() - begun) * 1000)
+        load.retry_after += answer.status_code == 429 and "retry-after" in answer.headers
+
+    async with session(clients) as http:
+        await closed_loop(http, clients, send, go_on)
     load.seconds = time.perf_counter() - started
     return load
 

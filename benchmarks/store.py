@@ -28,6 +28,7 @@ from app.store.models import Prediction, first_id, row_of
 from app.store.search import Place, Query
 from app.store.settings import StoreSettings
 from app.store.store import Store
+from benchmarks.load import quantile
 from benchmarks.report import write_result
 from deployments.annotation import Annotation, Caption, Detection, Provenance
 
@@ -157,10 +158,6 @@ def searches(language: Language, rows: int) -> dict[str, Callable[[int], Query]]
     }
 
 
-def percentile(values: list[float], share: float) -> float:
-    return sorted(values)[min(len(values) - 1, int(share * len(values)))]
-
-
 async def measure(url: str, settings: StoreBenchmark) -> dict[str, Any]:
     """Fill one database and ask it everything."""
     language = Language(1)
@@ -193,8 +190,8 @@ async def measure(url: str, settings: StoreBenchmark) -> dict[str, Any]:
             times.append((time.perf_counter() - started) * 1000)
             found.append(len(items))
         result["searches_ms"][name] = {
-            "p50": round(percentile(times, 0.5), 1),
-            "p95": round(percentile(times, 0.95), 1),
+            "p50": round(quantile(times, 0.5), 1),
+            "p95": round(quantile(times, 0.95), 1),
             "max": round(max(times), 1),
             "found_mean": round(sum(found) / len(found), 1),
         }
@@ -207,7 +204,7 @@ async def measure(url: str, settings: StoreBenchmark) -> dict[str, Any]:
         started = time.perf_counter()
         await store.feedback(event)
         times.append((time.perf_counter() - started) * 1000)
-    result["feedback_ms"] = {"p50": round(percentile(times, 0.5), 1), "p95": round(percentile(times, 0.95), 1)}
+    result["feedback_ms"] = {"p50": round(quantile(times, 0.5), 1), "p95": round(quantile(times, 0.95), 1)}
     started = time.perf_counter()
     await store.delete_picture(hashlib.sha256(b"7").hexdigest())
     result["delete_picture_ms"] = round((time.perf_counter() - started) * 1000, 1)

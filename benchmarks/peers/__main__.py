@@ -45,10 +45,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app import cluster
 from benchmarks import plots
+from benchmarks.load import closed_loop, quantile, session
 from benchmarks.peers.model import BATCH, CHECKPOINT, PORT, THREADS, WAIT_S
 from benchmarks.report import QUICK, RESULTS, write_result
 from benchmarks.serving import read_photos
-from benchmarks.simulation import quantile
 
 ROOT = Path(__file__).parents[2]
 _HERE = Path(__file__).parent
@@ -304,24 +304,22 @@ async def drive(
     """Clients without think time: answers, how long they took, and what they cost, once all have had their first."""
     latencies: list[float] = []
     failures: Counter[str] = Counter()
-    numbers = iter(range(10**9))
     begun = time.perf_counter()
     ends = begun + warm_s + seconds
 
-    async def client(session: httpx.AsyncClient) -> None:
-        while (sent := time.perf_counter()) < ends:
-            try:
-                answer = await send(session, running.url, photos[next(numbers) % len(photos)])
-                status = answer.status_code
-            except httpx.HTTPError as error:
-                failures[type(error).__name__] += 1
-                continue
-            now = time.perf_counter()
-            if status != 200:
-                failures[str(status)] += 1
-                await asyncio.sleep(0.05)
-            elif begun + warm_s <= now < ends:
-                latencies.append(now - sent)
+    async def ask(http: httpx.AsyncClient, number: int) -> None:
+        sent = time.perf_counter()
+        try:
+            answer = await send(http, running.url, photos[number % len(photos)])
+        except httpx.HTTPError as error:
+            failures[type(error).__name__] += 1
+            return
+        now = time.perf_counter()
+        if answer.status_code != 200:
+            failures[str(answer.status_code)] += 1
+            await asyncio.sleep(0.05)
+        elif begun + warm_s <= now < ends:
+            latencies.append(now - sent)
 
     async def cost() -> float:
         await asyncio.sleep(warm_s)
@@ -329,10 +327,9 @@ async def drive(
         await asyncio.sleep(max(0.0, ends - time.perf_counter()))
         return await asyncio.to_thread(running.cpu_s) - before
 
-    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
-    async with httpx.AsyncClient(timeout=300, limits=limits) as session:
+    async with session(clients, 300) as http:
         watched = asyncio.ensure_future(cost())
-        await asyncio.gather(watched, *(client(session) for _ in range(clients)))
+        await asyncio.gather(watched, closed_loop(http, clients, ask, lambda _: time.perf_counter() < ends))
     return {
         "clients": clients,
         "answers": len(latencies),

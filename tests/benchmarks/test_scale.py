@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from benchmarks import published, scale
+from benchmarks.graph_simulation import Admitted, Batching, Generating, IngressTimes, Service
 from benchmarks.scale_measure import Phase, batching, fitted, generating, predicted
-from benchmarks.simulation import Admitted, Batching, Generating, IngressTimes, Scaling, Service
+from benchmarks.simulation import Scaling
 from benchmarks.stand_ins import parse
 
 CALIBRATION = {"decode_s": 0.02, "decode_spread": 0.5}

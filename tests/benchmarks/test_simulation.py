@@ -9,27 +9,29 @@ from typing import Any
 
 import pytest
 
-from benchmarks.simulation import (
+from benchmarks.graph_simulation import (
     Admitted,
     Batching,
+    Generating,
+    Graph,
+    IngressTimes,
+    Service,
+    Station,
+    feed,
+    feed_clients,
+    poisson,
+)
+from benchmarks.load import quantile
+from benchmarks.simulation import (
     BatchReplica,
     BatchTimes,
     Clock,
     Deployment,
     EngineReplica,
-    Generating,
     Gpus,
-    Graph,
-    IngressTimes,
     Job,
     Processor,
     Scaling,
-    Service,
-    Station,
-    closed_loop,
-    feed,
-    poisson,
-    quantile,
 )
 
 
@@ -239,7 +241,7 @@ def small_service(**settings: Any) -> Service:
 
 def test_one_client_sees_the_sum_of_the_parts() -> None:
     graph = Graph(small_service())
-    closed_loop(graph, 1)
+    feed_clients(graph, 1)
     graph.clock.run(30.0)
     spent = [ended - arrived for arrived, ended, _, how in graph.outcomes if how == "answered"]
     alone = 0.001 + 0.002 + 0.01 + (0.005 + 0.1) + 20 * 0.0045
@@ -248,7 +250,7 @@ def test_one_client_sees_the_sum_of_the_parts() -> None:
 
 def test_clients_and_answers_obey_littles_law_and_the_slowest_part_is_the_bound() -> None:
     graph = Graph(small_service())
-    closed_loop(graph, 16)
+    feed_clients(graph, 16)
     graph.clock.run(120.0)
     spent = [ended - arrived for arrived, ended, *_ in graph.outcomes]
     rate = len(spent) / 120
@@ -260,7 +262,7 @@ def test_clients_and_answers_obey_littles_law_and_the_slowest_part_is_the_bound(
 def test_on_two_shared_cores_the_work_is_the_bound() -> None:
     shared = small_service(cores=1.0)
     graph = Graph(shared)
-    closed_loop(graph, 16)
+    feed_clients(graph, 16)
     graph.clock.run(120.0)
     assert graph.processor is not None
     assert graph.processor.busy == pytest.approx(120.0, rel=0.01)

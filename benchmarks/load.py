@@ -1,0 +1,38 @@
+"""Clients without think time, and what is said of the times that they saw. Knows no route and no answer: what is sent,
+and what of an answer counts, is the caller's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Awaitable, Callable, Sequence
+
+import httpx
+
+#: Sends the request of that number and takes its answer in.
+Send = Callable[[httpx.AsyncClient, int], Awaitable[None]]
+
+
+def session(connections: int | None, timeout_s: float = 120.0) -> httpx.AsyncClient:
+    """An HTTP client that keeps as many connections open as it has clients; None: without bound."""
+    kept = connections if connections is not None else 64
+    limits = httpx.Limits(max_connections=connections, max_keepalive_connections=kept)
+    return httpx.AsyncClient(timeout=timeout_s, limits=limits)
+
+
+async def closed_loop(http: httpx.AsyncClient, clients: int, send: Send, go_on: Callable[[int], bool]) -> None:
+    """Each client sends the next request as soon as it has its answer, while ``go_on`` of the request's number."""
+    numbers = iter(range(10**12))
+
+    async def client() -> None:
+        while go_on(number := next(numbers)):
+            await send(http, number)
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The smallest value that at least that share of them does not exceed; nan without values."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, max(0, math.ceil(share * len(ordered)) - 1))] if ordered else math.nan
