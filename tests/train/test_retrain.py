@@ -303,7 +303,7 @@ def test_verified_labels_of_a_new_generator_reach_production_through_a_kill_and_
     assert [each["passed"] for each in judged["shown"]] == [True, True]
     print(judged["told"])
     assert registry.aliases_of(client, "detector") == dict.fromkeys(registry.ALIASES, "2")
-    assert (next((place / "work").glob("retraining-*")) / "retraining.html").read_text().count("better on the new") == 1
+    assert "better on the new" in (next((place / "work").glob("retraining-*")) / "retraining.html").read_text()
     again = subprocess.run(
         command(place, "--when=labels", "--new-labels=10"), cwd=ROOT, capture_output=True, text=True, check=False
     )
