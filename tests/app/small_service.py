@@ -183,6 +183,17 @@ class SmallService:
             }
         )
 
+    def kill_everything(self) -> None:
+        """SIGKILL for every process of it, Ray's and its starter's included."""
+        processes = cluster.processes(self.port)
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.process.kill()
+        self.process.wait()
+        psutil.wait_procs(processes, timeout=60)
+        cluster.stop(self.port)
+
     def _instance(self) -> cluster.Instance:
         dashboard = re.search(r"Ray dashboard  http://127.0.0.1:(\d+)/", self.log.read_text())
         assert dashboard is not None

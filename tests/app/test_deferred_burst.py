@@ -12,12 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 
-from app import cluster
 from tests.app.load import picture
-from tests.app.small_service import SmallService, small_service
+from tests.app.small_service import small_service
 
 pytestmark = [pytest.mark.proof, pytest.mark.slow, pytest.mark.timeout(3600)]
 
@@ -45,16 +43,6 @@ def answered(database: Path) -> int:
         return int(connection.execute("SELECT count(*) FROM deferred WHERE status > 0").fetchone()[0])
 
 
-def kill_everything(service: SmallService) -> None:
-    processes = cluster.processes(service.port)
-    for process in processes:
-        process.kill()
-    service.process.kill()
-    service.process.wait()
-    psutil.wait_procs(processes, timeout=60)
-    cluster.stop(service.port)
-
-
 def test_ten_thousand_in_a_burst_and_everything_killed_in_the_middle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,7 +60,7 @@ def test_ten_thousand_in_a_burst_and_everything_killed_in_the_middle(
               f"p99 {seconds[COUNT * 99 // 100]:.3f} s, {answered(database)} answered meanwhile")  # fmt: skip
         while answered(database) < COUNT // 2:
             time.sleep(0.5)
-        kill_everything(service)
+        service.kill_everything()
     before = answered(database)
     assert before < COUNT
     with small_service(tmp_path / "second") as service:
