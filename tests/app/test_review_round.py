@@ -77,7 +77,8 @@ class Studio:
 
 @pytest.fixture(scope="module")
 def studio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
-    running = Studio(tmp_path_factory.mktemp("studio") / "review", cluster.free_port())
+    # not one of those that the system gives to outgoing connections: it is closed and opened again in a test
+    running = Studio(tmp_path_factory.mktemp("studio") / "review", cluster.free_port(8181))
     try:
         running.start()
         yield running

@@ -25,6 +25,7 @@ from data.errors import DataError
 from data.session import RaySettings, ray_session
 from tests.conftest import ROOT, RunningApplication
 from tests.data.made import S3Server, encoded, picture, s3_server
+from tests.jobs import Jobs
 from tests.train.small_models import small_captioner, small_detector
 
 #: Real engines start several times: minutes on two cores.
@@ -242,24 +243,17 @@ def test_a_job_that_is_stopped_and_submitted_again_finishes_with_the_same_answer
     port = cluster.free_port(8151)
     instance = cluster.start(port, num_cpus=2, object_store_bytes=400 * 2**20)
     try:
-        environment = cluster.environment(port) | {"RAY_API_SERVER_ADDRESS": instance.dashboard_url}
+        jobs = Jobs(instance)
 
-        def job(*arguments: str) -> subprocess.CompletedProcess[str]:
-            command = [sys.executable, "-m", "ray.scripts.scripts", "job", *arguments]
-            return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
-
-        def submit(name: str, output: Path, *options: str) -> subprocess.CompletedProcess[str]:
-            program = f"{sys.executable} -m data.annotate --input {place} --output {output} --shard-pictures 4"
-            return job("submit", "--working-dir", ".", "--submission-id", name, *options, "--", *program.split())
+        def submit(name: str, output: Path, wait: bool = True) -> subprocess.CompletedProcess[str]:
+            entry = ("data.annotate", "--input", str(place), "--output", str(output), "--shard-pictures", "4")
+            return jobs.submit(name, *entry, wait=wait)
 
         assert "relative path" in (refused := submit("relative", Path("out"))).stdout + refused.stderr
         assert submit("whole", tmp_path / "whole").returncode == 0
         output = tmp_path / "stopped"
-        assert submit("first", output, "--no-wait").returncode == 0
-        while not list((output / FOLDER).glob("*.parquet")):
-            assert "FAILED" not in job("status", "first").stdout
-            time.sleep(1)
-        assert job("stop", "first").returncode == 0
+        assert submit("first", output, wait=False).returncode == 0
+        jobs.stop_when("first", lambda: bool(list((output / FOLDER).glob("*.parquet"))))
         done = len(list((output / FOLDER).glob("*.parquet")))
         assert done < 12
         again = submit("second", output)
