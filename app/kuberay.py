@@ -27,7 +27,7 @@ _CODE, _KEYS = "/opt/deeptrust", "/etc/deeptrust-keys"
 _NOT_CARRIED = (
     *("HEAD_", "WORKER_", "OBJECT_STORE_", "SPILL_", "RAY_FOLDER", "GCS_PORT", "METRICS_PORT", "DASHBOARD_PORT"),
     *("RAY_AUTH_", "RAY_METRICS_GRAFANA_", "RAY_PROMETHEUS_HOST", "RAY_GRAFANA_HOST", "PYTHONPATH", "PATH"),
-    *("DEEPTRUST_CACHE", VARIABLE),
+    *("DEEPTRUST_CACHE", "RAY_enable_autoscaler_v2", VARIABLE),
 )
 
 
