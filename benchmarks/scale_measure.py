@@ -254,8 +254,14 @@ def small_photos(count: int, seed: int = 5) -> list[bytes]:
     return photos
 
 
-def stand_in_config(port: int, replicas: int = 1, ingresses: int = 1) -> dict[str, Any]:
-    """``serve_config.cpu.yaml`` with models that sleep, a fixed number of replicas, and nothing kept."""
+def stand_in_config(
+    port: int, replicas: int = 1, ingresses: int = 1, uris: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """``serve_config.cpu.yaml`` with models that sleep, a fixed number of replicas, and nothing kept.
+
+    Args:
+        uris: of each model's stand-in; those of ``validate`` otherwise.
+    """
     config = yaml.safe_load((ROOT / "serve_config.cpu.yaml").read_text())
     config["http_options"]["port"] = port
     application = config["applications"][0]
@@ -278,10 +284,8 @@ def stand_in_config(port: int, replicas: int = 1, ingresses: int = 1) -> dict[st
             one["autoscaling_config"] = {"min_replicas": count, "max_replicas": count}
             one["ray_actor_options"] = {"num_cpus": 0.01}
         if one["name"] != "Ingress":
-            uri = {"Detector": DETECTOR, "Captioner": CAPTIONER, "Tagger": TAGGER}[one["name"]]
-            one["user_config"] = {"uri": uri} | (
-                {} if one["name"] == "Tagger" else {"max_batch_size": 8, "batch_wait_timeout_s": 0.005}
-            )
+            chosen = {"Detector": DETECTOR, "Captioner": CAPTIONER, "Tagger": TAGGER} | (uris or {})
+            one["user_config"] = one.get("user_config", {}) | {"uri": chosen[one["name"]]}
     return config
 
 
