@@ -147,7 +147,7 @@ def ingress_times(threads: int) -> tuple[IngressTimes, dict[str, str]]:
 def models(config: ScaleConfig, settings: dict[str, Any]) -> tuple[Batching, Batching, Generating]:
     """The models' times: others' or this machine's."""
     sizes = {name: settings[name]["batch"].get("max_batch_size", 8) for name in ("detector", "captioner")}
-    waits = {name: settings[name]["batch"].get("batch_wait_timeout_s", 0.005) for name in ("detector", "captioner")}
+    waits = {name: settings[name]["batch"].get("batch_wait_timeout_s", 0.0) for name in ("detector", "captioner")}
     if config.figures == "measured":
         from benchmarks.scale_measure import batching, generating
 

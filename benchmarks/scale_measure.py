@@ -432,8 +432,8 @@ def validate_stand_ins(seconds: float, warm_s: float) -> dict[str, Any]:
             return Service(
                 times(hops_s),
                 Admitted(max_in_flight=64, max_waiting=256, max_wait_s=20),
-                Batching(lambda size: base_d + each_d * size, 8, 0.005, 0.0),
-                Batching(lambda size: base_c + each_c * size, 8, 0.005, 0.0),
+                Batching(lambda size: base_d + each_d * size, 8, 0.0, 0.0),
+                Batching(lambda size: base_c + each_c * size, 8, 0.0, 0.0),
                 Generating(Step(base_t, each_t), 32, tokens, 0.0, 0.0),
                 dict.fromkeys(("ingress", "detector", "captioner", "tagger"), one),
                 cores=(os.cpu_count() or 2) - cost["idle_cores"],
@@ -466,8 +466,8 @@ def validate_starter(
         wait_until_ready(instance, 900)
         asyncio.run(load(instance.url, photos, 20.0, 0.0, clients=8))  # warm
         cost = overheads(instance.port, photos, idle_s=20.0)
-        detector = batching(calibration["detector"], 8, 0.005)
-        captioner = batching(calibration["captioner"], 8, 0.005)
+        detector = batching(calibration["detector"], 8, 0.0)
+        captioner = batching(calibration["captioner"], 8, 0.0)
         tagger = generating(calibration["tagger"], 16)
         # the models' own work for a picture alone is not overhead
         models_s = detector.times(1) * detector.width + captioner.times(1) * captioner.width
@@ -527,7 +527,7 @@ def routers(counts: Sequence[int], rate: float, seconds: float, floor_bytes: int
     rows: list[dict[str, Any]] = []
     decoding: list[float] = []
     base_s, each_s, _ = parse(DETECTOR)
-    alone_s = 0.005 + base_s + each_s
+    alone_s = base_s + each_s
     with stand_in_service() as instance:
         for number, replicas in enumerate(counts):
             have = rows[-1]["replicas_of_each"] if rows else 1
@@ -562,7 +562,7 @@ def routers(counts: Sequence[int], rate: float, seconds: float, floor_bytes: int
                     "p50_s": quantile(seen.latencies_s, 0.5),
                     "p99_s": quantile(seen.latencies_s, 0.99),
                     "outside_models_p50_s": quantile(outside, 0.5),
-                    # beyond the wait for company and the model's own time: routing, and the way there and back
+                    # beyond the model's own time: routing, and the way there and back
                     "to_a_replica_and_back_p50_s": quantile([s["detector"] / 1000 for s in seen.stages], 0.5) - alone_s,
                     "controller_cores_at_rest": sum(v for n, v in idle.items() if "Controller" in n),
                     "all_cores_at_rest": sum(v for n, v in idle.items() if n != "client"),

@@ -56,7 +56,13 @@ class ReplicaConfig(BaseModel):
 
     uri: str = Field(description="checkpoint to serve, see deployments.checkpoints")
     max_batch_size: int = Field(8, ge=1, le=256)
-    batch_wait_timeout_s: float = Field(0.005, ge=0, le=1, description="how long a batch waits for company")
+    batch_wait_timeout_s: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="how long a batch waits for company; the door gathers what comes while the model is busy, so that "
+        "only a free model would be kept waiting",
+    )
 
 
 class ModelInfo(BaseModel):
@@ -257,7 +263,7 @@ class Replica(Generic[Model]):
                 pictures=computed[0].pictures if computed else 0,
             )
 
-    @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.005)
+    @serve.batch(max_batch_size=8, batch_wait_timeout_s=0.0)
     async def _batch(self, views: list[np.ndarray], specs: list[ViewSpec], deadline: list[float]) -> list[_Computed]:
         self._door.shut()
         model, started = self.model, time.perf_counter()

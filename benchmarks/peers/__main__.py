@@ -271,7 +271,7 @@ def _project(port: int, settings: dict[str, str], config: PeersConfig) -> Iterat
 
     instance = cluster.start(port, max(2, os.cpu_count() or 2), 200 * 2**20)
     try:
-        batch, wait_s = int(settings.get(BATCH, 8)), float(settings.get(WAIT_S, 0.005))
+        batch, wait_s = int(settings.get(BATCH, 8)), float(settings.get(WAIT_S, 0.0))
         chosen = configuration(port, config.checkpoint, batch, wait_s)
         for one in chosen["applications"][0]["deployments"]:
             if one["name"] == "Detector":

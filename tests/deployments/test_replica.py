@@ -128,7 +128,7 @@ def replica(monkeypatch: pytest.MonkeyPatch) -> Slow:
     context = SimpleNamespace(_deployment_config=SimpleNamespace(max_ongoing_requests=100))
     monkeypatch.setattr(serve, "get_replica_context", lambda: context)
     # the queue belongs to the class and to the event loop that first used it: each test has a class of its own
-    decorated = serve.batch(max_batch_size=8, batch_wait_timeout_s=0.005)(Replica._batch.__wrapped__)  # type: ignore[attr-defined]
+    decorated = serve.batch(max_batch_size=8, batch_wait_timeout_s=0.0)(Replica._batch.__wrapped__)  # type: ignore[attr-defined]
     return type("OwnQueue", (Slow,), {"_batch": decorated})()
 
 
