@@ -275,16 +275,18 @@ def stand_in_config(
         "max_replicas": replicas,
     }
     application["args"]["tagger_canary"] = None
+    chosen = {"Detector": DETECTOR, "Captioner": CAPTIONER, "Tagger": TAGGER} | (uris or {})
     application["deployments"] = [one for one in application["deployments"] if one["name"] != "TaggerCanary"]
     for one in application["deployments"]:
         if one["name"].endswith("Canary"):
             continue  # at zero replicas, as they are
+        if one["name"] == "Drift":
+            continue  # watches a detector that has a reference; a stand-in has none
         count = ingresses if one["name"] == "Ingress" else replicas
         if one["name"] != "Tagger":
             one["autoscaling_config"] = {"min_replicas": count, "max_replicas": count}
             one["ray_actor_options"] = {"num_cpus": 0.01}
-        if one["name"] != "Ingress":
-            chosen = {"Detector": DETECTOR, "Captioner": CAPTIONER, "Tagger": TAGGER} | (uris or {})
+        if one["name"] in chosen:
             one["user_config"] = one.get("user_config", {}) | {"uri": chosen[one["name"]]}
     return config
 
