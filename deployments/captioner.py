@@ -1,20 +1,24 @@
 """The captioner: a checkpoint that ``AutoModelForImageTextToText`` loads (BLIP and its like), in batches, as a replica.
 
 In: one uint8 view a picture. Out: one sentence a picture. The starter captioner is a BLIP too: its image tower is
-CLIP's (``deployments.towers``), its text decoder is committed. Knows no HTTP.
+CLIP's (``deployments.towers``), its text decoder is committed. How a BLIP is made to write faster than by its own
+``generate`` is ``deployments.blip``'s. Knows no HTTP.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoTokenizer, BlipForConditionalGeneration
 
+from deployments import blip
 from deployments.checkpoints import Checkpoint
 from deployments.pixels import Normalisation, check_views
 from deployments.replica import Replica
@@ -37,29 +41,51 @@ class CaptionerModel:
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
         # in float32, and converted afterwards: loading sets the default type of the whole process, in which another
         # revision may be computing
-        self._model = AutoModelForImageTextToText.from_pretrained(
+        self.network: Any = AutoModelForImageTextToText.from_pretrained(
             checkpoint.folder, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
         )
-        self._model.to(self.device, dtype).eval()
-        generation = dict(checkpoint.card.generation)
-        self._prompt = str(generation.pop("prompt", ""))
-        self._generation = GENERATION | generation
+        self.network.to(self.device, dtype).eval()
+        self._generate: Callable[..., torch.Tensor] = self.network.generate
+        if isinstance(self.network, BlipForConditionalGeneration):
+            blip.quicken(self.network)
+            self._generate = partial(blip.generate, self.network)
+        self.generation = GENERATION | checkpoint.card.generation
+        self._prompt = str(self.generation.pop("prompt", ""))
+
+    def pixels(self, views: np.ndarray) -> torch.Tensor:
+        """What the network reads of uint8 views ``(n, 1, size, size, 3)``.
+
+        Raises:
+            ViewMismatch: another size than the checkpoint's.
+        """
+        check_views(views, (len(views), *self.views.shape))
+        return self._normalise(views[:, 0]).to(self.device, self.network.dtype)
+
+    def prompt(self, count: int) -> dict[str, torch.Tensor]:
+        """What ``generate`` is given of the words that captions begin with, if they do."""
+        if not self._prompt:
+            return {}
+        given = self._tokenizer([self._prompt] * count, return_tensors="pt").to(self.device)
+        return {name: given[name] for name in ("input_ids", "attention_mask")}
 
     @torch.inference_mode()
+    def write(self, views: np.ndarray, **settings: Any) -> torch.Tensor:
+        """Token ids of captions of uint8 views ``(n, 1, size, size, 3)``, written as the card says, or as told.
+
+        Raises:
+            ViewMismatch: another size than the checkpoint's.
+        """
+        return self._generate(
+            pixel_values=self.pixels(views), **self.prompt(len(views)), **(self.generation | settings)
+        )
+
     def caption(self, views: np.ndarray) -> list[str]:
         """Captions of uint8 views ``(n, 1, size, size, 3)``.
 
         Raises:
             ViewMismatch: another size than the checkpoint's.
         """
-        check_views(views, (len(views), *self.views.shape))
-        pixels = self._normalise(views[:, 0]).to(self.device, self._model.dtype)
-        prompt: dict[str, Any] = {}
-        if self._prompt:
-            prompt = dict(self._tokenizer([self._prompt] * len(views), return_tensors="pt").to(self.device))
-            prompt.pop("token_type_ids", None)
-        ids = self._model.generate(pixel_values=pixels, **prompt, **self._generation)
-        texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+        texts = self._tokenizer.batch_decode(self.write(views), skip_special_tokens=True)
         return [text.strip().removeprefix(self._prompt).strip()[:512] for text in texts]
 
     def knows(self, text: str) -> bool:
@@ -75,10 +101,9 @@ class CaptionerModel:
         Raises:
             ViewMismatch: another size than the checkpoint's.
         """
-        check_views(views, (len(views), *self.views.shape))
-        pixels = self._normalise(views[:, 0]).to(self.device, self._model.dtype)
+        pixels = self.pixels(views)
         words = [self._tokenizer(text, add_special_tokens=False)["input_ids"] for text in (self._prompt, *captions)]
-        config = getattr(self._model.config, "text_config", self._model.config)
+        config = getattr(self.network.config, "text_config", self.network.config)
         begin = config.bos_token_id
         end = getattr(config, "sep_token_id", None) or config.eos_token_id  # BLIP ends with [SEP]
         prompt, rows = words[0], [[begin, *words[0], *caption, end] for caption in words[1:]]
@@ -89,7 +114,7 @@ class CaptionerModel:
             tokens[index, : len(row)] = torch.tensor(row)
             mask[index, : len(row)] = 1
         tokens, mask = tokens.to(self.device), mask.to(self.device)
-        logits = self._model(pixel_values=pixels, input_ids=tokens, attention_mask=mask).logits
+        logits = self.network(pixel_values=pixels, input_ids=tokens, attention_mask=mask).logits
         # some architectures (GIT) put the picture's tokens before the text's
         chances = logits[:, -longest:].float().log_softmax(-1)[:, len(prompt) : -1]
         said, counted = tokens[:, len(prompt) + 1 :], mask[:, len(prompt) + 1 :]
