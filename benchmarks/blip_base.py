@@ -25,27 +25,42 @@ from data.session import RaySettings, ray_session
 from train.captioner import CaptionerTraining, train
 
 
-class BlipBaseBenchmark(BaseModel):
+class Architecture(BaseModel):
+    """Where BLIP-base is described."""
+
+    config: Path = Field(description="the architecture's config.json")
+    processor: Path = Field(description="its preprocessor_config.json")
+    vocabulary: Path = Field(description="vocab.txt of bert-base-uncased")
+
+
+class BlipBaseBenchmark(Architecture):
     """Settings of a run."""
 
     model_config = ConfigDict(extra="forbid")
 
     data: str = Field(description="prepared flickr30k")
-    config: Path = Field(description="the architecture's config.json")
-    processor: Path = Field(description="its preprocessor_config.json")
-    vocabulary: Path = Field(description="vocab.txt of bert-base-uncased")
     workers: int = Field(2, ge=1, description="DDP workers")
     batch_size: int = Field(2, ge=1)
     steps: int = Field(2, ge=1)
     scratch: Path | None = Field(None, description="where 5 GB are free; unset: the temporary folder")
 
 
-def random_blip(config: BlipBaseBenchmark, folder: Path) -> int:
-    """A checkpoint of the architecture with random weights; returns how many parameters it has."""
+def random_blip(config: Architecture, folder: Path, spread: float | None = None) -> int:
+    """A checkpoint of the architecture with random weights; returns how many parameters it has.
+
+    Args:
+        spread: standard deviation of all matrices; None: as the architecture draws them, which makes all pictures alike
+            and all words equally likely.
+    """
     from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration
 
     torch.manual_seed(0)
     model = BlipForConditionalGeneration(BlipConfig.from_dict(json.loads(config.config.read_text())))
+    if spread is not None:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(0, spread)
     model.save_pretrained(folder)
     shutil.copyfile(config.processor, folder / "preprocessor_config.json")
     words = config.vocabulary.read_text(encoding="utf-8").rstrip("\n") + "\n[DEC]\n[ENC]\n"

@@ -1,0 +1,293 @@
+"""Captions and tokens a second of the captioner as it is served, beside the library's plain ``generate()``.
+
+Both sides read the same pictures with the same weights and settings in one run: in every round each batch is captioned
+by the one and then by the other, the order changing from round to round, and what counts is the ratio of such a pair.
+Three tables: speed by batch and beams, whether the tokens are the same, and where the time of a batch goes.
+
+BLIP-base is measured at its full size. Where its weights cannot be fetched they are drawn at random: that changes no
+time, except that such captions never end of themselves. All of them are therefore as long as ``--length`` says, about
+what people write of a photo in this vocabulary. The starter captioner is measured as its card has it, ends of sentences
+included.
+
+    python -m benchmarks.captioner --config F --processor F --vocabulary F [--quick]
+
+Out: ``results/captioner_speed.json`` and plots. Knows no Serve: what requests add, ``benchmarks.serving`` measures.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import ConfigDict, Field
+from torch import nn
+from transformers import AutoModelForImageTextToText
+from transformers.cache_utils import EncoderDecoderCache
+
+from benchmarks.blip_base import Architecture, random_blip
+from benchmarks.plots import COLOURS, save, table
+from benchmarks.report import QUICK, RESULTS, write_result
+from deployments.captioner import CaptionerModel
+from deployments.checkpoints import Checkpoint, resolve
+from train.export import read_views
+
+#: Parts of a batch, in the order of the plot.
+PARTS = ("image tower", "cross keys and values", "decoder layers", "output layer", "cache re-ordering", "search")
+_BAR = 1.5
+
+
+class CaptionerBenchmark(Architecture):
+    """Settings of a run."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    photos: Path = Field(Path("samples"), description="folder of photos; repeated where a batch is larger")
+    checkpoint: str = Field("", description="a BLIP-base to measure in place of the random one: a checkpoint URI")
+    starter: str = Field("starter:captioner", description="the small captioner; empty: none")
+    batches: str = Field("1,4,8,32", description="batch sizes")
+    beams: str = Field("1,3", description="1 is greedy")
+    rounds: int = Field(3, ge=1, description="pairs of each batch size and number of beams")
+    length: int = Field(12, ge=2, description="tokens of each caption of random weights")
+    threads: int = Field(2, ge=1, description="CPU threads of both sides")
+    scratch: Path | None = Field(None, description="where 1 GB is free; unset: the temporary folder")
+    quick: bool = Field(False, description="the starter alone, two small batches, once: shows that it works")
+
+
+class Sides:
+    """The same checkpoint twice: as it is served, and as the library loads and runs it."""
+
+    def __init__(self, checkpoint: Checkpoint, **settings: Any) -> None:
+        self.served = CaptionerModel(checkpoint)
+        self.settings = self.served.generation | settings
+        self.plain: Any = AutoModelForImageTextToText.from_pretrained(
+            checkpoint.folder, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
+        )
+        network = self.served.network
+        self.plain.to(network.device, network.dtype).eval()
+
+    def run(self, side: str, views: np.ndarray, beams: int) -> torch.Tensor:
+        """Token ids of a batch's captions."""
+        settings = self.settings | {"num_beams": beams}
+        if side == "served":
+            return self.served.write(views, **settings)
+        with torch.inference_mode():
+            pixels = self.served.pixels(views)
+            return self.plain.generate(pixel_values=pixels, **self.served.prompt(len(views)), **settings)
+
+    def network(self, side: str) -> Any:
+        return self.served.network if side == "served" else self.plain
+
+
+def seconds(call: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
+    """How long a call takes, and its answer."""
+    begun = time.perf_counter()
+    answer = call().cpu()  # on a GPU the time is over when the answer is there
+    return time.perf_counter() - begun, answer
+
+
+def written(ids: torch.Tensor, begin: int, pad: int) -> int:
+    """Tokens that were written, ends of sentences included."""
+    return int(((ids != pad) & (ids != begin)).sum())
+
+
+def compare(sides: Sides, views: np.ndarray, beams: int, rounds: int) -> dict[str, Any]:
+    """Both sides on one batch, in turn."""
+    config = sides.plain.config.text_config
+    times: dict[str, list[float]] = {"plain": [], "served": []}
+    same, ids = True, {}
+    for number in range(rounds):
+        for side in ("plain", "served") if number % 2 == 0 else ("served", "plain"):
+            taken, ids[side] = seconds(lambda side=side: sides.run(side, views, beams))  # type: ignore[misc]
+            times[side].append(taken)
+        same = same and torch.equal(ids["plain"], ids["served"])
+    ratios = sorted(plain / served for plain, served in zip(times["plain"], times["served"], strict=True))
+    tokens = written(ids["plain"], config.bos_token_id, config.pad_token_id)
+    row: dict[str, Any] = {"batch": len(views), "beams": beams}
+    for side, taken in times.items():
+        row[f"{side}_captions_per_s"] = round(len(views) / statistics.median(taken), 3)
+        row[f"{side}_tokens_per_s"] = round(tokens / statistics.median(taken), 2)
+    return row | {
+        "ratio": round(statistics.median(ratios), 3),
+        "lowest": round(ratios[0], 3),
+        "highest": round(ratios[-1], 3),
+        "same_tokens": same,
+        "tokens_per_caption": round(tokens / len(views), 1),
+    }
+
+
+@contextlib.contextmanager
+def timed(network: Any) -> Iterator[dict[str, float]]:
+    """Seconds of each part of what is computed inside; parts that are within others are taken out of them."""
+    spent: dict[str, float] = defaultdict(float)
+    open_parts: list[list[Any]] = []  # name, begin, seconds of the parts within
+
+    def now() -> float:
+        if network.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def begin(name: str) -> None:
+        open_parts.append([name, now(), 0.0])
+
+    def end() -> None:
+        name, begun, within = open_parts.pop()
+        taken = now() - begun
+        spent[name] += taken - within
+        if open_parts:
+            open_parts[-1][2] += taken
+
+    def watch(module: nn.Module, name: str) -> None:
+        handles.append(module.register_forward_pre_hook(lambda *_: begin(name)))
+        handles.append(module.register_forward_hook(lambda *_: end()))
+
+    handles: list[Any] = []
+    decoder = network.text_decoder
+    watch(network.vision_model, "image tower")
+    watch(decoder.bert, "decoder layers")
+    watch(decoder.cls, "output layer")
+    for layer in decoder.bert.encoder.layer:
+        watch(layer.crossattention.self.key, "cross keys and values")
+        watch(layer.crossattention.self.value, "cross keys and values")
+    reorder = EncoderDecoderCache.reorder_cache
+
+    def reordered(cache: EncoderDecoderCache, beam_idx: torch.LongTensor) -> None:
+        begin("cache re-ordering")
+        reorder(cache, beam_idx)
+        end()
+
+    EncoderDecoderCache.reorder_cache = reordered  # type: ignore[method-assign]
+    try:
+        yield spent
+    finally:
+        EncoderDecoderCache.reorder_cache = reorder  # type: ignore[method-assign]
+        for handle in handles:
+            handle.remove()
+
+
+def where(sides: Sides, views: np.ndarray, beams: int) -> dict[str, Any]:
+    """Milliseconds a picture of each part, on both sides; ``search`` is what is in no other."""
+    result: dict[str, Any] = {"batch": len(views), "beams": beams}
+    for side in ("plain", "served"):
+        with timed(sides.network(side)) as spent:
+            total, _ = seconds(lambda side=side: sides.run(side, views, beams))  # type: ignore[misc]
+        spent["search"] = total - sum(spent.values())
+        result[side] = {part: round(1000 * spent[part] / len(views), 1) for part in PARTS}
+    return result
+
+
+def measure(sides: Sides, views: np.ndarray, config: CaptionerBenchmark) -> dict[str, Any]:
+    """All batches of a model, and where their time goes."""
+    sizes = [int(size) for size in config.batches.split(",")]
+    beams = [int(number) for number in config.beams.split(",")]
+    for side in ("plain", "served"):
+        sides.run(side, views[:1], beams[-1])
+    rows, parts = [], []
+    for size in sizes:
+        for number in beams:
+            rows.append(compare(sides, views[:size], number, config.rounds))
+            print(rows[-1], flush=True)
+            if size in (1, 8) or size == sizes[-1] == 1:
+                parts.append(where(sides, views[:size], number))
+    return {"speed": rows, "milliseconds_per_picture": parts}
+
+
+def views_of(sides: Sides, config: CaptionerBenchmark) -> np.ndarray:
+    """As many views as the largest batch has."""
+    largest = max(int(size) for size in config.batches.split(","))
+    found = read_views(sides.served, config.photos, largest)
+    return found[np.arange(largest) % len(found)]
+
+
+def draw(result: dict[str, Any], name: str, folder: Path) -> Path:
+    """Captions a second by batch, and where the time of a picture goes."""
+
+    def panels(axes: Any) -> None:
+        speed, parts = axes
+        for number, beams in enumerate(sorted({row["beams"] for row in result["speed"]})):
+            rows = [row for row in result["speed"] if row["beams"] == beams]
+            label = "greedy" if beams == 1 else f"{beams} beams"
+            for side, style in (("plain", "--"), ("served", "-")):
+                rates = [row[f"{side}_captions_per_s"] for row in rows]
+                title = f"{label}, {'plain generate()' if side == 'plain' else 'as served'}"
+                batches = [row["batch"] for row in rows]
+                speed.plot(batches, rates, style, marker="o", color=COLOURS[number], label=title)
+        speed.set_xscale("log", base=2)
+        speed.set_ylim(bottom=0)
+        speed.set_xlabel("pictures in a batch")
+        speed.set_ylabel("captions/s")
+        speed.legend()
+        bars = [(f"{entry['batch']}, {entry['beams']}\n{side}", entry[side]) for entry in
+                result["milliseconds_per_picture"] for side in ("plain", "served")]  # fmt: skip
+        below = np.zeros(len(bars))
+        for number, part in enumerate(PARTS):
+            heights = np.array([values[part] for _, values in bars])
+            parts.bar([label for label, _ in bars], heights, bottom=below, color=COLOURS[number], label=part)
+            below += heights
+        parts.set_ylabel("ms a picture")
+        parts.set_xlabel("batch, beams")
+        parts.tick_params(axis="x", labelsize=7)
+        parts.legend(fontsize=7)
+
+    return save(name, panels, panels=2, height=3.8, folder=folder)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure; write JSON and plots."""
+    from pydantic_settings import CliApp
+
+    config = CliApp.run(CaptionerBenchmark, cli_args=arguments)
+    folder = RESULTS
+    if config.quick:
+        config = config.model_copy(update={"batches": "1,2", "rounds": 1})
+        folder = QUICK
+    torch.set_num_threads(config.threads)
+    result: dict[str, Any] = {"threads": config.threads, "rounds": config.rounds, "bar": _BAR}
+    begun = time.monotonic()
+    if config.starter:
+        sides = Sides(resolve(config.starter))
+        result["starter"] = {"model": sides.served.checkpoint.name, "settings": sides.settings}
+        result["starter"] |= measure(sides, views_of(sides, config), config)
+        del sides
+    if not config.quick:
+        with tempfile.TemporaryDirectory(prefix="blip-", dir=config.scratch) as name:
+            if config.checkpoint:
+                sides = Sides(resolve(config.checkpoint))
+            else:
+                random_blip(config, Path(name) / "blip-base", spread=0.05)
+                sides = Sides(
+                    resolve(str(Path(name) / "blip-base")),
+                    max_new_tokens=config.length,
+                    min_new_tokens=config.length,
+                )
+            parameters = sum(parameter.numel() for parameter in sides.plain.parameters())
+            result["blip_base"] = {
+                "model": sides.served.checkpoint.name if config.checkpoint else "random weights",
+                "parameters": parameters,
+                "settings": sides.settings,
+            }
+            result["blip_base"] |= measure(sides, views_of(sides, config), config)
+            del sides
+        result["blip_base"]["reaches_the_bar"] = {
+            f"{beams} beams": [
+                row["batch"] for row in result["blip_base"]["speed"] if row["beams"] == beams and row["ratio"] >= _BAR
+            ]
+            for beams in sorted({row["beams"] for row in result["blip_base"]["speed"]})
+        }
+    result["minutes"] = round((time.monotonic() - begun) / 60, 1)
+    for model in ("starter", "blip_base"):
+        if model in result:
+            print(f"\n{model}", table(result[model]["speed"]), sep="\n")
+            print(draw(result[model], f"captioner_speed_{model}", folder))
+    print(write_result("captioner_speed", result, folder))
+
+
+if __name__ == "__main__":
+    main()
