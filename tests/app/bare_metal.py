@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,12 +53,13 @@ print(json.dumps({"left": left, "training": sorted(ray.get([task.place.remote() 
 """
 
 
-def cluster_yaml(text: str) -> str:
+def cluster_yaml(text: str, workers: Sequence[str]) -> str:
     """`cluster.yaml` with the addresses of this site: nothing else is changed."""
     head = f"{hosts.NETWORK}.{NUMBERS[HEAD]}"
-    workers = ", ".join(f"{hosts.NETWORK}.{NUMBERS[name]}" for name in NODES if name != HEAD)
-    text = text.replace("workers: &workers [10.0.0.12]", f"workers: &workers [{workers}]").replace("10.0.0.11", head)
-    assert yaml.safe_load(text)["provider"] == {"type": "local", "head_ip": head, "worker_ips": workers.split(", ")}
+    addresses = [f"{hosts.NETWORK}.{NUMBERS[name]}" for name in workers]
+    text = text.replace("workers: &workers [10.0.0.12]", f"workers: &workers [{', '.join(addresses)}]")
+    text = text.replace("10.0.0.11", head)
+    assert yaml.safe_load(text)["provider"] == {"type": "local", "head_ip": head, "worker_ips": addresses}
     return text
 
 
@@ -118,6 +118,12 @@ class Cluster:
     def name_of(self, address: str) -> str:
         return next(host.name for host in self.site.hosts.values() if host.address == address)
 
+    def lists(self, *workers: str) -> None:
+        """Write `cluster.yaml` of the checkout for these workers."""
+        self.host("console").run(
+            "cat >~/release/cluster.yaml", given=cluster_yaml((ROOT / "cluster.yaml").read_text(), workers)
+        )
+
     def launch(self, command: str, timeout_s: float = 900) -> str:
         """Call Ray's launcher where the checkout is; returns what it printed."""
         done = self.host("console").run(
@@ -144,6 +150,16 @@ class Cluster:
     def application(self) -> dict[str, Any]:
         """State of the application, and of its deployments."""
         return dict(self.dashboard("/api/serve/applications/")["applications"]["deeptrust"])
+
+    def is_whole(self) -> bool:
+        """Whether every replica that should be there is."""
+        found = self.application()
+        assert found["status"] != "DEPLOY_FAILED", found["message"]
+        return str(found["status"]) == "RUNNING"
+
+    def running(self, name: str) -> str:
+        """Processes of Ray on a node, one a line."""
+        return self.host(name).run("pgrep -l 'raylet|gcs_server|ray|python'", check=False).stdout
 
     def placement(self) -> dict[str, list[str]]:
         """Nodes of the running replicas of each deployment."""
@@ -213,7 +229,6 @@ def machines(folder: Path) -> Iterator[Cluster]:
             input=listed,
             check=True,
         )
-        (release / "cluster.yaml").write_text(cluster_yaml((ROOT / "cluster.yaml").read_text()))
         console.write(".ssh/deeptrust", site.key.read_text(), 0o600)
         for host in site.hosts.values():
             hosts.own(host.home)
@@ -240,7 +255,7 @@ class Load:
 
     cluster: Cluster
     clients: int
-    timeout_s: float = 20.0
+    timeout_s: float = 30.0
     give_up_s: float = 300.0
     answers: list[Answered] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
@@ -311,8 +326,3 @@ class Load:
                 node: sum(answer.attempts[-1].startswith(f"{node} ") for answer in ended) for node in NODES
             },
         }
-
-
-def useful(launched: str) -> str:
-    """What the launcher said, without colours."""
-    return re.sub(r"\x1b\[[0-9;]*m", "", launched)

@@ -179,7 +179,7 @@ class Host:
             HostsError: it failed; the message has what it printed.
         """
         done = subprocess.run(
-            self.command(command), input=given, capture_output=True, text=True, timeout=timeout_s, check=False
+            self.command(command), input=given or "", capture_output=True, text=True, timeout=timeout_s, check=False
         )
         if check and done.returncode != 0:
             raise HostsError(
