@@ -75,12 +75,13 @@ def canary(service: SmallService, *arguments: str, codes: tuple[int, ...] = (0,)
     assert ended.returncode in codes, f"{ended.returncode}: {ended.stdout}\n{ended.stderr}"
     return ended
 
-    def served(self) -> list[str]:
-        """Names of the checkpoints that answered, all answers being good."""
-        assert {answer.status_code for answer in self.answers} == {200}
-        records = [answer.json() for answer in self.answers]
-        assert [record["errors"] for record in records if record["errors"]] == []
-        return [record["models"]["detector"].split("#")[0].rsplit("/", 1)[1] for record in records]
+
+def served(load: Load) -> list[str]:
+    """Names of the checkpoints that answered, all answers being good."""
+    assert {answer.status_code for answer in load.answers} == {200}
+    records = [answer.json() for answer in load.answers]
+    assert [record["errors"] for record in records if record["errors"]] == []
+    return [record["models"]["detector"].split("#")[0].rsplit("/", 1)[1] for record in records]
 
 
 def written(store: str, since_s: float) -> list[Any]:
@@ -108,7 +109,7 @@ def test_in_the_shadow_answers_are_written_down_and_never_returned(service: Smal
         canary(service, "start", "detector", "--uri", uri, "--share", "0.5", "--shadow")
         assert "already" in canary(service, "start", "detector", "--uri", uri, "--share", "0.5", "--shadow").stdout
         time.sleep(15)
-    assert set(load.served()) == {"detector-0"}
+    assert set(served(load)) == {"detector-0"}
     rows = written(store, began)
     candidate = [row for row in rows if row.role == "candidate"]
     assert len(candidate) >= 20 and not any(row.returned for row in candidate)
@@ -134,8 +135,8 @@ def test_a_bad_candidate_that_was_forced_into_the_canary_is_rolled_back_by_itsel
         began = time.monotonic()
         ended = canary(service, "watch", "detector", *rules, "--uri", uri, codes=(3,))
         took = time.monotonic() - began
-    served = load.served()
-    assert {"bad", "detector-0"} == set(served)
+    answered = served(load)
+    assert {"bad", "detector-0"} == set(answered)
     assert "rolled back" in ended.stdout or "no trial" in ended.stdout
     last = json.loads(log.read_text().splitlines()[-1])
     assert last["action"] == "roll_back" and last["age_s"] < 120
@@ -158,9 +159,9 @@ def test_a_good_candidate_is_promoted_under_load_and_put_back_and_no_request_is_
         canary(service, "watch", "detector", *rules, "--uri", uri)  # another one: it is done
         canary(service, "rollback", "detector", "--production")
         time.sleep(8)
-    served = load.served()
-    assert set(served) == {"detector-0", "good"} and served[-1] == "detector-0"
-    print(f"{len(served)} answers, {served.count('good')} by the candidate, none failed")
+    answered = served(load)
+    assert set(answered) == {"detector-0", "good"} and answered[-1] == "detector-0"
+    print(f"{len(answered)} answers, {answered.count('good')} by the candidate, none failed")
     assert [json.loads(line)["action"] for line in log.read_text().splitlines()][-1] == "promote"
     assert {name: service.replicas(name) for name in replicas} == replicas, "nothing was started again"
     assert service.replicas("DetectorCanary") == []
