@@ -188,10 +188,10 @@ def _scaling(deployment: Config) -> Config:
 class ServeApi:
     """Ray's dashboard: the configuration that runs, and the states of deployments."""
 
-    def __init__(self, url: str, token: str | None) -> None:
+    def __init__(self, url: str, token: str | None, timeout_s: float = 120) -> None:
         self.url = url
         self._http = httpx.Client(
-            base_url=url, headers={"Authorization": f"Bearer {token}"} if token else {}, timeout=120
+            base_url=url, headers={"Authorization": f"Bearer {token}"} if token else {}, timeout=timeout_s
         )
 
     @classmethod

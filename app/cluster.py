@@ -61,6 +61,8 @@ def free_port(wanted: int = 0) -> int:
     """A free loopback port: ``wanted`` if it is free, any other otherwise."""
     for port in (wanted, 0):
         with contextlib.suppress(OSError), socket.socket() as server:
+            if port:  # connections that an earlier server of this port has ended linger for a minute: no reason to wait
+                server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             server.bind(("127.0.0.1", port))
             return server.getsockname()[1]
     raise ClusterError("no free port on 127.0.0.1")
@@ -88,6 +90,8 @@ def environment(port: int) -> dict[str, str]:
         "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
         "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
         "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
+        # a proxy that died is started again after three looks: half a minute without HTTP, at every ten seconds
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
         # replicas are what this machine runs for: Ray would start its workers at niceness 15
         "RAY_worker_niceness": "0",
         # waiting OpenMP threads must sleep: three models share the cores
@@ -178,6 +182,28 @@ def processes(port: int) -> list[psutil.Process]:
     return found
 
 
+def daemons(port: int) -> list[psutil.Process]:
+    """The processes of an instance that nothing in it starts again: Ray's own on its head node."""
+    found = []
+    for process in processes(port):
+        with contextlib.suppress(psutil.Error):
+            name = process.name()
+            if name == "gcs_server" or (name == "raylet" and "--head" in process.cmdline()):
+                found.append(process)
+    return found
+
+
+def keep_logs(port: int) -> Path | None:
+    """Set Ray's logs of an instance aside, in the place of what was there from before; None: there are none."""
+    logs = instance_folder(port) / "ray" / "session_latest" / "logs"
+    if not logs.is_dir():
+        return None
+    place = instance_folder(port).with_name(f"{instance_folder(port).name}-lost")
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(logs, place, symlinks=True, ignore_dangling_symlinks=True)
+    return place
+
+
 def stop(port: int, patience_s: float = 10.0) -> int:
     """End every process of an instance, politely first, and remove its folder; returns how many there were."""
     seen: set[psutil.Process] = set()
@@ -185,7 +211,7 @@ def stop(port: int, patience_s: float = 10.0) -> int:
     def left() -> list[psutil.Process]:
         # who has lost the raylet is nobody's child any more, and remembered
         seen.update(processes(port))
-        return [process for process in seen if _runs(process)]
+        return [process for process in seen if runs(process)]
 
     for signal_after in (patience_s, 3.0):
         # new workers may be forked while old ones end: look again until there are none
@@ -204,7 +230,8 @@ def stop(port: int, patience_s: float = 10.0) -> int:
     return len(seen)
 
 
-def _runs(process: psutil.Process) -> bool:
+def runs(process: psutil.Process) -> bool:
+    """Whether a process has not ended."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

@@ -10,7 +10,7 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from app.serve import ServeSettings, addresses, run_command, serving, wait_for_signal, wait_until_ready
+from app.serve import ServeSettings, addresses, run_command, serving, supervise, wait_until_ready
 
 _SAMPLES = Path(__file__).parent.parent / "samples"
 
@@ -40,7 +40,7 @@ def main() -> None:
                 )
             Console(width=120).print(table)
             print(f"serving until Ctrl-C\n{addresses(instance)}", flush=True)
-            wait_for_signal()
+            supervise(instance, settings)
 
     run_command(run)
 

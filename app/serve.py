@@ -1,8 +1,9 @@
 """``python -m app.serve``: start the application on this machine and keep it in the foreground until Ctrl-C.
 
 Checks the configuration and every checkpoint first, so that what is wrong stops the start with one clear line; then
-starts Ray, deploys the configuration and reports each stage until all are ready. Knows no model class and no HTTP
-route beyond ``/readyz``.
+starts Ray, deploys the configuration and reports each stage until all are ready. Replicas, proxies and Serve's
+controller that die are started again by Ray; when Ray itself dies, all of it is started again here. Knows no model
+class and no HTTP route beyond ``/readyz``.
 """
 
 from __future__ import annotations
@@ -20,9 +21,13 @@ import httpx
 from pydantic import BaseModel, ConfigDict, Field
 
 from app import callbacks, cluster
+from app.canary_config import CanaryError, ServeApi
 from app.config import CANARIES, AppArgs, ConfigError, read_serve_config
 from app.keys import KeyFileError, check_exposure
 from deployments.checkpoints import CheckpointError, resolve
+
+#: How often it is looked whether Ray lives, and what is deployed.
+_LOOK_S, _DEPLOYED_S = 1.0, 15.0
 
 
 class ServeSettings(BaseModel):
@@ -124,10 +129,11 @@ def wait_until_ready(instance: cluster.Instance, timeout_s: float) -> float:
     """
     shown: dict[str, str] = {}
     started = time.monotonic()
+    http = httpx.Client(timeout=5)  # one: to make it takes longer than an answer, and the cores are busy starting
     while time.monotonic() - started < timeout_s:
         states: dict[str, str] = {"http": "starting"}
         with contextlib.suppress(httpx.HTTPError, ValueError, KeyError):
-            answer = httpx.get(f"{instance.url}/readyz", timeout=5).json()
+            answer = http.get(f"{instance.url}/readyz").json()
             states = {"http": "ready"} | {
                 stage: f"{state['status']} {state['message']}".strip() for stage, state in answer["stages"].items()
             }
@@ -172,11 +178,50 @@ def addresses(instance: cluster.Instance) -> str:
     )
 
 
-def wait_for_signal() -> None:
-    """Sleep until Ctrl-C or SIGTERM."""
+def supervise(instance: cluster.Instance, settings: ServeSettings) -> None:
+    """Serve until Ctrl-C or SIGTERM. When Ray's own processes die, everything is started again, as it was deployed
+    last: promotions and canaries since the start included.
+
+    Raises:
+        StartError, ClusterError: it could not be started again.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
-        signal.pause()
+        deployed: list[dict[str, Any]] = []
+        while True:
+            daemons, look_at = cluster.daemons(instance.port), time.monotonic()
+            while all(map(cluster.runs, daemons)):
+                if time.monotonic() >= look_at:
+                    deployed = _deployed(instance) or deployed
+                    look_at = time.monotonic() + _DEPLOYED_S
+                time.sleep(_LOOK_S)
+            instance = _start_again(instance, settings, deployed)
+
+
+def _deployed(instance: cluster.Instance) -> list[dict[str, Any]]:
+    """The applications as they were deployed last; none if that cannot be known now."""
+    with contextlib.suppress(CanaryError, OSError, ValueError, KeyError):
+        api = ServeApi(instance.dashboard_url, cluster.token(instance.port), timeout_s=5)
+        applications: list[dict[str, Any]] = api.config()["applications"]
+        return applications
+    return []
+
+
+def _start_again(
+    instance: cluster.Instance, settings: ServeSettings, deployed: list[dict[str, Any]]
+) -> cluster.Instance:
+    started = time.monotonic()
+    logs = cluster.keep_logs(instance.port)
+    print(f"Ray has died (its logs: {logs}); starting again", flush=True)
+    cluster.stop(instance.port, patience_s=2.0)  # what is left of it answers nobody
+    config = prepare(settings)
+    if deployed:
+        config["applications"] = deployed
+    instance = cluster.start(instance.port, settings.num_cpus, settings.object_store_bytes)
+    deploy(instance, config)
+    wait_until_ready(instance, settings.ready_timeout_s)
+    print(f"ready again after {time.monotonic() - started:.0f} s\n{addresses(instance)}", flush=True)
+    return instance
 
 
 def run_command(run: Any) -> None:
@@ -200,7 +245,7 @@ def main(arguments: list[str] | None = None) -> None:
         with serving(settings) as instance:
             seconds = wait_until_ready(instance, settings.ready_timeout_s)
             print(f"ready after {seconds:.0f} s; Ctrl-C stops\n{addresses(instance)}", flush=True)
-            wait_for_signal()
+            supervise(instance, settings)
 
     run_command(run)
 

@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,11 +86,14 @@ def small_reference(folder: Path) -> None:
     make_reference(seen.embeddings, seen.margins, seen.statistics, settings).save(folder / FILE)
 
 
-def write_config(folder: Path, tell: tuple[str, ...] = (), **limits: Any) -> Path:
+def write_config(
+    folder: Path, tell: tuple[str, ...] = (), change: Callable[[dict[str, Any]], None] | None = None, **limits: Any
+) -> Path:
     """`serve_config.cpu.yaml` with tiny models: `detector-0`, `detector-1` and so on lie beside it.
 
     Args:
         tell: addresses that may be called back.
+        change: of the configuration, before it is written.
     """
     from tests.train import small_models
 
@@ -122,6 +125,8 @@ def write_config(folder: Path, tell: tuple[str, ...] = (), **limits: Any) -> Pat
     for deployment in application["deployments"]:
         if deployment["name"] in uris:
             deployment["user_config"]["uri"] = str(folder / uris[deployment["name"]])
+    if change is not None:
+        change(config)
     path = folder / "serve_config.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
@@ -195,9 +200,9 @@ class SmallService:
         cluster.stop(self.port)
 
     def _instance(self) -> cluster.Instance:
-        dashboard = re.search(r"Ray dashboard  http://127.0.0.1:(\d+)/", self.log.read_text())
-        assert dashboard is not None
-        return cluster.Instance(self.port, 0, int(dashboard[1]))
+        # the last one: Ray may have been started again
+        *_, dashboard = re.findall(r"Ray dashboard  http://127.0.0.1:(\d+)/", self.log.read_text())
+        return cluster.Instance(self.port, 0, int(dashboard))
 
 
 def _connections(process: psutil.Process) -> list[Any]:
@@ -207,10 +212,12 @@ def _connections(process: psutil.Process) -> list[Any]:
 
 
 @contextmanager
-def small_service(folder: Path, tell: tuple[str, ...] = (), **limits: Any) -> Iterator[SmallService]:
+def small_service(
+    folder: Path, tell: tuple[str, ...] = (), change: Callable[[dict[str, Any]], None] | None = None, **limits: Any
+) -> Iterator[SmallService]:
     """Start it, wait until all stages are ready, and leave nothing of it behind."""
     port = cluster.free_port(8133)
-    path, log = write_config(folder, tell, **limits), folder / "serve.log"
+    path, log = write_config(folder, tell, change, **limits), folder / "serve.log"
     with log.open("w") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "app.serve", "--config", str(path)],
@@ -221,14 +228,15 @@ def small_service(folder: Path, tell: tuple[str, ...] = (), **limits: Any) -> It
         )
     service = SmallService(folder, port, process, log, {})
     try:
-        while "ready after" not in log.read_text():
-            assert process.poll() is None, (
-                f"the application ended with {process.returncode}:\n{log.read_text()[-4000:]}"
-            )
-            with suppress(httpx.HTTPError, ValueError):
-                page = httpx.get(f"{service.url}/", timeout=5)
-                service.while_starting.append((page.status_code, httpx.get(f"{service.url}/readyz", timeout=5).json()))
-            time.sleep(0.2)
+        with httpx.Client(timeout=5) as http:  # one: making it takes longer than an answer does
+            while "ready after" not in log.read_text():
+                assert process.poll() is None, (
+                    f"the application ended with {process.returncode}:\n{log.read_text()[-4000:]}"
+                )
+                with suppress(httpx.HTTPError, ValueError):
+                    page = http.get(f"{service.url}/")
+                    service.while_starting.append((page.status_code, http.get(f"{service.url}/readyz").json()))
+                time.sleep(0.2)
         service.config = read_serve_config(path)
         service.config["http_options"]["port"] = port
         yield service

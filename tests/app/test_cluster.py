@@ -83,6 +83,16 @@ def test_a_port_in_use_is_refused_with_what_to_do() -> None:
             cluster.start(port, num_cpus=1, object_store_bytes=2**27)
 
 
+def test_a_port_is_free_as_soon_as_its_server_is_gone() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:  # as servers do, for others to follow them
+        port = server.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            accepted, _ = server.accept()
+            accepted.close()  # it ends the connection first: the kernel remembers that for a minute
+            assert client.recv(1) == b""
+    assert cluster.free_port(port) == port
+
+
 def test_everything_in_an_instance_asks_for_rays_token_and_calls_nobody() -> None:
     environment = cluster.environment(PORT)
     assert environment["RAY_AUTH_MODE"] == "token"

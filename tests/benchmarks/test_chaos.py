@@ -1,0 +1,44 @@
+"""What chaos makes of what it saw: when the full rate was back, what an answer was, what was kept twice."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.chaos import Kept, full_rate_after, kept, rate, seen
+
+
+def every(begin: float, end: float, a_second: float) -> list[float]:
+    return [begin + number / a_second for number in range(int((end - begin) * a_second))]
+
+
+def test_the_full_rate_is_back_when_the_first_window_is_full_again() -> None:
+    # ten a second, nothing for 20 s after the kill at 100, three a second for 10 s, then ten again
+    times = every(80, 100, 10) + every(120, 130, 3) + every(130, 160, 10)
+    assert rate(times, 90, 100) == pytest.approx(10)
+    took = full_rate_after(times, 100, full=9, window_s=5, until=160, replaced_at=118)
+    assert took is not None and 29 <= took <= 30
+    assert full_rate_after(times, 100, full=9, window_s=5, until=133, replaced_at=118) is None, "not yet"
+    assert full_rate_after(times, 100, full=11, window_s=5, until=160, replaced_at=118) is None
+
+
+def test_a_kill_that_nobody_notices_takes_no_time_once_the_process_is_replaced() -> None:
+    times = every(80, 160, 10)
+    assert full_rate_after(times, 100, full=9, window_s=5, until=105.1, replaced_at=103) == 0
+    assert full_rate_after(times, 100, full=9, window_s=5, until=104, replaced_at=101) is None, "no whole window yet"
+    late = full_rate_after(times, 100, full=9, window_s=5, until=130, replaced_at=120)
+    assert late == pytest.approx(15), "as long as it is not replaced it may still be missed"
+    assert full_rate_after(times, 100, full=9, window_s=5, until=160, replaced_at=float("inf")) is None
+
+
+def test_what_clients_see_is_told_apart() -> None:
+    assert [seen(None), seen(200), seen(200, [{"stage": "tagger"}])] == ["reset", "complete", "partial"]
+    assert [seen(429), seen(503), seen(500), seen(409), seen(202)] == ["refused", "failed", "failed", "wrong", "wrong"]
+
+
+def test_what_is_in_the_store_twice_is_counted_by_picture_answer_and_name() -> None:
+    rows = [("a", "1", "x"), ("b", "2", "y"), ("c", "3", None), ("d", "4", None)]
+    assert kept(rows, {"a", "b", "e"}) == Kept(rows=4, twice=0, missing=1)
+    assert kept([*rows, ("a", "5", None)], {"a"}).twice == 1
+    assert kept([*rows, ("f", "2", "z")], set()).twice == 1
+    assert kept([*rows, ("g", "6", "x")], set()).twice == 1
+    assert kept([], set()) == Kept(0, 0, 0)
