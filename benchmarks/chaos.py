@@ -246,7 +246,8 @@ class Clients:
             while not self._over.wait(1.0):
                 number, began, good = number + 1, time.monotonic(), False
                 with suppress(httpx.TransportError):
-                    good = http.post(f"{self.url}/v1/{route}", content=picture(number)).status_code == 200
+                    answer = http.post(f"{self.url}/v1/{route}", content=picture(number))
+                    good = answer.status_code == 200 and not answer.json()["errors"]
                 self.probes.append((began, route, good))
 
 
@@ -291,7 +292,9 @@ def prepared(service: Any, kind: str, config: ChaosConfig) -> Iterator[None]:
     """What a kind needs beside the service, while it is killed."""
     if kind == "worker":
         command = [sys.executable, "-m", "benchmarks.bystander", gcs_address(service.port)]
-        driver = subprocess.Popen(command, env=cluster.environment(service.port), stdout=subprocess.DEVNULL)
+        driver = subprocess.Popen(
+            command, env=cluster.environment(service.port), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         try:
             wait_for(lambda: bool(processes_of(service.port, "worker")), config.give_up_s)
             yield
@@ -379,7 +382,7 @@ def endure(service: Any, clients: Clients, config: ChaosConfig, kind: str, turn:
             replaced_at = now
         took = full_rate_after(clients.complete(), at, config.full_share * calm, config.window_s, now, replaced_at)
     over = time.monotonic()
-    until = at + (took or over - at)
+    until = at + max(over - at if took is None else took, config.window_s)
     told = Counter(
         f"{what}: {detail}" if detail else what for moment, what, detail in list(clients.events) if at <= moment <= over
     )
