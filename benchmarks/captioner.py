@@ -9,7 +9,8 @@ time, except that such captions never end of themselves. All of them are therefo
 what people write of a photo in this vocabulary. The starter captioner is measured as its card has it, ends of sentences
 included.
 
-    python -m benchmarks.captioner --config F --processor F --vocabulary F [--quick]
+    python -m benchmarks.captioner --config F --processor F --vocabulary F
+    python -m benchmarks.captioner --quick
 
 Out: ``results/captioner_speed.json`` and plots. Knows no Serve: what requests add, ``benchmarks.serving`` measures.
 """
@@ -27,7 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from transformers import AutoModelForImageTextToText
 from transformers.cache_utils import EncoderDecoderCache
@@ -37,18 +38,24 @@ from benchmarks.plots import COLOURS, save, table
 from benchmarks.report import QUICK, RESULTS, write_result
 from deployments.captioner import CaptionerModel
 from deployments.checkpoints import Checkpoint, resolve
-from train.export import read_views
+from deployments.images import decode
+from deployments.views import render
 
 #: Parts of a batch, in the order of the plot.
 PARTS = ("image tower", "cross keys and values", "decoder layers", "output layer", "cache re-ordering", "search")
 _BAR = 1.5
+#: Batch sizes of which it is told where the time goes.
+_PROFILED = (1, 8)
 
 
-class CaptionerBenchmark(Architecture):
+class CaptionerBenchmark(BaseModel):
     """Settings of a run."""
 
     model_config = ConfigDict(extra="forbid")
 
+    config: Path | None = Field(None, description="BLIP-base's config.json; without it the starter alone is measured")
+    processor: Path | None = Field(None, description="its preprocessor_config.json")
+    vocabulary: Path | None = Field(None, description="vocab.txt of bert-base-uncased")
     photos: Path = Field(Path("samples"), description="folder of photos; repeated where a batch is larger")
     checkpoint: str = Field("", description="a BLIP-base to measure in place of the random one: a checkpoint URI")
     starter: str = Field("starter:captioner", description="the small captioner; empty: none")
@@ -183,8 +190,20 @@ def where(sides: Sides, views: np.ndarray, beams: int) -> dict[str, Any]:
     return result
 
 
-def measure(sides: Sides, views: np.ndarray, config: CaptionerBenchmark) -> dict[str, Any]:
+def blip_base(config: CaptionerBenchmark, folder: Path) -> Sides:
+    """BLIP-base: the checkpoint that is named, or random weights."""
+    if config.checkpoint:
+        return Sides(resolve(config.checkpoint))
+    if not (config.config and config.processor and config.vocabulary):
+        raise SystemExit("error: random weights want all of --config, --processor and --vocabulary")
+    described = Architecture(config=config.config, processor=config.processor, vocabulary=config.vocabulary)
+    random_blip(described, folder, spread=0.05)
+    return Sides(resolve(str(folder)), max_new_tokens=config.length, min_new_tokens=config.length)
+
+
+def measured(sides: Sides, name: str, config: CaptionerBenchmark) -> dict[str, Any]:
     """All batches of a model, and where their time goes."""
+    views = views_of(sides, config)
     sizes = [int(size) for size in config.batches.split(",")]
     beams = [int(number) for number in config.beams.split(",")]
     for side in ("plain", "served"):
@@ -194,16 +213,29 @@ def measure(sides: Sides, views: np.ndarray, config: CaptionerBenchmark) -> dict
         for number in beams:
             rows.append(compare(sides, views[:size], number, config.rounds))
             print(rows[-1], flush=True)
-            if size in (1, 8) or size == sizes[-1] == 1:
+            if size in _PROFILED:
                 parts.append(where(sides, views[:size], number))
-    return {"speed": rows, "milliseconds_per_picture": parts}
+    return {
+        "model": name,
+        "parameters": sum(parameter.numel() for parameter in sides.plain.parameters()),
+        "settings": sides.settings,
+        "speed": rows,
+        "milliseconds_per_picture": parts,
+        "batches_at_the_bar": {
+            str(number): [row["batch"] for row in rows if row["beams"] == number and row["ratio"] >= _BAR]
+            for number in beams
+        },
+    }
 
 
 def views_of(sides: Sides, config: CaptionerBenchmark) -> np.ndarray:
     """As many views as the largest batch has."""
     largest = max(int(size) for size in config.batches.split(","))
-    found = read_views(sides.served, config.photos, largest)
-    return found[np.arange(largest) % len(found)]
+    photos = sorted(config.photos.rglob("*.jpg"))[:largest]
+    if not photos:
+        raise SystemExit(f"error: {config.photos} holds no .jpg; name another folder with --photos")
+    found = [render(decode(photo.read_bytes()).image, sides.served.views) for photo in photos]
+    return np.stack([found[number % len(found)] for number in range(largest)])
 
 
 def draw(result: dict[str, Any], name: str, folder: Path) -> Path:
@@ -224,8 +256,11 @@ def draw(result: dict[str, Any], name: str, folder: Path) -> Path:
         speed.set_xlabel("pictures in a batch")
         speed.set_ylabel("captions/s")
         speed.legend()
-        bars = [(f"{entry['batch']}, {entry['beams']}\n{side}", entry[side]) for entry in
-                result["milliseconds_per_picture"] for side in ("plain", "served")]  # fmt: skip
+        bars = [
+            (f"{entry['batch']}, {entry['beams']}\n{side}", entry[side])
+            for entry in result["milliseconds_per_picture"]
+            for side in ("plain", "served")
+        ]
         below = np.zeros(len(bars))
         for number, part in enumerate(PARTS):
             heights = np.array([values[part] for _, values in bars])
@@ -253,34 +288,13 @@ def main(arguments: list[str] | None = None) -> None:
     begun = time.monotonic()
     if config.starter:
         sides = Sides(resolve(config.starter))
-        result["starter"] = {"model": sides.served.checkpoint.name, "settings": sides.settings}
-        result["starter"] |= measure(sides, views_of(sides, config), config)
+        result["starter"] = measured(sides, sides.served.checkpoint.name, config)
         del sides
-    if not config.quick:
+    if not config.quick and (config.checkpoint or config.config):
         with tempfile.TemporaryDirectory(prefix="blip-", dir=config.scratch) as name:
-            if config.checkpoint:
-                sides = Sides(resolve(config.checkpoint))
-            else:
-                random_blip(config, Path(name) / "blip-base", spread=0.05)
-                sides = Sides(
-                    resolve(str(Path(name) / "blip-base")),
-                    max_new_tokens=config.length,
-                    min_new_tokens=config.length,
-                )
-            parameters = sum(parameter.numel() for parameter in sides.plain.parameters())
-            result["blip_base"] = {
-                "model": sides.served.checkpoint.name if config.checkpoint else "random weights",
-                "parameters": parameters,
-                "settings": sides.settings,
-            }
-            result["blip_base"] |= measure(sides, views_of(sides, config), config)
+            sides = blip_base(config, Path(name) / "blip-base")
+            result["blip_base"] = measured(sides, config.checkpoint or "random weights", config)
             del sides
-        result["blip_base"]["reaches_the_bar"] = {
-            f"{beams} beams": [
-                row["batch"] for row in result["blip_base"]["speed"] if row["beams"] == beams and row["ratio"] >= _BAR
-            ]
-            for beams in sorted({row["beams"] for row in result["blip_base"]["speed"]})
-        }
     result["minutes"] = round((time.monotonic() - begun) / 60, 1)
     for model in ("starter", "blip_base"):
         if model in result:
