@@ -109,7 +109,8 @@ def compare(sides: Sides, views: np.ndarray, beams: int, rounds: int) -> dict[st
     """Both sides on one batch, in turn."""
     config = sides.plain.config.text_config
     times: dict[str, list[float]] = {"plain": [], "served": []}
-    same, ids = True, {}
+    ids: dict[str, torch.Tensor] = {}
+    same = True
     for number in range(rounds):
         for side in ("plain", "served") if number % 2 == 0 else ("served", "plain"):
             taken, ids[side] = seconds(lambda side=side: sides.run(side, views, beams))  # type: ignore[misc]
