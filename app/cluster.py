@@ -92,6 +92,10 @@ def environment(port: int) -> dict[str, str]:
         "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
         # a proxy that died is started again after three looks: half a minute without HTTP, at every ten seconds
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
+        # a replica's requests, its routers and its health checks on one event loop: nothing computes on it (batches and
+        # decoding have threads of their own), and each way to a model is two changes of thread shorter
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
         # replicas are what this machine runs for: Ray would start its workers at niceness 15
         "RAY_worker_niceness": "0",
         # waiting OpenMP threads must sleep: three models share the cores
