@@ -2,7 +2,8 @@
 
 ``RequestLines`` is middleware of the application, in the ingress: one line for each request but those about health and
 the page's own files. ``middlewares`` is Serve's call in each proxy (``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH``):
-headers that Serve itself reads are made sound before it does. Knows no route's meaning.
+headers that Serve itself reads are made sound before it does, and while there is no application yet, a proxy says so.
+Knows no route's meaning.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ CALLBACK_VARIABLE, CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "app.
 
 #: Asked for all the time, and of no use to anybody later: health and the page's own files.
 _QUIET = ("/healthz", "/readyz", "/page/", "/samples", "/docs", "/openapi.json")
+#: A proxy's own addresses.
+_OF_SERVE = "/-/"
 #: A sender's own id of a request, as it may stand in logs and headers; another is replaced by one that Serve makes.
 _SOUND = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._:/+=-]{0,127}")
 #: Headers that Serve decodes: one that is no UTF-8 would be a 500 of its own.
@@ -44,9 +47,41 @@ def _is_sound(name: bytes, value: bytes) -> bool:
     return name.lower().replace(b"_", b"-") not in _READ_BY_SERVE or _SOUND.fullmatch(value) is not None
 
 
+class Starting:
+    """ASGI middleware of the proxy: 503 while there is no application that it could ask.
+
+    A proxy that has just been started, or started again, knows no application for a moment and answers every address
+    with 404, which senders do not try again. The application has every address, and its own 404 is a problem.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"].startswith(_OF_SERVE):
+            await self.app(scope, receive, send)
+            return
+        is_serves_own = False
+
+        async def unless_serves_own(message: Message) -> None:
+            nonlocal is_serves_own
+            if message["type"] == "http.response.start":
+                kind = dict(message.get("headers", ())).get(b"content-type", b"")
+                is_serves_own = message["status"] == 404 and not kind.startswith(b"application/")
+            if not is_serves_own:
+                await send(message)
+
+        await self.app(scope, receive, unless_serves_own)
+        if is_serves_own:
+            from app.problems import Problem  # with all that reads pictures, which a proxy seldom needs
+
+            starting = Problem("unavailable", "The service is starting.", {"Retry-After": "2"})
+            await starting.to_response(scope)(scope, receive, send)
+
+
 def middlewares() -> list[Middleware]:
     """What Serve's proxies put before everything else."""
-    return [Middleware(SoundHeaders)]
+    return [Middleware(SoundHeaders), Middleware(Starting)]
 
 
 class RequestLines:

@@ -234,8 +234,9 @@ def small_service(
                     f"the application ended with {process.returncode}:\n{log.read_text()[-4000:]}"
                 )
                 with suppress(httpx.HTTPError, ValueError):
-                    page = http.get(f"{service.url}/")
-                    service.while_starting.append((page.status_code, http.get(f"{service.url}/readyz").json()))
+                    page, ready = http.get(f"{service.url}/"), http.get(f"{service.url}/readyz").json()
+                    if "stages" in ready:  # and not a proxy's answer
+                        service.while_starting.append((page.status_code, ready))
                 time.sleep(0.2)
         service.config = read_serve_config(path)
         service.config["http_options"]["port"] = port

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI, Request
+from fastapi.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
-from app.access import RequestLines, SoundHeaders
+from app.access import RequestLines, SoundHeaders, Starting
 from app.problems import Problem
 from tests.app.small_app import send, small_app
 
@@ -63,6 +64,24 @@ def test_a_problem_without_an_id_says_nothing_of_one(app: FastAPI) -> None:
 def test_health_is_no_line(app: FastAPI, lines: pytest.LogCaptureFixture) -> None:
     assert send(app, "GET", "/healthz").status_code == 200
     assert [record for record in lines.records if record.message == "request"] == []
+
+
+def test_a_proxy_without_an_application_says_that_it_is_starting(app: FastAPI) -> None:
+    outside = FastAPI()
+    outside.mount("/v1", app)
+    outside.add_middleware(Starting)
+
+    @outside.get("/{path:path}")
+    def unknown(path: str) -> PlainTextResponse:
+        return PlainTextResponse(f"Path '/{path}' not found. Ping http://.../-/routes", 404)
+
+    answer = send(outside, "GET", "/analyze", headers={"x-request-id": "mine-8"})
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
+    assert answer.json()["code"] == "unavailable" and answer.json()["request_id"] == "mine-8"
+    assert send(outside, "GET", "/-/routes").status_code == 404, "its own addresses are its own"
+    of_the_application = send(outside, "GET", "/v1/nowhere")
+    assert (of_the_application.status_code, of_the_application.json()["code"]) == (404, "not_found")
+    assert send(outside, "GET", "/v1/counted").status_code == 200
 
 
 def passed_on(*headers: tuple[bytes, bytes]) -> list[tuple[bytes, bytes]]:
