@@ -22,6 +22,7 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -72,14 +73,16 @@ def split_off(config: LoopConfig) -> tuple[Path, Path]:
     if not new:
         known = ", ".join(sorted({row["generator"] for row in rows["sources"]}))
         raise SystemExit(f"error: no picture of {config.generator!r}; there are {known}")
-    without.mkdir(parents=True, exist_ok=True)
+    for row in rows["train"]:
+        target = without / row["file_name"]
+        if row["file_name"] not in new and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(config.raw / row["file_name"], target)
     for name, listed in rows.items():
         with (without / f"{name}.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, list(listed[0]))
             writer.writeheader()
             writer.writerows(row for row in listed if row["file_name"] not in new)
-    if not (without / "train_data").exists():
-        (without / "train_data").symlink_to((config.raw / "train_data").absolute())
     sources = {row["file_name"]: row["source"] for row in rows["sources"]}
     items: dict[str, dict[str, Any]] = {}
     for name in sorted(new):
