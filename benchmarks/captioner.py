@@ -119,9 +119,9 @@ def compare(sides: Sides, views: np.ndarray, beams: int, rounds: int) -> dict[st
     ratios = sorted(plain / served for plain, served in zip(times["plain"], times["served"], strict=True))
     tokens = written(ids["plain"], config.bos_token_id, config.pad_token_id)
     row: dict[str, Any] = {"batch": len(views), "beams": beams}
-    for side, taken in times.items():
-        row[f"{side}_captions_per_s"] = round(len(views) / statistics.median(taken), 3)
-        row[f"{side}_tokens_per_s"] = round(tokens / statistics.median(taken), 2)
+    for side, each in times.items():
+        row[f"{side}_captions_per_s"] = round(len(views) / statistics.median(each), 3)
+        row[f"{side}_tokens_per_s"] = round(tokens / statistics.median(each), 2)
     return row | {
         "ratio": round(statistics.median(ratios), 3),
         "lowest": round(ratios[0], 3),
