@@ -74,10 +74,11 @@ def split_off(config: LoopConfig) -> tuple[Path, Path]:
         known = ", ".join(sorted({row["generator"] for row in rows["sources"]}))
         raise SystemExit(f"error: no picture of {config.generator!r}; there are {known}")
     for row in rows["train"]:
-        target = without / row["file_name"]
-        if row["file_name"] not in new and not target.exists():
+        source, target = config.raw / row["file_name"], without / row["file_name"]
+        # a list may name what is not there: data.prepare rejects the row and says why
+        if row["file_name"] not in new and source.is_file() and not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(config.raw / row["file_name"], target)
+            shutil.copyfile(source, target)
     for name, listed in rows.items():
         with (without / f"{name}.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, list(listed[0]))
