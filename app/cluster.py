@@ -198,14 +198,16 @@ def daemons(port: int) -> list[psutil.Process]:
 
 
 def keep_logs(port: int) -> Path | None:
-    """Set Ray's logs of an instance aside, in the place of what was there from before; None: there are none."""
-    logs = instance_folder(port) / "ray" / "session_latest" / "logs"
-    if not logs.is_dir():
-        return None
-    place = instance_folder(port).with_name(f"{instance_folder(port).name}-lost")
+    """Set Ray's logs of an instance aside, in the place of what was there from before; None: that could not be done."""
+    folder = instance_folder(port)
+    place = folder.with_name(f"{folder.name}-lost")
     shutil.rmtree(place, ignore_errors=True)
-    shutil.copytree(logs, place, symlinks=True, ignore_dangling_symlinks=True)
-    return place
+    with contextlib.suppress(OSError):  # what cannot be kept must not keep the instance from starting again
+        place.mkdir(mode=0o700)
+        with contextlib.suppress(shutil.Error):  # files that went while they were copied
+            shutil.copytree(folder / "ray" / "session_latest" / "logs", place / "logs", ignore_dangling_symlinks=True)
+        return place / "logs"
+    return None
 
 
 def stop(port: int, patience_s: float = 10.0) -> int:

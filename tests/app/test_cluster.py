@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -91,6 +92,20 @@ def test_a_port_is_free_as_soon_as_its_server_is_gone() -> None:
             accepted.close()  # it ends the connection first: the kernel remembers that for a minute
             assert client.recv(1) == b""
     assert cluster.free_port(port) == port
+
+
+def test_logs_are_kept_beside_the_instance_for_its_owner_alone(folder) -> None:
+    logs = folder / "ray" / "session_latest" / "logs"
+    logs.mkdir(parents=True)
+    for text in ("first", "second"):
+        (logs / "gcs_server.out").write_text(text)
+        kept = cluster.keep_logs(PORT)
+        assert kept is not None and (kept / "gcs_server.out").read_text() == text
+    assert kept.parent.stat().st_mode & 0o777 == 0o700 and kept.parent != folder
+    shutil.rmtree(kept.parent)
+    kept.parent.write_text("somebody else's")
+    assert cluster.keep_logs(PORT) is None
+    kept.parent.unlink()
 
 
 def test_everything_in_an_instance_asks_for_rays_token_and_calls_nobody() -> None:
