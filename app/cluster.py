@@ -96,6 +96,8 @@ def environment(port: int) -> dict[str, str]:
         # decoding have threads of their own), and each way to a model is two changes of thread shorter
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+        # views of a picture (150 kB each) travel in the request itself and not by way of the object store
+        "RAY_max_direct_call_object_size": str(2**20),
         # replicas are what this machine runs for: Ray would start its workers at niceness 15
         "RAY_worker_niceness": "0",
         # waiting OpenMP threads must sleep: three models share the cores
