@@ -45,7 +45,8 @@ def grown(cluster: Cluster, seen: dict[str, Any]) -> Cluster:
     """A node more, as the runbook adds one."""
     cluster.lists(*(name for name in NODES if name != HEAD))
     started = time.monotonic()
-    cluster.launch("ray up --yes --no-restart cluster.yaml")
+    # the autoscaler that runs knows the addresses that it began with: without a restart it never finds the new one
+    cluster.launch("ray up --yes cluster.yaml")
     wait_until(lambda: cluster.nodes() == sorted(NODES), lambda: str(cluster.nodes()), 600)
     seen["node_added_s"] = round(time.monotonic() - started, 1)
     return cluster
