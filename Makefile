@@ -45,6 +45,11 @@ INSTALL_POSTGRES := ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || { com
 	  && { apt-get update -qq && apt-get install -y -qq --no-install-recommends postgresql; } >/dev/null \
 	  && { ! command -v systemctl >/dev/null || systemctl disable --now postgresql; } >/dev/null 2>&1; } || true
 
+# The proof of the cluster's launcher makes hosts out of namespaces. The package's own sshd is not wanted.
+INSTALL_HOSTS := { command -v ip && command -v rsync && [ -x /usr/sbin/sshd ]; } >/dev/null || { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] \
+	  && { apt-get update -qq && apt-get install -y -qq --no-install-recommends openssh-server openssh-client iproute2 rsync; } >/dev/null \
+	  && { ! command -v systemctl >/dev/null || systemctl disable --now ssh; } >/dev/null 2>&1; } || true
+
 setup: $(VENV)/.serving  ## the serving environment (.venv)
 
 dev: $(VENV)/.dev  ## what tests and checks need, on top
@@ -87,6 +92,7 @@ test: dev  ## all tests, the end-to-end ones against the real application
 	$(PY) -m pytest
 
 proofs: dev  ## the tests that take minutes each (kills, sweeps, thousands of bodies)
+	@$(INSTALL_HOSTS)
 	$(PY) -m pytest -m proof
 
 PHOTOS ?= samples
@@ -97,6 +103,7 @@ bench: dev  ## beside the peers, and how large it must be (PHOTOS=FOLDER of JPEG
 bench-quick: dev  ## the same, short: shows that it works
 	$(PY) -m benchmarks.peers --photos $(PHOTOS) --quick
 	$(PY) -m benchmarks.scale --photos $(PHOTOS) --quick
+	$(PY) -m benchmarks.captioner --quick
 
 lint: dev  ## ruff and mypy
 	$(PY) -m ruff check .
