@@ -45,10 +45,11 @@ INSTALL_POSTGRES := ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || { com
 	  && { apt-get update -qq && apt-get install -y -qq --no-install-recommends postgresql; } >/dev/null \
 	  && { ! command -v systemctl >/dev/null || systemctl disable --now postgresql; } >/dev/null 2>&1; } || true
 
-# The proof of the cluster's launcher makes hosts out of namespaces. The package's own sshd is not wanted.
+# The proof of the cluster's launcher makes hosts out of namespaces. An sshd that the package brings is not wanted; one that was there is.
 INSTALL_HOSTS := { command -v ip && command -v rsync && [ -x /usr/sbin/sshd ]; } >/dev/null || { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] \
-	  && { apt-get update -qq && apt-get install -y -qq --no-install-recommends openssh-server openssh-client iproute2 rsync; } >/dev/null \
-	  && { ! command -v systemctl >/dev/null || systemctl disable --now ssh; } >/dev/null 2>&1; } || true
+	  && had=$$(ls /usr/sbin/sshd 2>/dev/null); \
+	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends openssh-server openssh-client iproute2 rsync; } >/dev/null; \
+	  [ -n "$$had" ] || ! command -v systemctl >/dev/null || systemctl disable --now ssh >/dev/null 2>&1; } || true
 
 setup: $(VENV)/.serving  ## the serving environment (.venv)
 
