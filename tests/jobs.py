@@ -41,9 +41,7 @@ class Jobs:
             check=False,
         )
 
-    def submit(
-        self, name: str, *entry: str, wait: bool = True, token: bool = True
-    ) -> subprocess.CompletedProcess[str]:
+    def submit(self, name: str, *entry: str, wait: bool = True, token: bool = True) -> subprocess.CompletedProcess[str]:
         """`ray job submit --working-dir . -- python -m ENTRY`, to its end or not."""
         options = ["--submission-id", name, "--working-dir", ".", *(() if wait else ("--no-wait",))]
         if self.variables:
