@@ -271,20 +271,21 @@ def test_a_request_sent_again_under_its_key_has_one_answer(service: SmallService
         headers = {"idempotency-key": "upload-70"}
         return HTTP.post(f"{service.url}{path}", content=picture(number), headers=headers, params=parameters)
 
-    first = send(70).json()
-    sha256 = hashlib.sha256(picture(70)).hexdigest()
+    one, other = 8_400_070, 8_400_071  # which no other test sends
+    first = send(one).json()
+    sha256 = hashlib.sha256(picture(one)).hexdigest()
     limit = time.monotonic() + 60
-    while (again := send(70).json()) != first and time.monotonic() < limit:  # it is written a moment later
+    while (again := send(one).json()) != first and time.monotonic() < limit:  # it is written a moment later
         assert (again["id"], again["sha256"]) == (first["id"], sha256)
     assert again == first, "timings and all"
-    assert send(71).status_code == 409 and send(71).json()["code"] == "conflict"
-    with_map = send(70, explain="png").json()
+    assert send(other).status_code == 409 and send(other).json()["code"] == "conflict"
+    with_map = send(one, explain="png").json()
     assert with_map["id"] == first["id"] and with_map["detection"]["heat_map"]
-    part = send(70, "/v1/detect").json()
+    part = send(one, "/v1/detect").json()
     assert part["caption"] is None and part["id"] != first["id"], "another route is another request"
     rows = HTTP.delete(f"{service.url}/v1/pictures/{sha256}").json()
     assert rows["predictions"] == 2, "each was kept once"
-    assert send(71).status_code == 200, "with the answer the name is gone"
+    assert send(other).status_code == 200, "with the answer the name is gone"
 
 
 def told(service: SmallService, hook: Hook, number: int, request_id: str) -> tuple[str, dict[str, str], dict[str, Any]]:
