@@ -101,6 +101,7 @@ def test_every_model_fits_and_a_whole_gpu_is_left_for_training(nodes: dict[str, 
     ray.kill(training)
 
 
+@pytest.mark.proof
 def test_at_their_most_replicas_they_still_fit(nodes: dict[str, str], config: dict[str, Any]) -> None:
     for name in ("Detector", "Captioner"):
         autoscaling = deployment(config, name)["autoscaling_config"]
