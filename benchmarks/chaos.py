@@ -46,6 +46,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app import cluster
 from benchmarks import plots
+from benchmarks.load import quantile
 from benchmarks.report import QUICK, RESULTS, write_result
 
 Seen = Literal["complete", "partial", "refused", "failed", "reset", "wrong"]
@@ -256,6 +257,8 @@ class Clients:
 
 def processes_of(port: int, kind: str) -> list[psutil.Process]:
     """The running processes of a kind."""
+    if kind == "head":
+        return cluster.daemons(port)
     found = []
     for process in cluster.processes(port):
         with suppress(psutil.Error, IndexError):
@@ -264,8 +267,6 @@ def processes_of(port: int, kind: str) -> list[psutil.Process]:
                 fits = process.name().startswith("VLLM")
             elif kind == "node":
                 fits = process.name() == "raylet" and "--head" not in line
-            elif kind == "head":
-                fits = process.name() == "gcs_server" or (process.name() == "raylet" and "--head" in line)
             else:
                 fits = line[0].startswith("ray::") and re.search(_RAY_TITLES[kind], line[0]) is not None
             if fits:
@@ -451,7 +452,6 @@ def run(config: ChaosConfig, folder: Path, in_service: Callable[..., Any]) -> di
         row["at_s"] = round(row["at_s"] - began, 1)
     slowest = max((row["of_cold_start"] for row in rows if row["of_cold_start"] is not None), default=None)
     others = [row["others_answered"] for row in rows if row["others_answered"] is not None]
-    ordered = sorted(clients.latencies_s) or [0.0]
     return {
         "cold_start_s": round(cold_s, 1),
         "rate_without_pauses": round(full, 2),
@@ -464,9 +464,7 @@ def run(config: ChaosConfig, folder: Path, in_service: Callable[..., Any]) -> di
         "unanswered": len(clients.unanswered),
         "sent_more_than_once": sum(count > 1 for count in clients.attempts),
         "most_attempts": max(clients.attempts, default=0),
-        "latency_s_p50_p99_max": [
-            round(ordered[min(len(ordered) - 1, int(len(ordered) * share))], 2) for share in (0.5, 0.99, 1)
-        ],
+        "latency_s_p50_p99_max": [round(quantile(clients.latencies_s or [0.0], share), 2) for share in (0.5, 0.99, 1)],
         "attempts_saw": dict(Counter(what for _, what, _ in clients.events).most_common()),
         "in_store": store.rows,
         "in_store_twice": store.twice + sum(count - 1 for count in by_hash.values()),

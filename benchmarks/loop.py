@@ -184,10 +184,10 @@ def retrain(config: LoopConfig, raw: Path, verified: Path) -> None:
 def outcome(config: LoopConfig) -> dict[str, Any]:
     """What the run of the retraining says."""
     from train.registry import aliases_of
-    from train.retrain import OUTCOME_TAG, STEP_TAG, STEPS, _runs
+    from train.retrain import OUTCOME_TAG, STEP_TAG, STEPS, runs
 
     client = connect(TrackingConfig(uri=config.tracking))
-    tags = _runs(client)[0].data.tags
+    tags = runs(client)[0].data.tags
     steps = {name: json.loads(tags[f"{STEP_TAG}.{name}"]) for name in STEPS if f"{STEP_TAG}.{name}" in tags}
     return {
         "generator": config.generator,

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from app import cluster
@@ -32,9 +31,10 @@ from app.canary_config import CanaryError, ServeApi
 from app.config import MODELS
 from app.serve import deploy, wait_until_ready
 from benchmarks import plots
+from benchmarks.load import session
 from benchmarks.report import QUICK, RESULTS, write_result
+from benchmarks.scale_measure import stand_in_config
 
-ROOT = Path(__file__).parent.parent
 ROUTES = {"detector": "detect", "captioner": "caption", "tagger": "tag"}
 #: What each model takes: a second for a batch of up to four, and two for all the tokens of an answer.
 _SLOW = {"detector": "stand-in:1.0+0.0", "captioner": "stand-in:1.0+0.0", "tagger": "stand-in:0.1+0.0x20"}
@@ -65,34 +65,25 @@ class RampConfig(BaseModel):
 
 
 def configuration(config: RampConfig, port: int) -> dict[str, Any]:
-    """``serve_config.cpu.yaml`` with models that sleep and scale, and nothing kept."""
-    content: dict[str, Any] = yaml.safe_load((ROOT / "serve_config.cpu.yaml").read_text())
-    content["http_options"]["port"] = port
+    """The stand-ins' configuration with models that are slow, and that scale."""
+    content = stand_in_config(port, uris={MODELS[stage]: uri for stage, uri in _SLOW.items()})
     (application,) = content["applications"]
-    application["import_path"] = "benchmarks.stand_ins:build"
-    scaling = {
-        "min_replicas": 1,
-        "max_replicas": config.max_replicas,
-        "target_ongoing_requests": config.target_ongoing_requests,
-        "upscale_delay_s": config.upscale_delay_s,
-        "downscale_delay_s": config.downscale_delay_s,
-        "look_back_period_s": config.look_back_s,
-    }
     arguments = application["args"]
-    arguments["store"] = {"keep": "off"}
-    arguments["limits"] |= {"max_in_flight": 256, "max_waiting": 256}
-    arguments["tagger"] |= {"num_cpus": 0.01, "max_num_seqs": 64, "max_replicas": config.max_replicas}
-    arguments["tagger_canary"] = None
-    application["deployments"] = [one for one in application["deployments"] if one["name"] != "TaggerCanary"]
-    stage_of = {name: stage for stage, name in MODELS.items()}
+    arguments["limits"] |= {"max_in_flight": 256}
+    arguments["tagger"] |= {"max_num_seqs": 64, "max_replicas": config.max_replicas}
     for one in application["deployments"]:
-        if (stage := stage_of.get(one["name"])) is None:
+        if one["name"] not in MODELS.values():
             continue
-        one["autoscaling_config"] = dict(scaling)
-        one["user_config"] = {"uri": _SLOW[stage]}
-        if stage != "tagger":
-            one["user_config"] |= {"max_batch_size": 4, "batch_wait_timeout_s": 0.005}
-            one["ray_actor_options"] = {"num_cpus": 0.01}
+        one["autoscaling_config"] = {
+            "min_replicas": 1,
+            "max_replicas": config.max_replicas,
+            "target_ongoing_requests": config.target_ongoing_requests,
+            "upscale_delay_s": config.upscale_delay_s,
+            "downscale_delay_s": config.downscale_delay_s,
+            "look_back_period_s": config.look_back_s,
+        }
+        if one["name"] != MODELS["tagger"]:
+            one["user_config"]["max_batch_size"] = 4
     return content
 
 
@@ -167,7 +158,7 @@ async def ramp(config: RampConfig, url: str, api: ServeApi, stage: str) -> Watch
         await asyncio.sleep(1)
         return watch.replicas[-1][1]
 
-    async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=None)) as http:
+    async with session(None) as http:
         clients = [asyncio.create_task(client(http, number)) for number in range(config.clients)]
         while watch.now < config.ramp_s:
             wanted = max(1, round(config.clients * watch.now / config.ramp_s))

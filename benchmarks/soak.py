@@ -38,6 +38,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from app import cluster
 from benchmarks import plots
 from benchmarks.chaos import small_graph
+from benchmarks.load import closed_loop, quantile, session
 from benchmarks.report import QUICK, RESULTS, write_result
 
 _CLIENTS = 16
@@ -151,14 +152,13 @@ async def send(http: httpx.AsyncClient, url: str, number: int, answers: Answers)
 
 async def closed(url: str, seconds: float, clients: int) -> float:
     """Complete answers a second when each client sends the next picture as soon as it has its answer."""
-    answers, numbers, end = Answers(), iter(range(10**9)), time.monotonic() + seconds
+    answers, end = Answers(), time.monotonic() + seconds
 
-    async def client() -> None:
-        while time.monotonic() < end:
-            await send(http, url, next(numbers), answers)
+    async def ask(http: httpx.AsyncClient, number: int) -> None:
+        await send(http, url, number, answers)
 
-    async with httpx.AsyncClient(timeout=120) as http:
-        await asyncio.gather(*(client() for _ in range(clients)))
+    async with session(clients) as http:
+        await closed_loop(http, clients, ask, lambda _: time.monotonic() < end)
     return answers.told["complete"] / seconds
 
 
@@ -166,7 +166,7 @@ async def open_loop(url: str, seconds: float, rate: float, seed: int, answers: A
     """Pictures that come at a rate, at random moments, whether earlier ones have been answered or not."""
     draw, due, number = random.Random(seed), time.monotonic(), 10**9
     end, sending = due + seconds, set()
-    async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=None)) as http:
+    async with session(None) as http:
         while (due := due + draw.expovariate(rate)) < end:
             await asyncio.sleep(max(0.0, due - time.monotonic()))
             number += 1
@@ -216,13 +216,12 @@ def run(config: SoakConfig, folder: Path, in_service: Callable[..., Any]) -> dic
         for (name, _), one in found.items()
     ]
     rows.sort(key=lambda row: -float(str(row["percent_an_hour"])))
-    ordered = sorted(answers.latencies_s) or [0.0]
     return {
         "rate_with_clients_without_pause": round(full, 3),
         "rate_offered": round(config.share * full, 3),
         "answers": dict(answers.told),
         "failed": answers.failed,
-        "latency_s_p50_p99": [round(ordered[int(share * (len(ordered) - 1))], 3) for share in (0.5, 0.99)],
+        "latency_s_p50_p99": [round(quantile(answers.latencies_s or [0.0], share), 3) for share in (0.5, 0.99)],
         "processes": rows,
         "grow_too_much": sorted({name for (name, _), one in found.items() if one.share_an_hour > config.most_growth}),
         "came_or_went": sorted(others),

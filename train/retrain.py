@@ -389,7 +389,8 @@ def _key() -> str:
     return f"retrain:{MODEL}"
 
 
-def _runs(client: Any) -> list[Any]:
+def runs(client: Any) -> list[Any]:
+    """MLflow runs of retrainings, the newest first."""
     experiment = client.get_experiment_by_name(EXPERIMENT)
     if experiment is None:
         return []
@@ -399,11 +400,11 @@ def _runs(client: Any) -> list[Any]:
 
 def _begun(client: Any) -> bool:
     """Whether one was begun and has not come to its end."""
-    return any(run.info.status != "FINISHED" for run in _runs(client))
+    return any(run.info.status != "FINISHED" for run in runs(client))
 
 
 def _last(client: Any) -> Last | None:
-    for run in _runs(client):
+    for run in runs(client):
         began = datetime.datetime.fromtimestamp(run.info.start_time / 1000, datetime.UTC)
         return Last(began, int(run.data.tags.get(LABELS_TAG, "0")))
     return None

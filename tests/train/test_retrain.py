@@ -182,7 +182,7 @@ def test_without_a_reason_there_is_nothing_to_do_and_one_runs_at_a_time(
     with pytest.raises(retrain.RetrainError, match="in production"):
         retrain.retrain(waiting)
     client = tracking.connect(waiting.tracking)
-    (run,) = retrain._runs(client)
+    (run,) = retrain.runs(client)
     assert run.info.status == "FAILED" and run.data.tags["deeptrust.step"] == "base"
 
 
@@ -297,7 +297,7 @@ def test_verified_labels_of_a_new_generator_reach_production_through_a_kill_and_
             assert service.replicas("DetectorCanary") == []
     assert told.count("train …") == 1 and "(done before)" in told, "what was finished before the kill is not done again"
     client = tracking.connect(TrackingConfig(uri=f"sqlite:///{place}/mlflow.db"))
-    (run,) = retrain._runs(client)
+    (run,) = retrain.runs(client)
     assert run.info.status == "FINISHED" and run.data.tags["deeptrust.outcome"] == "promoted"
     judged = json.loads(run.data.tags["deeptrust.step.judge"])
     assert [each["passed"] for each in judged["shown"]] == [True, True]
