@@ -74,10 +74,16 @@ class Database:
             options: dict[str, Any] = {"timeout": timeout_s, "check_same_thread": False}
         else:
             milliseconds = int(timeout_s * 1000)
+            settings = {
+                "statement_timeout": milliseconds,
+                "lock_timeout": milliseconds,
+                # how a search is best made depends on its words, and psycopg prepares what comes often
+                "plan_cache_mode": "force_custom_plan",
+            }
             options = {
                 "connect_timeout": max(2, int(timeout_s)),
                 "tcp_user_timeout": milliseconds,
-                "options": f"-c statement_timeout={milliseconds} -c lock_timeout={milliseconds}",
+                "options": " ".join(f"-c {name}={value}" for name, value in settings.items()),
             }
         return create_engine(
             url,

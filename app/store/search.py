@@ -6,9 +6,10 @@ written meanwhile.
 
 Both databases bring words to their stems (Porter); stop words are left out of the query. SQLite merges sorted lists of
 row numbers, so that verdict, tags and dates narrow a search before anything is read. The index of PostgreSQL gives all
-matches in no order: for a common word that is half the table. So the newest rows within the dates are looked through
-first. The index is asked only when they do not fill the page, because then there are few matches, and when there are
-more rows within the dates than were looked through.
+matches in no order, and each is a page of the table to read: for a common word that is half of it. So the newest rows
+within the dates are looked through first, and more of them if the matches among them are as many as to fill the page
+soon. The index is asked only when they do not, because then there are few matches, and when there are more rows within
+the dates than were looked through.
 """
 
 # ruff: noqa: S608  (the statements are put together of constants; whatever is looked for is bound)
@@ -27,8 +28,8 @@ from app.store.models import plain, tag_facet, verdict_facet
 
 _WORD = re.compile(r"[^\W_]+")
 MAX_WORDS = 12
-#: How many of the newest rows PostgreSQL looks through before it asks its index.
-_NEWEST_ROWS = 3000
+#: How many of the newest rows PostgreSQL looks through before it asks its index, and how many where those had some.
+_NEWEST_ROWS, _MOST_ROWS = 3000, 12_000
 MAX_ID = 2**63 - 1
 _COLUMNS = "p.id, p.sha256, p.record, p.flagged"
 
@@ -170,10 +171,18 @@ def _postgres(
         values["facets"] = " & ".join(f"'{facet}'" for facet in facets)
         conditions.append(f"{column} @@ to_tsquery('simple', :facets)")
     wanted = " AND ".join(conditions)
-    newest = f"SELECT * FROM predictions p WHERE {bounds} ORDER BY p.id DESC LIMIT {_NEWEST_ROWS}"
-    rows = _rows(connection, f"SELECT {_COLUMNS} FROM ({newest}) p WHERE {wanted} {_NEWEST_FIRST}", values)
+
+    def among(newest: int) -> list[RowMapping]:
+        rows = f"SELECT * FROM predictions p WHERE {bounds} ORDER BY p.id DESC LIMIT {newest}"
+        return _rows(connection, f"SELECT {_COLUMNS} FROM ({rows}) p WHERE {wanted} {_NEWEST_FIRST}", values)
+
+    rows = among(_NEWEST_ROWS)
     if len(rows) == values["limit"] or _are_few(connection, bounds, values):
         return rows
+    if rows and (enough := int(1.5 * _NEWEST_ROWS * values["limit"] / len(rows))) <= _MOST_ROWS:
+        rows = among(enough)
+        if len(rows) == values["limit"]:
+            return rows
     return _rows(
         connection,
         f"WITH m AS MATERIALIZED (SELECT p.id FROM predictions p WHERE {wanted} AND {bounds}), "

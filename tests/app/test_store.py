@@ -498,6 +498,7 @@ def test_many_rows_are_found_by_the_index_and_by_looking_through_the_newest(
     monkeypatch.setattr(search, "_NEWEST_ROWS", 10)
     assert hits(store, words="rare", limit=50) == expected == [str(i) for i in range(35, -1, -5)]
     assert hits(store, words="rare", limit=2) == ["35", "30"]
+    assert hits(store, words="rare", limit=4) == ["35", "30", "25", "20"], "there are enough a little further back"
     begins = {found.annotation.id: first_id(found.at.timestamp()) for found in run(store.search(Query(limit=50)))[0]}
     assert hits(store, words="rare", from_id=begins["10"], until_id=begins["17"]) == ["15", "10"]
     assert hits(store, words="rare", from_id=begins["4"], until_id=begins["33"]) == ["30", "25", "20", "15", "10", "5"]
