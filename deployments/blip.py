@@ -10,6 +10,7 @@ What is spared, all of it without approximation (float32 differs in the last dig
   a picture look at the same one: for BLIP-base and 3 beams 128 MB are copied for each word of a caption.
 * The beams of a picture ask together, as so many queries: its keys and values are read once for all of them.
 * Attention in the image tower is PyTorch's fused one, which never writes the matrix of scores (577 x 577 a head).
+* On a CPU a decoder's step for a few rows is spent in linear layers; ``pack`` has them computed by a faster kernel.
 
 Parameters and their names are those of the model; training, log-likelihoods and whatever else calls it go on as before.
 
@@ -91,7 +92,47 @@ def quicken(model: BlipForConditionalGeneration) -> None:
         cross.self = _exchanged(cross.self, PictureAttention, cross.self.config, True, number)
 
 
-def _exchanged(module: nn.Module, kind: type[nn.Module], *arguments: Any) -> nn.Module:
+class FewRows(nn.Linear):
+    """A linear layer for as few rows as a step of decoding has: oneDNN on a copy of the weights in its own order.
+
+    Three rows (one picture, three beams) take 0.6 of the time that they take with the weights as they are; from 24 on
+    there is no difference. The copy does not follow the weights: for inference alone.
+    """
+
+    packed: torch.Tensor | None = None
+
+    def pack(self) -> None:
+        """Copy the weights."""
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), _FEW)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """``(..., in)`` -> ``(..., out)``."""
+        few = 1 < input.numel() // self.in_features <= _FEW
+        if self.packed is None or not few or torch.is_grad_enabled():
+            return super().forward(input)
+        return torch.ops.mkldnn._linear_pointwise(input, self.packed, self.bias, "none", [], "")
+
+
+#: Rows up to which a packed layer is used; one row alone is read as fast as memory gives it anyway.
+_FEW = 16
+
+
+def pack(model: BlipForConditionalGeneration) -> None:
+    """Exchange the linear layers of the decoder of a float32 model on a CPU; half a gigabyte more for BLIP-base.
+
+    Keys and values of pictures are left as they are: they have hundreds of rows.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return
+    for name, module in list(model.text_decoder.named_modules()):
+        if type(module) is nn.Linear and not name.endswith(("crossattention.self.key", "crossattention.self.value")):
+            parent, _, own = name.rpartition(".")
+            exchanged = _exchanged(module, FewRows, module.in_features, module.out_features)
+            exchanged.pack()
+            setattr(model.text_decoder.get_submodule(parent), own, exchanged)
+
+
+def _exchanged(module: nn.Module, kind: type[nn.Module], *arguments: Any) -> Any:
     with torch.device("meta"):  # the parameters are there already
         exchanged = kind(*arguments)
     exchanged.load_state_dict(module.state_dict(keep_vars=True), assign=True)

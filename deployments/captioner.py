@@ -48,6 +48,8 @@ class CaptionerModel:
         self._generate: Callable[..., torch.Tensor] = self.network.generate
         if isinstance(self.network, BlipForConditionalGeneration):
             blip.quicken(self.network)
+            if self.device == "cpu":
+                blip.pack(self.network)
             self._generate = partial(blip.generate, self.network)
         self.generation = GENERATION | checkpoint.card.generation
         self._prompt = str(self.generation.pop("prompt", ""))

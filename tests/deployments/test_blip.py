@@ -117,6 +117,22 @@ def test_a_blip_is_served_quickened_and_its_pictures_have_one_row_each(tmp_path:
     assert rows == [2], "keys are computed once, and for pictures rather than beams"
 
 
+@torch.inference_mode()
+def test_packed_layers_write_the_same_captions_and_keep_their_parameters(plain: BlipForConditionalGeneration) -> None:
+    packed = copy.deepcopy(plain)
+    blip.quicken(packed)
+    blip.pack(packed)
+    output = packed.text_decoder.cls.predictions.decoder
+    assert isinstance(output, blip.FewRows) and output.packed is not None
+    assert output.weight is packed.text_decoder.bert.embeddings.word_embeddings.weight
+    assert list(packed.state_dict()) == list(plain.state_dict())
+    for count in (1, 2, 7):  # 3 and 6 rows a step, and more than are packed for
+        pixels = torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(count))
+        settings: dict[str, Any] = {"num_beams": 3, "max_new_tokens": 12, "min_new_tokens": 2}
+        expected = plain.generate(pixel_values=pixels, **settings)
+        assert blip.generate(packed, pixels, **settings).tolist() == expected.tolist()
+
+
 @pytest.mark.proof
 @pytest.mark.parametrize("beams", [1, 3])
 @torch.inference_mode()
