@@ -204,7 +204,7 @@ async def measure(url: str, settings: StoreBenchmark) -> dict[str, Any]:
         }
         print(f"  {database.dialect:10} {name:32} {json.dumps(result['searches_ms'][name])}", flush=True)
     times = []
-    for i in range(settings.repeats):
+    for _ in range(settings.repeats):
         answer = f"{language.random.randrange(settings.rows // _COPIES):032x}"
         event = Event(answer, "verdict", False, "human", key=uuid4().hex)
         started = time.perf_counter()

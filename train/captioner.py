@@ -528,6 +528,8 @@ def prepare_job(config: CaptionerTraining, version: DataVersion) -> tuple[Captio
             raise TrainingError(f"split {split} of {version.location} is empty: prepare it again with a share for it")
     uri = config.start_from()
     if uri == "new":
+        if config.blend < 1:
+            raise TrainingError("--blend mixes with the weights that training starts from, and --model new has none")
         uri = new_checkpoint(config, version)
         if config.dropout is None:
             config = config.model_copy(update={"dropout": config.new.dropout})

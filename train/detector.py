@@ -579,6 +579,8 @@ def prepare_job(config: DetectorTraining, version: DataVersion) -> tuple[Detecto
         )
     checkpoint = resolve(config.start_from())
     new_head = wants_new_head(config, checkpoint, labels)
+    if config.blend < 1 and new_head:
+        raise TrainingError("--blend mixes with the head that training starts from, and this one is new: --head keep")
     try:
         model = load_classifier(checkpoint, labels, new_head)
         views = ViewSpec.from_processor(checkpoint.folder)

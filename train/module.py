@@ -2,7 +2,8 @@
 
 In: a transformers model and an ``Optimisation``. Out: a ``TrainedModule`` whose ``loss`` and ``judge`` a task fills
 in. A validation picture is judged by whole weights (``plain``): the averaged ones if there is an average, gathered
-ones under FSDP, so that generation and calibration see the model that is written in the end.
+ones under FSDP, blended with those that training started from if that is wanted, so that generation and calibration see
+the model that is written in the end.
 
 Knows no data set, no Ray and no file.
 """
@@ -57,6 +58,13 @@ class Optimisation(BaseModel):
     ema: float = Field(
         0.0, ge=0, lt=1, description="decay of the moving average of weights that is judged and kept; 0 is none"
     )
+    blend: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="share of the trained weights in those that are judged and kept; the rest is what training started "
+        "from, for a model that must not lose what it knew (WiSE-FT, Wortsman et al. 2022)",
+    )
 
 
 class TrainedModule(pl.LightningModule):
@@ -80,7 +88,12 @@ class TrainedModule(pl.LightningModule):
         self._scale = normalisation.scale
         self.results: dict[str, float] = {}
         self.judged: dict[int, Any] = {}
+        # outside of the module's own children: neither trained nor saved
         self._shadow: nn.Module | None = None
+        self._start: dict[str, torch.Tensor] = {}
+        if config.blend < 1:
+            self._start = {name: value.clone() for name, value in model.state_dict().items()}
+            object.__setattr__(self, "_shadow", copy.deepcopy(model).requires_grad_(False))
         self._judge: nn.Module | None = None
         self._judging: dict[int, Any] = {}
         self._averaged = -1
@@ -143,16 +156,28 @@ class TrainedModule(pl.LightningModule):
         if self._trainer is None or not is_sharded(self.trainer.strategy):
             return
         if self._shadow is None:
-            # outside of the module's own children: it is neither trained nor saved
             object.__setattr__(self, "_shadow", copy.deepcopy(self.model).requires_grad_(False))
         shard(self.trained, self.device_mesh)
 
     def plain(self) -> nn.Module:
         """The model with whole weights that is judged and kept; under FSDP every worker must call."""
         if self._shadow is not None:
-            self._shadow.load_state_dict(gather(self.model))
+            sharded = self._trainer is not None and is_sharded(self.trainer.strategy)
+            trained = self.average.module if self.config.ema else self.model
+            self._shadow.load_state_dict(self._blended(gather(self.model) if sharded else trained.state_dict()))
             self._shadow.to(self.device)
         return self.unsharded()
+
+    def _blended(self, weights: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Weights on the way from where training started to where it is."""
+        if not self._start:
+            return weights
+        return {
+            name: torch.lerp(self._start[name].to(value), value, self.config.blend)
+            if value.is_floating_point()
+            else value
+            for name, value in weights.items()
+        }
 
     def unsharded(self) -> nn.Module:
         """A module of whole weights to load the best ones into; no other worker needs to call."""

@@ -64,6 +64,7 @@ def arguments(version: Path, vit: Path, folder: Path, **changes: object) -> list
         ({"batch_size": 9, "num_workers": 2}, "does not divide"),
         ({"num_workers": 3, "batch_size": 12, "min_workers": 2}, "multiple of 2"),
         ({"ema": 0.9, "strategy": "fsdp"}, "--ema"),
+        ({"blend": 0.5, "head": "new"}, "--head keep"),
         ({"time_limit": "soon"}, "no duration"),
     ],
 )

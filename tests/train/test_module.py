@@ -89,6 +89,26 @@ def test_the_average_is_what_is_judged() -> None:
     assert torch.allclose(judged.classifier.weight, before + 0.5)
 
 
+@pytest.mark.parametrize("ema", [0.0, 0.5])
+def test_a_blend_with_the_start_is_what_is_judged(ema: float) -> None:
+    toy = module(blend=0.25, ema=ema)
+    toy.freeze_unreached({"x": torch.ones(1, 4)})
+    before = toy.model.classifier.weight.detach().clone()  # type: ignore[union-attr]
+    for step in (1, 2):
+        if ema:
+            toy.average.update_parameters(toy.model)  # the first is taken as it is
+        with torch.no_grad():
+            toy.model.classifier.weight += step  # type: ignore[union-attr, operator]
+    if ema:
+        toy.average.update_parameters(toy.model)
+    judged: Any = toy.plain()
+    trained = 1.75 if ema else 3.0
+    assert torch.allclose(judged.classifier.weight, before + 0.25 * trained)
+    assert not any("_shadow" in name for name in toy.state_dict())
+    again: Any = toy.plain()
+    assert again is judged and torch.allclose(again.classifier.weight, before + 0.25 * trained)
+
+
 def test_pixels_are_normalised_and_a_single_view_loses_its_axis() -> None:
     toy = module()
     views = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1, 1).expand(2, 1, 4, 4, 3)
