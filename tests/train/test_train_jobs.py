@@ -108,11 +108,10 @@ def test_the_dashboard_shows_jobs_and_runs_to_who_has_the_token(jobs: Jobs, plac
     with chromium() as browser:
         page = browser.new_page(viewport={"width": 1400, "height": 900})
         page.goto(f"{url}/#/jobs")
-        # Ray's own dialog, as an operator meets it
-        field = page.locator("input[type=password], input[type=text]").first
-        field.wait_for(timeout=60_000)
-        field.fill(token)
-        field.press("Enter")
+        # Ray's own dialog, as an operator meets it; the page behind it has fields too
+        dialog = page.get_by_role("dialog")
+        dialog.locator("input").first.fill(token, timeout=60_000)
+        dialog.get_by_role("button", name="Submit").click()
         page.get_by_text("train-2").first.wait_for(timeout=60_000)
         shown = page.locator("body").inner_text()
         page.screenshot(path=str(place / "jobs.png"))
