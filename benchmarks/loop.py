@@ -140,8 +140,14 @@ def put_into_production(config: LoopConfig, raw: Path) -> None:
 #: What differs from the starter detector's recipe, chosen by folds of the training pictures and by validation pictures
 #: (``benchmarks/TRIED.md``): with one damaged version of each picture, a new generator that weighs more than its share
 #: and nothing of production's head left, what is gained on the new is lost on the old.
-RETRAINING = {"variants": 4, "balance": 1.0, "head": "keep", "blend": 0.25, "epochs": 160, "max_steps": 1440} | {
-    "validate_every": 1440
+RETRAINING = {
+    "variants": 4,
+    "balance": 1.0,
+    "head": "keep",
+    "blend": 0.25,
+    "epochs": 160,
+    "max_steps": 1440,
+    "validate_every": 1440,
 }
 
 

@@ -92,6 +92,10 @@ def quicken(model: BlipForConditionalGeneration) -> None:
         cross.self = _exchanged(cross.self, PictureAttention, cross.self.config, True, number)
 
 
+#: Rows up to which a packed layer is used; one row alone is read as fast as memory gives it anyway.
+_FEW = 16
+
+
 class FewRows(nn.Linear):
     """A linear layer for as few rows as a step of decoding has: oneDNN on a copy of the weights in its own order.
 
@@ -111,10 +115,6 @@ class FewRows(nn.Linear):
         if self.packed is None or not few or torch.is_grad_enabled():
             return super().forward(input)
         return torch.ops.mkldnn._linear_pointwise(input, self.packed, self.bias, "none", [], "")
-
-
-#: Rows up to which a packed layer is used; one row alone is read as fast as memory gives it anyway.
-_FEW = 16
 
 
 def pack(model: BlipForConditionalGeneration) -> None:

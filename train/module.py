@@ -152,8 +152,12 @@ class TrainedModule(pl.LightningModule):
                 self.model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(self.config.ema), use_buffers=True
             ).requires_grad_(False)
 
+    @property
+    def _is_sharded(self) -> bool:
+        return self._trainer is not None and is_sharded(self.trainer.strategy)
+
     def configure_model(self) -> None:
-        if self._trainer is None or not is_sharded(self.trainer.strategy):
+        if not self._is_sharded:
             return
         if self._shadow is None:
             object.__setattr__(self, "_shadow", copy.deepcopy(self.model).requires_grad_(False))
@@ -162,9 +166,9 @@ class TrainedModule(pl.LightningModule):
     def plain(self) -> nn.Module:
         """The model with whole weights that is judged and kept; under FSDP every worker must call."""
         if self._shadow is not None:
-            sharded = self._trainer is not None and is_sharded(self.trainer.strategy)
             trained = self.average.module if self.config.ema else self.model
-            self._shadow.load_state_dict(self._blended(gather(self.model) if sharded else trained.state_dict()))
+            weights = gather(self.model) if self._is_sharded else trained.state_dict()
+            self._shadow.load_state_dict(self._blended(weights))
             self._shadow.to(self.device)
         return self.unsharded()
 
