@@ -25,13 +25,14 @@ DETECTOR = """
     --model starter:detector --head new --freeze tower --epochs 60 --batch-size 64 --learning-rate 1e-3 --weight-decay 0
     --warmup 0 --penalty 0.02 --balance 0.5 --max-steps 720 --validate-every 720 --seed 20260101
     """
-#: The captioner, first on the likelihood of human captions, then on the CIDEr of its own.
+#: The captioner, first on the likelihood of human captions, then on the CIDEr of its own. The tower computes in
+#: float32: a CPU without bf16 units takes many times as long in bf16, and this is to be made again anywhere.
 CAPTIONER = """
-    --model new --freeze tower --features bf16 --epochs 4 --batch-size 16 --learning-rate 6e-4 --weight-decay 0.05
+    --model new --freeze tower --features 32 --epochs 4 --batch-size 16 --learning-rate 6e-4 --weight-decay 0.05
     --warmup 0.14 --label-smoothing 0.1 --dropout 0.15 --keep-patches 0.4 --length-penalty 0.5 --prompt= --seed 20260101
     """
 REWARDED = """
-    --objective cider --freeze tower --features bf16 --epochs 2 --batch-size 16 --learning-rate 5e-5 --warmup 0.05
+    --objective cider --freeze tower --features 32 --epochs 2 --batch-size 16 --learning-rate 5e-5 --warmup 0.05
     --validate-every 128 --validation-photos 250 --dropout 0 --seed 20260101
     """
 
