@@ -18,12 +18,13 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from pydantic import ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic_core import to_jsonable_python
 
 from data.errors import DataError, as_data_error
 from data.locations import Location
@@ -288,6 +289,19 @@ def _check_space(config: TrainCommand, place: Location, parameters: int) -> None
             )
 
 
+def changed_settings(kind: type[BaseModel], before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Names of the settings (as JSON) by which a run would go on otherwise than it was started.
+
+    A setting that came with a later release has its default in the runs from before it, which is what they did.
+    """
+    defaults = {
+        name: to_jsonable_python(field.get_default(call_default_factory=True, validated_data={}))
+        for name, field in kind.model_fields.items()
+        if name not in before and not field.is_required()
+    }
+    return [name for name in now if {**defaults, **before}.get(name) != now[name]]
+
+
 def _check_same(config: TrainCommand, folder: Location) -> None:
     """A run goes on only with the settings that it was started with."""
     file = folder / "settings.json"
@@ -296,8 +310,7 @@ def _check_same(config: TrainCommand, folder: Location) -> None:
     # before the first checkpoint nothing depends on them yet
     if file.exists() and any(name.startswith("checkpoint") for name in folder.folders()):
         before = json.loads(file.read_text())
-        changed = [name for name in settings if before.get(name) != settings[name]]
-        if changed:
+        if changed := changed_settings(type(config), before, settings):
             told = ", ".join(f"{name} {before.get(name)!r} -> {settings[name]!r}" for name in changed[:5])
             raise TrainingError(
                 f"run {config.name!r} in {config.storage} was started with other settings ({told}): give "

@@ -34,7 +34,7 @@ from data.locations import Location
 from data.session import RaySettings, ray_session
 from train import captioner, detector, registry, tracking
 from train.captioner import CaptionerTraining
-from train.command import TrainCommand, end, publish
+from train.command import TrainCommand, changed_settings, end, publish
 from train.detector import DetectorTraining
 from train.gate import Kind
 from train.module import TrainingError
@@ -462,8 +462,7 @@ def _check_same(config: AnySweep, space: Mapping[str, Span], place: Location) ->
     file = place / "sweep.json"
     if file.exists():
         before = json.loads(file.read_text())
-        changed = [name for name in settings if before.get(name) != settings[name]]
-        if changed:
+        if changed := changed_settings(type(config), before, settings):
             raise TrainingError(
                 f"sweep {config.name!r} was started with other settings ({', '.join(changed[:5])}): give another "
                 f"--name, or remove {place}"
