@@ -120,6 +120,7 @@ def test_a_sweep_goes_on_only_as_it_was_started(folder: Path, arguments: list[st
 
 
 @pytest.mark.proof
+@pytest.mark.timeout(3600)
 def test_eight_trials_with_a_kill_in_the_middle(folder: Path, arguments: list[str]) -> None:
     """ASHA stops at least two, the sweep goes on after SIGKILL, and the best is registered."""
     (folder / "wide.yaml").write_text("learning_rate: {low: 1.0e-6, high: 1.0e-1, log: true}")
