@@ -26,6 +26,12 @@ from deployments import telemetry
 
 #: Environment variable of every process of an instance.
 MARK = "DEEPTRUST_INSTANCE"
+#: Set for those that belong to an instance and not to its Ray: they go on when Ray is started again.
+BESIDE = "DEEPTRUST_BESIDE_RAY"
+#: What of an instance's folder is not Ray's, and outlives it: who started the instance, and the history of its metrics.
+_KEPT = frozenset(("owner.pid", "prometheus"))
+#: `ray start` takes seconds. One that waits for a daemon which has died would wait for ever.
+_START_S = 300.0
 _ROOT = Path(__file__).parent.parent
 
 
@@ -55,6 +61,11 @@ def instance_folder(port: int) -> Path:
     below it.
     """
     return Path(tempfile.gettempdir()) / f"deeptrust-{os.getuid()}-{port}"
+
+
+def metrics_folder(port: int) -> Path:
+    """Where the Prometheus of an instance keeps its data."""
+    return instance_folder(port) / "prometheus"
 
 
 def free_port(wanted: int = 0) -> int:
@@ -112,13 +123,19 @@ def start(port: int, num_cpus: int, object_store_bytes: int) -> Instance:
     Raises:
         ClusterError: the port is taken, or Ray did not start.
     """
-    if processes(port):
+    if processes(port, beside=False):
         raise ClusterError(f"an application with port {port} is running or was left behind; stop it with `make stop`")
     if free_port(port) != port:
         raise ClusterError(f"port {port} is in use by another program; choose one with PORT=8001 make serve")
     folder = instance_folder(port)
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(mode=0o700)
+    _clear(folder)
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+            raise OSError("it is somebody else's")
+        folder.chmod(0o700)
+    except OSError as error:
+        raise ClusterError(f"{folder} cannot be used ({error}): remove it, or choose another PORT") from error
     _owner_file(port).write_text(str(os.getpid()))
     shutil.copytree(_ROOT / "monitoring" / "grafana", folder / "grafana")
     secret = folder / "auth_token"
@@ -135,11 +152,19 @@ def start(port: int, num_cpus: int, object_store_bytes: int) -> Instance:
         f"--ray-client-server-port={free_port()}",
         *(f"--object-store-memory={object_store_bytes}", "--disable-usage-stats"),
     ]
-    with (folder / "ray-start.log").open("w") as log:
-        code = subprocess.run(command, env=environment(port), cwd=_ROOT, stdout=log, stderr=log, check=False).returncode
-    if code != 0:
-        stop(port)
-        raise ClusterError(f"Ray did not start (exit {code}); see {folder / 'ray-start.log'}")
+    log = folder / "ray-start.log"
+    with log.open("w") as output:
+        try:
+            ended = subprocess.run(
+                command, env=environment(port), cwd=_ROOT, stdout=output, stderr=output, timeout=_START_S, check=False
+            )
+            reason = f"exit {ended.returncode}" if ended.returncode else ""
+        except subprocess.TimeoutExpired:
+            reason = f"not after {_START_S:.0f} s"
+    if reason:
+        said = " / ".join(log.read_text(errors="replace").strip().splitlines()[-3:])  # the file goes with the instance
+        stop_ray(port)
+        raise ClusterError(f"Ray did not start ({reason}): {said or 'it said nothing'}")
     (folder / "dashboard").write_text(instance.dashboard_url)
     return instance
 
@@ -160,22 +185,49 @@ def _owner_file(port: int) -> Path:
     return instance_folder(port) / "owner.pid"
 
 
-def processes(port: int) -> list[psutil.Process]:
-    """Every process of an instance but this one and its parents."""
-    own = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
-    found = []
+def _own() -> set[int]:
+    return {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
+
+
+def owner(port: int) -> psutil.Process | None:
+    """Whoever started an instance and waits in the foreground, unless that is this process or it has ended."""
     with contextlib.suppress(OSError, ValueError, psutil.Error):
-        owner = psutil.Process(int(_owner_file(port).read_text()))
+        found = psutil.Process(int(_owner_file(port).read_text()))
         # a process id may have been given to another program since
-        if owner.pid not in own and any("app." in part for part in owner.cmdline()):
-            found.append(owner)
+        if found.pid not in _own() and runs(found) and any("app." in part for part in found.cmdline()):
+            return found
+    return None
+
+
+def is_owner(port: int) -> bool:
+    """Whether this process has started the instance."""
+    with contextlib.suppress(OSError, ValueError):
+        return int(_owner_file(port).read_text()) == os.getpid()
+    return False
+
+
+def ask_to_stop(port: int) -> bool:
+    """Note that an instance has been told to stop; whether that is the first time."""
+    with contextlib.suppress(OSError):
+        (instance_folder(port) / "stopping").touch(exist_ok=False)
+        return True
+    return False
+
+
+def processes(port: int, beside: bool = True) -> list[psutil.Process]:
+    """Every process of an instance but this one and its parents.
+
+    Args:
+        beside: with those that run beside its Ray and go on without it.
+    """
+    own, in_front = _own(), owner(port)
+    found = [] if in_front is None else [in_front]
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
-            if (
-                process.pid not in own
-                and process.environ().get(MARK) == str(port)
-                and process.status() != psutil.STATUS_ZOMBIE
-            ):
+            if process.pid in own or process.status() == psutil.STATUS_ZOMBIE:
+                continue
+            environment = process.environ()
+            if environment.get(MARK) == str(port) and (beside or BESIDE not in environment):
                 found.append(process)
     # Ray's agents write their title over the place where the mark stands: they are known as children of the raylet
     known = {process.pid for process in found} | own
@@ -199,10 +251,14 @@ def daemons(port: int) -> list[psutil.Process]:
     return found
 
 
-def keep_logs(port: int) -> Path | None:
-    """Set Ray's logs of an instance aside, in the place of what was there from before; None: that could not be done."""
+def keep_logs(port: int, name: str = "lost") -> Path | None:
+    """Set Ray's logs of an instance aside, in the place of what was there from before; None: that could not be done.
+
+    Args:
+        name: of the place: ``lost``, of a Ray that served, or ``failed``, of one that did not come to it.
+    """
     folder = instance_folder(port)
-    place = folder.with_name(f"{folder.name}-lost")
+    place = folder.with_name(f"{folder.name}-{name}")
     shutil.rmtree(place, ignore_errors=True)
     with contextlib.suppress(OSError):  # what cannot be kept must not keep the instance from starting again
         place.mkdir(mode=0o700)
@@ -214,28 +270,57 @@ def keep_logs(port: int) -> Path | None:
 
 def stop(port: int, patience_s: float = 10.0) -> int:
     """End every process of an instance, politely first, and remove its folder; returns how many there were."""
+    ended, left = _end(port, patience_s, beside=True)
+    if not left:
+        shutil.rmtree(instance_folder(port), ignore_errors=True)
+    return ended
+
+
+def stop_ray(port: int, patience_s: float = 2.0) -> int:
+    """End an instance's Ray and all that runs on it, to be started again; what runs beside it goes on, with its data.
+    Returns how many processes there were.
+    """
+    ended, _ = _end(port, patience_s, beside=False)
+    _clear(instance_folder(port))
+    return ended
+
+
+def _clear(folder: Path) -> None:
+    """Remove what Ray left in an instance's folder."""
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    with contextlib.suppress(OSError):  # what cannot be removed is found by who cannot use it
+        for path in folder.iterdir():
+            if path.name in _KEPT:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _end(port: int, patience_s: float, beside: bool) -> tuple[int, bool]:
+    """End processes of an instance; returns how many there were, and whether some are left."""
     seen: set[psutil.Process] = set()
 
     def left() -> list[psutil.Process]:
         # who has lost the raylet is nobody's child any more, and remembered
-        seen.update(processes(port))
+        seen.update(processes(port, beside))
         return [process for process in seen if runs(process)]
 
-    for signal_after in (patience_s, 3.0):
+    for polite, limit_s in ((True, patience_s), (False, 3.0)):
         # new workers may be forked while old ones end: look again until there are none
-        limit = time.monotonic() + signal_after
+        limit = time.monotonic() + limit_s
         while (running := left()) and time.monotonic() < limit:
             for process in running:
                 with contextlib.suppress(psutil.Error):
-                    process.terminate() if signal_after == patience_s else process.kill()
+                    process.terminate() if polite else process.kill()
             psutil.wait_procs(running, timeout=1.0)
     for process in left():
         with contextlib.suppress(psutil.Error):
             process.kill()
             process.wait(2)
-    if not left():
-        shutil.rmtree(instance_folder(port), ignore_errors=True)
-    return len(seen)
+    return len(seen), bool(left())
 
 
 def runs(process: psutil.Process) -> bool:

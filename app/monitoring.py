@@ -69,7 +69,7 @@ def command(settings: MonitoringSettings, port: int) -> list[str]:
     discovery = settings.discovery or folder / "ray" / "prom_metrics_service_discovery.json"
     if not discovery.exists():
         raise MonitoringError(f"{discovery} does not exist: start the application first (`make serve`)")
-    data = settings.data or folder / "prometheus"
+    data = settings.data or cluster.metrics_folder(port)
     data.mkdir(parents=True, exist_ok=True)
     file = data / "prometheus.yml"
     file.write_text(configuration(discovery, settings.scrape_interval_s))
@@ -83,6 +83,13 @@ def command(settings: MonitoringSettings, port: int) -> list[str]:
     ]
 
 
+def environment(port: int) -> dict[str, str]:
+    """Marked as the instance's own, so that `make stop` ends it; and as beside its Ray, so that an outage of Ray, which
+    is what it is there to tell of, does not end it and its history.
+    """
+    return os.environ | {cluster.MARK: str(port), cluster.BESIDE: "1"}
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Start Prometheus and stay with it."""
     from pydantic_settings import CliApp
@@ -94,8 +101,8 @@ def main(arguments: list[str] | None = None) -> None:
     except MonitoringError as error:
         sys.exit(f"error: {error}")
     print(f"Prometheus: http://{settings.listen}/  alerts: http://{settings.listen}/alerts; Ctrl-C stops", flush=True)
-    # in this one's place, and marked as the instance's own: `make stop` ends it as well
-    os.execve(line[0], line, os.environ | {cluster.MARK: str(port)})  # noqa: S606
+    # in this one's place
+    os.execve(line[0], line, environment(port))  # noqa: S606
 
 
 if __name__ == "__main__":

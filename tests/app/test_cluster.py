@@ -59,12 +59,64 @@ def test_stop_ends_what_has_lost_the_mark_and_then_its_parent(folder) -> None:
     assert not folder.exists()
 
 
+def test_what_runs_beside_ray_goes_on_with_its_data_until_everything_is_stopped(folder) -> None:
+    from app.monitoring import environment
+
+    ray = subprocess.Popen(SLEEPER, env=os.environ | {"DEEPTRUST_INSTANCE": str(PORT)})
+    prometheus = subprocess.Popen(SLEEPER, env=environment(PORT))
+    history = cluster.metrics_folder(PORT) / "tsdb"
+    history.mkdir(parents=True)
+    (folder / "ray").mkdir()
+    (folder / "owner.pid").write_text("1")
+    try:
+        time.sleep(0.3)
+        assert cluster.stop_ray(PORT, patience_s=0.2) == 1
+        assert ray.wait(5) is not None and prometheus.poll() is None
+        assert history.is_dir() and (folder / "owner.pid").exists() and not (folder / "ray").exists()
+        assert cluster.stop(PORT, patience_s=0.2) == 1
+        assert prometheus.wait(5) is not None and not folder.exists()
+    finally:
+        for process in (ray, prometheus):
+            process.kill()
+            process.wait()
+
+
+def test_it_is_told_to_stop_once_and_then_again(folder) -> None:
+    assert cluster.ask_to_stop(PORT)
+    assert not cluster.ask_to_stop(PORT)
+
+
 def test_the_process_in_the_foreground_is_part_of_the_instance(folder) -> None:
     owner = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)  # app.serve"])
     (folder / "owner.pid").write_text(str(owner.pid))
     assert [process.pid for process in cluster.processes(PORT)] == [owner.pid]
     cluster.stop(PORT, patience_s=2.0)
     assert owner.wait(5) is not None
+
+
+def test_stop_asks_the_process_in_the_foreground_first_and_the_second_time_ends_all(folder) -> None:
+    """It takes its time, to finish what was accepted: a second `app.stop` does not give it that."""
+    program = (
+        "import signal, time  # app.serve\n"
+        "signal.signal(signal.SIGTERM, lambda *_: None)\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(60); time.sleep(60)"
+    )
+    stop = [sys.executable, "-m", "app.stop"]
+    environment = os.environ | {"PORT": str(PORT)}
+    with (
+        subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as owner,
+        subprocess.Popen(SLEEPER, env=environment | {"DEEPTRUST_INSTANCE": str(PORT)}) as ray,
+    ):
+        assert owner.stdout is not None and owner.stdout.readline()
+        (folder / "owner.pid").write_text(str(owner.pid))
+        with subprocess.Popen(stop, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+            assert first.stderr is not None and b"finished first" in first.stderr.readline()
+            time.sleep(0.5)
+            assert owner.poll() is None and ray.poll() is None and first.poll() is None
+            again = subprocess.run(stop, env=environment, capture_output=True, text=True, check=False)
+            assert again.returncode == 0 and again.stdout.startswith("stopped "), again
+        assert owner.wait(20) is not None and ray.wait(20) is not None
 
 
 def test_a_recycled_process_id_is_not_mistaken_for_the_owner(folder) -> None:
