@@ -23,6 +23,7 @@ from deployments.tagger import TaggerSettings
 #: Names of the deployments: production, and the twin that serves a canary.
 MODELS = {"detector": "Detector", "captioner": "Captioner", "tagger": "Tagger"}
 CANARIES = {"detector": "DetectorCanary", "captioner": "CaptionerCanary", "tagger": "TaggerCanary"}
+INGRESS = "Ingress"
 #: The one replica that watches for drift.
 WATCHER = "Drift"
 
@@ -85,6 +86,9 @@ class IngressConfig(_Strict):
     since: dict[ModelName, float] = Field(
         default_factory=dict, description="when the trial of a canary began, seconds since 1970"
     )
+    stopping: bool = Field(
+        False, description="no request is let in any more; `make stop` says so, and waits for those that are inside"
+    )
     before: dict[ModelName, str] = Field(
         default_factory=dict, description="checkpoint that production served before its last promotion"
     )
@@ -115,7 +119,7 @@ def read_serve_config(path: Path) -> dict[str, Any]:
     config["http_options"] = config.get("http_options") or {}
     if port := os.environ.get("PORT"):
         config["http_options"]["port"] = _port(port)
-    known = {"Ingress", WATCHER, *MODELS.values(), *CANARIES.values()}
+    known = {INGRESS, WATCHER, *MODELS.values(), *CANARIES.values()}
     for application in config["applications"]:
         where = f"{path}: application {application.get('name')!r}"
         for deployment in application.get("deployments") or []:
@@ -123,7 +127,7 @@ def read_serve_config(path: Path) -> dict[str, Any]:
             if name not in known:
                 raise ConfigError(f"{where}: no deployment {name!r}; there are {', '.join(sorted(known))}")
             if (user_config := deployment.get("user_config")) is not None:
-                model = IngressConfig if name == "Ingress" else ReplicaConfig
+                model = IngressConfig if name == INGRESS else ReplicaConfig
                 _validate(model, user_config, f"{where}: deployment {name!r}: user_config")
         _validate(AppArgs, application.get("args") or {}, f"{where}: args")
     _validate(ServeDeploySchema, config, f"{path}")

@@ -18,7 +18,7 @@ import logging
 import secrets
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any
 
@@ -72,7 +72,19 @@ def wants_to_wait(prefer: Sequence[str]) -> bool:
 class Deferral:
     """The queue as the ingress uses it. Belongs to one event loop."""
 
-    def __init__(self, store: Store, graph: Graph, admission: Admission, request_timeout_s: float) -> None:
+    def __init__(
+        self,
+        store: Store,
+        graph: Graph,
+        admission: Admission,
+        request_timeout_s: float,
+        is_stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """
+        Args:
+            is_stopping: whether this replica is about to end, and begins nothing more.
+        """
+        self._is_stopping = is_stopping
         self._store, self._graph, self._admission = store, graph, admission
         self._timeout_s = request_timeout_s
         self._working: dict[int, asyncio.Task[None]] = {}
@@ -157,7 +169,7 @@ class Deferral:
         """Work on what waits, for ever."""
         while True:
             pause_s = _LOOK_S
-            if self.is_possible and self._graph.ready:
+            if self.is_possible and self._graph.ready and not self._is_stopping():
                 with contextlib.suppress(StoreUnavailable, StoreOff):  # it says so itself
                     pause_s = await self._begin_some()
             await asyncio.sleep(pause_s)

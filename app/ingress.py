@@ -29,6 +29,7 @@ from app.access import RequestLines
 from app.admission import Admission
 from app.analysis import TASKS, Explain, Graph
 from app.callbacks import Callbacks, CallbackSettings
+from app.closing import Closing, Gate
 from app.config import IngressConfig, Limits
 from app.deferred import Deferral, PlaceId, Waiting, wants_to_wait
 from app.drift import DriftSampleSettings, Sampler
@@ -91,6 +92,14 @@ api = FastAPI(
     docs_url=None,
     redoc_url=None,
 )
+
+
+def _gate() -> Gate:
+    """The gate of the replica that answers."""
+    return serve.get_replica_context().servable_object.gate
+
+
+api.add_middleware(Closing, gate=_gate)
 api.add_middleware(RequireKey)
 api.add_middleware(SecurityHeaders)
 api.add_middleware(RequestLines)
@@ -217,7 +226,10 @@ class Ingress:
         self.store = Store(store, limits.picture.max_bytes, lambda: _why_not(store))
         self.store.start()
         self.admission = Admission(limits.max_in_flight, limits.max_waiting, limits.max_wait_s, limits.target_s)
-        self.deferral = Deferral(self.store, self.graph, self.admission, limits.request_timeout_s)
+        self.gate = Gate()
+        self.deferral = Deferral(
+            self.store, self.graph, self.admission, limits.request_timeout_s, lambda: self.gate.closed
+        )
         self.callbacks = Callbacks(callbacks, self.store, lambda outcome: self.metrics.record("callbacks", 1, outcome))
         self._receiving, self._receiving_waits = asyncio.Semaphore(_RECEIVING), 0
         self._watcher: asyncio.Task[None] | None = None
@@ -227,7 +239,7 @@ class Ingress:
         self._watching: asyncio.Task[None] | None = None
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Serve's call at start and on a change of ``user_config``: shares of the canaries.
+        """Serve's call at start and on a change of ``user_config``: shares of the canaries, and whether it stops.
 
         Trials are the canaries' and follow their shares; what else ``app.canary`` notes there is for itself.
 
@@ -236,6 +248,7 @@ class Ingress:
         """
         config = IngressConfig.model_validate(user_config)
         self.graph.shares, self.graph.shadow = config.canary, config.shadow
+        self.gate.closed = config.stopping
         if self._watcher is None:
             check_exposure(await asyncio.to_thread(_http_host))
             self._watcher = asyncio.get_running_loop().create_task(self.graph.watch())
@@ -479,7 +492,11 @@ class Ingress:
             }
             for stage, route in self.graph.routes.items()
         }
-        return JSONResponse({"ready": self.graph.ready, "stages": stages}, 200 if self.graph.ready else 503)
+        ready = self.graph.ready and not self.gate.closed
+        state: dict[str, Any] = {"ready": ready, "stages": stages}
+        if self.gate.closed:  # each replica speaks for itself
+            state["stopping"] = {"replica": serve.get_replica_context().replica_tag, "inside": self.gate.inside}
+        return JSONResponse(state, 200 if ready else 503)
 
     # ---- the page -----------------------------------------------------------------------------------------------
 

@@ -11,10 +11,12 @@ and with which checkpoint stands in that file's ``deployments``.
 """
 
 # No postponed annotations here: Ray reads the annotation of `build` itself to validate `args` against it.
+from typing import Any
+
 from ray import serve
 from ray.serve import Application
 
-from app.config import CANARIES, MODELS, WATCHER, AppArgs
+from app.config import CANARIES, INGRESS, MODELS, WATCHER, AppArgs
 from app.ingress import Ingress
 from deployments.captioner import Captioner
 from deployments.detector import Detector
@@ -24,21 +26,33 @@ from deployments.tagger import build_tagger
 
 def build(args: AppArgs) -> Application:
     """The application that ``serve_config.yaml`` and ``make serve`` deploy."""
-    detector = serve.deployment(Detector, name=MODELS["detector"]).bind()
-    return serve.deployment(Ingress, name="Ingress").bind(
+    # A replica that is to end (another version, fewer of them, a node that is drained) finishes what it has accepted:
+    # that takes a request's whole time at most, and Serve's 20 s would cut the longest off
+    ending: dict[str, Any] = {
+        "graceful_shutdown_timeout_s": args.limits.request_timeout_s + 5,
+        "graceful_shutdown_wait_loop_s": 0.5,
+    }
+
+    def deployment(kind: type, name: str) -> serve.Deployment:
+        return serve.deployment(kind, name=name, **ending)
+
+    detector = deployment(Detector, MODELS["detector"]).bind()
+    return deployment(Ingress, INGRESS).bind(
         args.limits,
         {
             "detector": detector,
-            "captioner": serve.deployment(Captioner, name=MODELS["captioner"]).bind(),
-            "tagger": build_tagger(args.tagger, name=MODELS["tagger"]),
+            "captioner": deployment(Captioner, MODELS["captioner"]).bind(),
+            "tagger": build_tagger(args.tagger, MODELS["tagger"], **ending),
         },
         {
-            "detector": serve.deployment(Detector, name=CANARIES["detector"]).bind(),
-            "captioner": serve.deployment(Captioner, name=CANARIES["captioner"]).bind(),
-            **({"tagger": build_tagger(args.tagger_canary, name=CANARIES["tagger"])} if args.tagger_canary else {}),
+            "detector": deployment(Detector, CANARIES["detector"]).bind(),
+            "captioner": deployment(Captioner, CANARIES["captioner"]).bind(),
+            **(
+                {"tagger": build_tagger(args.tagger_canary, CANARIES["tagger"], **ending)} if args.tagger_canary else {}
+            ),
         },
         args.store,
         args.callbacks,
         args.drift,
-        serve.deployment(Drift, name=WATCHER).bind(detector),
+        deployment(Drift, WATCHER).bind(detector),
     )

@@ -389,11 +389,14 @@ def _bundles(settings: TaggerSettings) -> list[dict[str, float]]:
     return [{"CPU": settings.num_cpus, "GPU": settings.num_gpus}, *others]
 
 
-def build_tagger(settings: TaggerSettings, name: str = "Tagger") -> Application:
+def build_tagger(settings: TaggerSettings, name: str = "Tagger", **options: Any) -> Application:
     """The tagger's deployment, ready to be bound into a graph; cheap: nothing of vllm is imported.
 
     The engine's workers live in the replica's placement group, as ray.serve.llm arranges it, and the replica itself
     takes nothing beside it: its resources are set by ``settings`` and not by ``ray_actor_options``.
+
+    Args:
+        options: of the deployment, beyond those.
     """
     # where it is given, Serve goes back to this number whenever `user_config` changes; a canary must not start with one
     initial = 0 if settings.initial_replicas is None and settings.min_replicas == 0 else settings.initial_replicas
@@ -414,7 +417,7 @@ def build_tagger(settings: TaggerSettings, name: str = "Tagger") -> Application:
         placement_group_strategy="PACK",
         health_check_period_s=10,
         health_check_timeout_s=30,
-        graceful_shutdown_timeout_s=20,
+        **options,
     )
     return deployment.bind(settings)
 
