@@ -2,13 +2,15 @@
 
 Checks the configuration and every checkpoint first, so that what is wrong stops the start with one clear line; then
 starts Ray, deploys the configuration and reports each stage until all are ready. Replicas, proxies and Serve's
-controller that die are started again by Ray; when Ray itself dies, all of it is started again here. Knows no model
+controller that die are started again by Ray; when Ray itself dies, all of it is started again here, as often as it
+takes. Told to stop, it lets the requests that were accepted finish first; told again, it stops at once. Knows no model
 class and no HTTP route beyond ``/readyz``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import signal
 import sys
@@ -18,16 +20,22 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 from pydantic import BaseModel, ConfigDict, Field
 
 from app import callbacks, cluster
-from app.canary_config import CanaryError, ServeApi
-from app.config import CANARIES, AppArgs, ConfigError, read_serve_config
+from app.canary_config import CanaryError, ServeApi, deployment_of
+from app.config import CANARIES, INGRESS, AppArgs, ConfigError, read_serve_config
 from app.keys import KeyFileError, check_exposure
 from deployments.checkpoints import CheckpointError, resolve
 
 #: How often it is looked whether Ray lives, and what is deployed.
 _LOOK_S, _DEPLOYED_S = 1.0, 15.0
+#: Ray's own processes on a head node: when one has died there is no Ray.
+_DAEMONS = ("gcs_server", "raylet")
+#: The pause before Ray is started yet again doubles from the first to the most; what has served for so long as `steady`
+#: is a start that succeeded.
+_FIRST_PAUSE_S, _MOST_PAUSE_S, _STEADY_S = 5.0, 300.0, 600.0
 
 
 class ServeSettings(BaseModel):
@@ -41,8 +49,46 @@ class ServeSettings(BaseModel):
     ready_timeout_s: float = Field(900.0, gt=0, description="give up when the stages are not ready by then")
 
 
+#: What a request may take beyond its time; how long its answer needs from the replica to who asked; how long Serve may
+#: take to end replicas that have nothing to do.
+_MARGIN_S, _SENT_S, _END_SERVE_S = 5.0, 0.5, 20.0
+
+
 class StartError(RuntimeError):
     """The application cannot start; the message says why and what to do."""
+
+
+class Life:
+    """Ray's own processes of an instance, as they are now: to be asked whether they still run."""
+
+    def __init__(self, port: int) -> None:
+        self._daemons: dict[str, psutil.Process] = {}
+        for process in cluster.daemons(port):
+            with contextlib.suppress(psutil.Error):
+                self._daemons[process.name()] = process
+
+    def why_dead(self) -> str:
+        """What is missing; empty: nothing is."""
+        lost = [name for name in _DAEMONS if name not in self._daemons or not cluster.runs(self._daemons[name])]
+        return f"{' and '.join(lost)} ended" if lost else ""
+
+
+class Pauses:
+    """How long to wait before the next start: not at all at first, then longer and longer up to a bound."""
+
+    def __init__(self, first_s: float = _FIRST_PAUSE_S, most_s: float = _MOST_PAUSE_S) -> None:
+        self._first_s, self._most_s = first_s, most_s
+        self._starts = 0
+
+    def next(self) -> float:
+        """Seconds before the start that is next."""
+        self._starts += 1
+        doublings = min(self._starts - 2, 32)
+        return 0.0 if self._starts == 1 else min(self._most_s, self._first_s * 2.0**doublings)
+
+    def reset(self) -> None:
+        """It has served for long: what comes next is the first failure of its kind."""
+        self._starts = 0
 
 
 def prepare(settings: ServeSettings) -> dict[str, Any]:
@@ -93,13 +139,17 @@ def serving(settings: ServeSettings) -> Iterator[cluster.Instance]:
     config = prepare(settings)
     port = config["http_options"].get("port", 8000)
     print(f"starting Ray ({settings.num_cpus} CPUs)", flush=True)
-    instance = cluster.start(port, settings.num_cpus, settings.object_store_bytes)
     try:
+        instance = cluster.start(port, settings.num_cpus, settings.object_store_bytes)
         deploy(instance, config)
         yield instance
     finally:
-        print("stopping", flush=True)
-        cluster.stop(port)
+        if cluster.is_owner(port):  # and not somebody else, whose port it is
+            print("stopping", flush=True)
+            try:
+                cluster.stop(port)
+            except KeyboardInterrupt:
+                cluster.stop(port, patience_s=0.0)
 
 
 def deploy(instance: cluster.Instance, config: dict[str, Any]) -> None:
@@ -125,12 +175,17 @@ def wait_until_ready(instance: cluster.Instance, timeout_s: float) -> float:
     """Report every stage's state as it changes, until all are ready; returns the seconds it took.
 
     Raises:
-        StartError: a stage failed, or the time is over.
+        StartError: a stage failed, Ray died, or the time is over.
     """
     shown: dict[str, str] = {}
     started = time.monotonic()
+    life = Life(instance.port)
     http = httpx.Client(timeout=5)  # one: to make it takes longer than an answer, and the cores are busy starting
     while time.monotonic() - started < timeout_s:
+        if lost := life.why_dead():
+            raise StartError(
+                f"Ray died while the models were loaded ({lost}); is there memory enough (`dmesg | grep -i oom`)?"
+            )
         states: dict[str, str] = {"http": "starting"}
         with contextlib.suppress(httpx.HTTPError, ValueError, KeyError):
             answer = http.get(f"{instance.url}/readyz").json()
@@ -179,23 +234,104 @@ def addresses(instance: cluster.Instance) -> str:
 
 
 def supervise(instance: cluster.Instance, settings: ServeSettings) -> None:
-    """Serve until Ctrl-C or SIGTERM. When Ray's own processes die, everything is started again, as it was deployed
-    last: promotions and canaries since the start included.
-
-    Raises:
-        StartError, ClusterError: it could not be started again.
+    """Serve until Ctrl-C or SIGTERM, and finish what was accepted. When Ray's own processes die, everything is started
+    again, as it was deployed last: promotions and canaries since the start included.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    pauses = Pauses()
     with contextlib.suppress(KeyboardInterrupt):
-        deployed: list[dict[str, Any]] = []
-        while True:
-            daemons, look_at = cluster.daemons(instance.port), time.monotonic()
-            while all(map(cluster.runs, daemons)):
-                if time.monotonic() >= look_at:
-                    deployed = _deployed(instance) or deployed
-                    look_at = time.monotonic() + _DEPLOYED_S
-                time.sleep(_LOOK_S)
-            instance = _start_again(instance, settings, deployed)
+        try:
+            deployed: list[dict[str, Any]] = []
+            while True:
+                life, ready_at, look_at = Life(instance.port), time.monotonic(), time.monotonic()
+                while not (lost := life.why_dead()):
+                    if time.monotonic() >= look_at:
+                        deployed = _deployed(instance) or deployed
+                        look_at = time.monotonic() + _DEPLOYED_S
+                    time.sleep(_LOOK_S)
+                if time.monotonic() - ready_at >= _STEADY_S:
+                    pauses.reset()
+                instance = _start_again(instance, settings, deployed, lost, pauses)
+        except KeyboardInterrupt:
+            try:
+                cluster.ask_to_stop(instance.port)
+                finish_accepted(instance)
+            except KeyboardInterrupt:
+                print("stopping at once", flush=True)
+                cluster.stop(instance.port, patience_s=0.0)
+
+
+def finish_accepted(instance: cluster.Instance) -> None:
+    """Let no more requests in, wait for those that are inside as long as they may take, and have Serve end its
+    replicas, which write and give back what they hold. What of this cannot be done is left: all is ended afterwards.
+    """
+    if Life(instance.port).why_dead():
+        return
+    try:
+        api = ServeApi(instance.dashboard_url, cluster.token(instance.port), timeout_s=10)
+        config = api.change(_closed)
+        _wait_until_left(instance, api, _longest_request_s(config))
+        _end_serve(instance)
+    except (CanaryError, httpx.HTTPError, OSError, ValueError, KeyError) as error:
+        print(f"accepted requests cannot be waited for: {error}", flush=True)
+
+
+def _closed(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with an ingress that lets nobody in."""
+    closed = copy.deepcopy(config)
+    for application in closed["applications"]:
+        ingress = deployment_of(application, INGRESS)
+        ingress["user_config"] = (ingress.get("user_config") or {}) | {"stopping": True}
+    return closed
+
+
+def _longest_request_s(config: dict[str, Any]) -> float:
+    settings = (AppArgs.model_validate(application.get("args") or {}) for application in config["applications"])
+    return max((one.limits.request_timeout_s for one in settings), default=0.0)
+
+
+def _wait_until_left(instance: cluster.Instance, api: ServeApi, longest_s: float) -> None:
+    """Wait until each replica of the ingress has said that nobody is inside, or until their time is over.
+
+    Any replica may answer; each names itself. One that has not answered yet may still let requests in.
+    """
+    limit, told, life = time.monotonic() + longest_s + _MARGIN_S, -1, Life(instance.port)
+    inside: dict[str, int] = {}
+    with httpx.Client(timeout=5) as http:
+        while time.monotonic() < limit and not life.why_dead():
+            with contextlib.suppress(CanaryError, httpx.HTTPError, ValueError):  # asked again
+                state = http.get(f"{instance.url}/readyz").json().get("stopping")
+                if state is not None:
+                    inside[state["replica"]] = state["inside"]
+                if all(inside.get(replica) == 0 for replica in _ingress_replicas(api.details())):
+                    if told > 0:
+                        time.sleep(_SENT_S)
+                    return
+            if (waiting := sum(inside.values())) not in (told, 0):
+                print(f"waiting for {waiting} requests; Ctrl-C or `make stop` again stops at once", flush=True)
+                told = waiting
+            time.sleep(0.2)
+    print(f"requests were not finished: {sum(inside.values())}", flush=True)
+
+
+def _ingress_replicas(details: dict[str, Any]) -> list[str]:
+    """Identities of the replicas of the ingress that may have let somebody in."""
+    return [
+        replica["replica_id"]
+        for application in details["applications"].values()
+        for replica in (application["deployments"].get(INGRESS) or {}).get("replicas") or []
+        if replica["state"] not in ("STARTING", "STOPPING")
+    ]
+
+
+def _end_serve(instance: cluster.Instance) -> None:
+    """Serve's own graceful shutdown: replicas are told, and run what they have for their end."""
+    with contextlib.suppress(httpx.HTTPError):  # it took too long, or Ray went with it
+        httpx.delete(
+            f"{instance.dashboard_url}/api/serve/applications/",
+            headers={"Authorization": f"Bearer {cluster.token(instance.port)}"},
+            timeout=_END_SERVE_S,
+        )
 
 
 def _deployed(instance: cluster.Instance) -> list[dict[str, Any]]:
@@ -208,20 +344,35 @@ def _deployed(instance: cluster.Instance) -> list[dict[str, Any]]:
 
 
 def _start_again(
-    instance: cluster.Instance, settings: ServeSettings, deployed: list[dict[str, Any]]
+    instance: cluster.Instance,
+    settings: ServeSettings,
+    deployed: list[dict[str, Any]],
+    lost: str,
+    pauses: Pauses,
 ) -> cluster.Instance:
-    started = time.monotonic()
-    logs = cluster.keep_logs(instance.port)
-    print(f"Ray has died (its logs: {logs}); starting again", flush=True)
-    cluster.stop(instance.port, patience_s=2.0)  # what is left of it answers nobody
-    config = prepare(settings)
-    if deployed:
-        config["applications"] = deployed
-    instance = cluster.start(instance.port, settings.num_cpus, settings.object_store_bytes)
-    deploy(instance, config)
-    wait_until_ready(instance, settings.ready_timeout_s)
-    print(f"ready again after {time.monotonic() - started:.0f} s\n{addresses(instance)}", flush=True)
-    return instance
+    """Start everything again, until it serves: whoever started this one wants it served, and nobody else is there to
+    try.
+    """
+    started, port = time.monotonic(), instance.port
+    print(f"Ray has died: {lost} (its logs: {cluster.keep_logs(port)}); starting again", flush=True)
+    while True:
+        cluster.stop_ray(port)  # what is left of it answers nobody
+        if pause_s := pauses.next():
+            print(f"next attempt in {pause_s:.0f} s; Ctrl-C or `make stop` ends it", flush=True)
+            time.sleep(pause_s)
+        try:
+            config = prepare(settings)
+            if deployed:
+                config["applications"] = deployed
+            instance = cluster.start(port, settings.num_cpus, settings.object_store_bytes)
+            deploy(instance, config)
+            wait_until_ready(instance, settings.ready_timeout_s)
+        except Exception as error:  # whatever it is: a full disk, a registry that is away, what is not foreseen
+            why = str(error) if isinstance(error, StartError | cluster.ClusterError) else repr(error)
+            print(f"not started: {why}; logs: {cluster.keep_logs(port, 'failed')}", flush=True)
+            continue
+        print(f"ready again after {time.monotonic() - started:.0f} s\n{addresses(instance)}", flush=True)
+        return instance
 
 
 def run_command(run: Any) -> None:
