@@ -5,7 +5,9 @@ nodes is what `serve_config.yaml` counts on.
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +160,35 @@ def test_set_up_installs_the_pinned_list_and_nothing_else(config: dict[str, Any]
     for commands in ("setup_commands", "head_setup_commands", "head_start_ray_commands", "worker_start_ray_commands"):
         for command in config[commands]:
             subprocess.run(["bash", "-n", "-c", command], check=True)
+
+
+def test_the_heads_unit_runs_the_command_of_this_file_until_ray_ends(config: dict[str, Any], tmp_path: Path) -> None:
+    shell(tmp_path, config["setup_commands"][0])
+    programs = tmp_path / "deeptrust" / "venv" / "bin"
+    programs.mkdir(parents=True)
+    (programs / "python").write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
+    for name in ("ray", "serve"):
+        (programs / name).write_text(f'#!/bin/bash\nprintf "%s\\n" {name} "$@"\n')
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    script = ROOT / "systemd" / "head.sh"
+    environment = SHELL | {"HOME": str(tmp_path)}
+
+    def run(what: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["bash", str(script), what], env=environment, capture_output=True, text=True, check=False)
+
+    refused = run("start")
+    assert refused.returncode == 1 and "ray up cluster.yaml" in refused.stderr
+    (tmp_path / "ray_bootstrap_config.yaml").touch()
+    words = run("start").stdout.splitlines()
+    assert words[:2] == ["ray", "start"] and words[-1] == "--block"
+    said = scripts.start.make_context("start", words[2:-1]).params
+    assert said == start_options(tmp_path, config["head_start_ray_commands"][1])
+    assert run("deploy").stdout.splitlines() == ["serve", "deploy", "serve_config.yaml"]
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze: apt-get install systemd")
+def test_systemd_takes_the_heads_unit() -> None:
+    unit = ROOT / "systemd" / "deeptrust-head@deeptrust.service"
+    checked = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0 and "deeptrust-head" not in checked.stderr, checked.stderr
