@@ -85,8 +85,17 @@ def mlflow_uri() -> str:
     """The MLflow that ``models:/`` means: ``MLFLOW_TRACKING_URI``, or a SQLite file in ``~/.local/share/deeptrust``,
     wherever the process was started."""
     if named := os.environ.get("MLFLOW_TRACKING_URI"):
-        return named
+        return with_driver(named)
     return f"sqlite:///{Path('~/.local/share/deeptrust/mlflow/mlflow.db').expanduser()}"
+
+
+def with_driver(uri: str) -> str:
+    """A database's URI as SQLAlchemy takes it: ``postgresql://`` alone means psycopg2, and what is installed is its
+    successor."""
+    for scheme in ("postgresql://", "postgres://"):
+        if uri.startswith(scheme):
+            return f"postgresql+psycopg://{uri.removeprefix(scheme)}"
+    return uri
 
 
 def resolve(uri: str) -> Checkpoint:

@@ -1,9 +1,10 @@
-"""Make the pinned lists again: ``python requirements/lock.py [cpu] [gpu] [dev] [review] [--upgrade]``.
+"""Make the pinned lists again: ``python requirements/lock.py [cpu] [gpu] [s3] [dev] [review] [audit] [--upgrade]``.
 
 Asks pip to resolve the extras of ``pyproject.toml`` without installing anything, and writes every package with its
 version. What a list pins already keeps its version unless ``--upgrade`` is given. The lists are installed with
 ``--no-deps``, so that what is left out here stays out. Uses whatever package index this machine's pip is set up with;
-no list names one. ``review`` is Label Studio's own environment, whose pins do not go with the others.
+no list names one. ``s3`` and ``dev`` hold only what comes on top of the serving list. ``review`` and ``audit`` are
+environments of their own, whose pins do not go with the others.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ HERE = Path(__file__).parent
 LEFT_OUT = {
     "cpu": {"torch", "torchvision", "torchaudio", "torchcodec", "triton"},
     "gpu": set[str](),
+    "s3": set[str](),
     "dev": set[str](),
     "review": set[str](),
+    "audit": set[str](),
 }
 
 
@@ -43,7 +46,11 @@ def resolve(requirements: list[str], constraints: dict[str, str]) -> dict[str, s
         command += ["--report", str(report), "-r", str(wanted), "-c", str(held)]
         subprocess.run(command, check=True)
         found = json.loads(report.read_text())["install"]
-    return {item["metadata"]["name"].lower().replace("_", "-"): item["metadata"]["version"] for item in found}
+    # one package calls its version v0.0.21, which means the same
+    return {
+        item["metadata"]["name"].lower().replace("_", "-"): item["metadata"]["version"].removeprefix("v")
+        for item in found
+    }
 
 
 def main() -> None:
@@ -52,14 +59,14 @@ def main() -> None:
     project, weights = settings["project"], settings["tool"]["deeptrust"]["weights"]
     extras = project["optional-dependencies"]
     upgrade = "--upgrade" in sys.argv
-    for name in [argument for argument in sys.argv[1:] if argument != "--upgrade"] or ["cpu", "gpu", "dev", "review"]:
+    for name in [argument for argument in sys.argv[1:] if argument != "--upgrade"] or list(LEFT_OUT):
         held = {} if upgrade else read_pins(HERE / f"{name}.txt")
-        if name == "dev":
+        if name in ("s3", "dev"):
             serving = read_pins(HERE / "cpu.txt")
-            pinned = resolve(extras["dev"], held | serving)
+            pinned = resolve(extras[name], held | serving)
             pinned = {key: version for key, version in pinned.items() if key not in serving.keys() | LEFT_OUT["cpu"]}
-        elif name == "review":
-            pinned = resolve(settings["tool"]["deeptrust"]["review"], held)
+        elif name in ("review", "audit"):
+            pinned = resolve(settings["tool"]["deeptrust"][name], held)
         else:
             pinned = resolve(project["dependencies"] + extras[name], held)
             pinned |= dict(package.split("==") for package in weights)

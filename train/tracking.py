@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from deployments.checkpoints import mlflow_uri, open_checkpoint
+from deployments.checkpoints import mlflow_uri, open_checkpoint, with_driver
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -71,7 +71,7 @@ class TrackingConfig(BaseModel):
 
     def resolved(self) -> TrackingConfig:
         """The same with every default filled in, for workers whose environment is another."""
-        uri = self.uri or mlflow_uri()
+        uri = with_driver(self.uri) if self.uri else mlflow_uri()
         artifacts = self.artifacts or os.environ.get("DEEPTRUST_ARTIFACTS") or None
         if artifacts is None and uri.startswith("sqlite:///"):
             artifacts = str(Path(uri.removeprefix("sqlite:///")).parent / "artifacts")

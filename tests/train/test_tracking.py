@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from deployments.checkpoints import CheckpointError
+from deployments.checkpoints import CheckpointError, mlflow_uri
 from train import tracking
 from train.tracking import DatasetInput, RunReference, TrackingConfig, TrackingError
 
@@ -141,6 +141,16 @@ def test_postgres_without_a_place_for_artifacts_is_an_error(monkeypatch: pytest.
     monkeypatch.delenv("DEEPTRUST_ARTIFACTS", raising=False)
     with pytest.raises(TrackingError, match="DEEPTRUST_ARTIFACTS"):
         TrackingConfig(uri="postgresql://user@localhost/mlflow").resolved()
+
+
+def test_a_postgresql_is_reached_by_the_driver_that_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://user:word@db/mlflow")
+    monkeypatch.setenv("DEEPTRUST_ARTIFACTS", "s3://runs/artifacts")
+    expected = "postgresql+psycopg://user:word@db/mlflow"
+    assert mlflow_uri() == TrackingConfig().resolved().uri == expected
+    assert TrackingConfig(uri="postgres://user:word@db/mlflow").resolved().uri == expected
+    for other in ("sqlite:////runs/mlflow.db", "http://10.0.0.11:5000", expected):
+        assert TrackingConfig(uri=other).resolved().uri == other
 
 
 def test_pickles_are_not_logged(config: TrackingConfig, tmp_path: Path) -> None:

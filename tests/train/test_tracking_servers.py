@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import socket
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import pytest
 from PIL import Image
 
 from deployments.checkpoints import resolve
+from tests.app.postgres import find_programs, postgres_server
 from tests.data.made import s3_server
 from tests.train.small_models import noise, small_detector
 from train import registry, tracking
@@ -23,37 +21,12 @@ pytestmark = pytest.mark.proof
 
 
 @pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A PostgreSQL of our own; its URI."""
-    pytest.importorskip("psycopg2")
-    pytest.importorskip("boto3")
-    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-    if not programs:
+def postgres() -> Iterator[str]:
+    """A PostgreSQL of our own; the URI of an empty database."""
+    if find_programs() is None:
         pytest.skip("no PostgreSQL here: apt-get install postgresql")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder = tmp_path_factory.mktemp("postgres") / "data"
-    folder.mkdir(mode=0o700)
-    user: list[str] = []
-    if os.getuid() == 0:  # the server refuses to run as root
-        user = ["runuser", "-u", "postgres", "--"]
-        shutil.chown(folder, "postgres")
-        for parent in folder.parents[:3]:
-            parent.chmod(0o755)
-
-    def run(program: str, *arguments: str) -> None:
-        command = [*user, str(programs[-1] / program), *arguments]
-        subprocess.run(command, check=True, cwd="/", stdout=subprocess.DEVNULL, timeout=300)
-
-    run("initdb", "-D", str(folder), "-U", "mlflow", "--auth", "trust", "--no-sync")
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories='' -c fsync=off"
-    run("pg_ctl", "-D", str(folder), "-w", "-t", "120", "-l", str(folder / "log"), "-o", options, "start")
-    try:
-        run("createdb", "-h", "127.0.0.1", "-p", str(port), "-U", "mlflow", "mlflow")
-        yield f"postgresql://mlflow@127.0.0.1:{port}/mlflow"
-    finally:
-        run("pg_ctl", "-D", str(folder), "-m", "immediate", "stop")
+    with postgres_server("fsync=off") as server:
+        yield server.url("mlflow")
 
 
 @pytest.fixture(scope="module")
