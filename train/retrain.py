@@ -367,7 +367,11 @@ def retrain(config: RetrainConfig) -> str:
         client = tracking.connect(config.tracking)
         reason = "goes on" if _begun(client) else None
         reason = reason or reason_to_begin(
-            config, _last(client), count_labels(config.feedback), datetime.datetime.now(datetime.UTC)
+            config,
+            _last(client),
+            count_labels(config.feedback),
+            datetime.datetime.now(datetime.UTC),
+            lambda: revision_in_production(client),
         )
         if reason is None:
             return "nothing to do"
@@ -396,6 +400,13 @@ def runs(client: Any) -> list[Any]:
         return []
     wanted = f"tags.`{KEY_TAG}` = '{_key()}'"
     return list(client.search_runs([experiment.experiment_id], wanted, order_by=["attributes.start_time DESC"]))
+
+
+def revision_in_production(client: Any) -> str | None:
+    """As metrics and alerts name it; None: nothing is in production."""
+    if "production" not in registry.aliases_of(client, MODEL):
+        return None
+    return registry.find_version(client, MODEL, "production").tags.get(registry.REVISION_TAG)
 
 
 def _begun(client: Any) -> bool:

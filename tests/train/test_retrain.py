@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import json
@@ -37,6 +38,11 @@ ROOT = Path(__file__).parents[2]
 NOW = datetime.datetime(2026, 11, 28, tzinfo=UTC)
 
 
+def unasked() -> str | None:
+    """In production; and nobody asks unless an alarm rings."""
+    raise AssertionError("looked up for nothing")
+
+
 def verified(file: Path, pictures: list[tuple[bytes, str | None]], generator: str | None = None) -> str:
     """A file of verified items."""
     rows = [
@@ -70,20 +76,21 @@ def test_labels_are_counted_once_and_those_who_could_not_tell_do_not_count(tmp_p
 
 def test_it_begins_when_it_should_and_says_why() -> None:
     labels = TriggerSettings(when=["labels"], new_labels=100)
-    assert reason_to_begin(labels, None, 99, NOW) is None
-    assert reason_to_begin(labels, None, 100, NOW) == "100 newly verified labels"
+    assert reason_to_begin(labels, None, 99, NOW, unasked) is None
+    assert reason_to_begin(labels, None, 100, NOW, unasked) == "100 newly verified labels"
     before = Last(NOW - datetime.timedelta(days=10), 100)
-    assert reason_to_begin(labels, before, 150, NOW) is None
-    assert reason_to_begin(labels, before, 210, NOW) == "110 newly verified labels"
+    assert reason_to_begin(labels, before, 150, NOW, unasked) is None
+    assert reason_to_begin(labels, before, 210, NOW, unasked) == "110 newly verified labels"
     schedule = TriggerSettings(when=["schedule"], every_days=10)
-    assert reason_to_begin(schedule, before, 0, NOW) == "10 days after the last one"
-    assert reason_to_begin(schedule, before, 0, NOW - datetime.timedelta(hours=1)) is None
-    assert reason_to_begin(TriggerSettings(when=["labels", "schedule"]), None, 0, NOW) == "the first one"
-    assert reason_to_begin(TriggerSettings(), before, 0, NOW) == "asked for"
+    assert reason_to_begin(schedule, before, 0, NOW, unasked) == "10 days after the last one"
+    assert reason_to_begin(schedule, before, 0, NOW - datetime.timedelta(hours=1), unasked) is None
+    assert reason_to_begin(TriggerSettings(when=["labels", "schedule"]), None, 0, NOW, unasked) == "the first one"
+    assert reason_to_begin(TriggerSettings(), before, 0, NOW, unasked) == "asked for"
 
 
-def test_an_alarm_of_drift_begins_it() -> None:
-    alerts = [{"labels": {"alertname": "VerdictsShifted"}, "state": "pending"}]
+@contextlib.contextmanager
+def prometheus(alerts: list[dict[str, Any]]) -> Iterator[TriggerSettings]:
+    """What asks a server that tells of these alerts, whatever becomes of the list meanwhile."""
 
     class Prometheus(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -96,13 +103,53 @@ def test_an_alarm_of_drift_begins_it() -> None:
 
     with HTTPServer(("127.0.0.1", 0), Prometheus) as server:
         Thread(target=server.serve_forever, daemon=True).start()
-        settings = TriggerSettings(when=["drift"], prometheus=f"http://127.0.0.1:{server.server_port}")
-        assert reason_to_begin(settings, None, 0, NOW) is None
-        alerts += [{"labels": {"alertname": name}, "state": "firing"} for name in ("DetectorDrift", "NodeLost")]
-        assert reason_to_begin(settings, None, 0, NOW) == "alert DetectorDrift"
+        yield TriggerSettings(when=["drift"], prometheus=f"http://127.0.0.1:{server.server_port}")
         server.shutdown()
+
+
+def alert(name: str, since: datetime.datetime, revision: str | None = None, state: str = "firing") -> dict[str, Any]:
+    """As Prometheus's HTTP API tells of it: nanoseconds and all."""
+    labels = {"alertname": name, "severity": "warning"} | ({"revision": revision} if revision else {})
+    return {"labels": labels, "state": state, "activeAt": f"{since:%Y-%m-%dT%H:%M:%S}.123456789Z", "value": "1e+00"}
+
+
+def test_an_alarm_of_drift_begins_it() -> None:
+    alerts = [alert("VerdictsShifted", NOW, state="pending")]
+    with prometheus(alerts) as settings:
+        assert reason_to_begin(settings, None, 0, NOW, lambda: "r1") is None
+        alerts += [alert("DetectorDrift", NOW, "r1"), alert("NodeLost", NOW)]
+        assert reason_to_begin(settings, None, 0, NOW, lambda: "r1") == "alert DetectorDrift"
     with pytest.raises(DataError, match="--prometheus"):
-        reason_to_begin(settings, None, 0, NOW)
+        reason_to_begin(settings, None, 0, NOW, lambda: "r1")
+
+
+def test_an_alarm_that_goes_on_ringing_begins_one_retraining(capsys: pytest.CaptureFixture[str]) -> None:
+    """A timer looks every hour; the alert fires for a day after its cause has gone."""
+    hour = datetime.timedelta(hours=1)
+    alerts = [alert("DetectorDrift", NOW, "r1")]
+    with prometheus(alerts) as settings:
+        before, since = Last(NOW - hour, 0), Last(NOW + hour, 0)
+        assert reason_to_begin(settings, before, 0, NOW + hour, lambda: "r1") == "alert DetectorDrift"
+        # refused by the gate: r1 is in production still, and rings
+        assert [reason_to_begin(settings, since, 0, NOW + n * hour, lambda: "r1") for n in range(2, 24)] == [None] * 22
+        assert "a retraining was begun on it" in capsys.readouterr().out
+        # it ended, and rings again
+        alerts[:] = [alert("DetectorDrift", NOW + 30 * hour, "r1")]
+        assert reason_to_begin(settings, since, 0, NOW + 31 * hour, lambda: "r1") == "alert DetectorDrift"
+        # one that is about no revision counts by its time alone
+        alerts[:] = [alert("VerdictsShifted", NOW)]
+        assert reason_to_begin(settings, before, 0, NOW, lambda: "r2") == "alert VerdictsShifted"
+        assert reason_to_begin(settings, since, 0, NOW + 2 * hour, lambda: "r2") is None
+
+
+def test_an_alarm_about_what_is_not_in_production_begins_none(capsys: pytest.CaptureFixture[str]) -> None:
+    alerts = [alert("DetectorDrift", NOW, "r1"), alert("UncertainShareHigh", NOW, "r0")]
+    with prometheus(alerts) as settings:
+        for serving in ("r2", None):  # promoted since; nothing promoted ever
+            assert reason_to_begin(settings, None, 0, NOW, lambda serving=serving: serving) is None  # type: ignore[misc]
+        assert "is about r1, and in production is r2" in capsys.readouterr().out
+        alerts.append(alert("UncertainShareHigh", NOW, "r2"))
+        assert reason_to_begin(settings, None, 0, NOW, lambda: "r2") == "alert UncertainShareHigh"
 
 
 # ------------------------------------------------------------------------------------------------------------- gate
