@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
+import re
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,9 +14,12 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from starlette.routing import Mount, Route
 
 from app import keys
 from app.keys import (
+    OPEN,
     VARIABLE,
     Bucket,
     KeyFileError,
@@ -84,6 +89,50 @@ def test_with_keys_nothing_but_health_is_answered_without_one(file: Path) -> Non
         assert refused.headers["www-authenticate"].startswith("Basic")
     for path in ("/healthz", "/readyz"):
         assert code(send(asked, "GET", path)) == (200, "ok")
+
+
+def routes_of(asked: FastAPI) -> list[tuple[str, str]]:
+    """Every method and path that an application answers, parameters filled in, and a file of each folder."""
+    found: list[tuple[str, str]] = []
+    for route in asked.routes:
+        if isinstance(route, Mount):
+            found += [(method, f"{route.path}/swagger-ui.css") for method in ("GET", "HEAD")]
+        else:
+            assert isinstance(route, Route | APIRoute), f"{route!r}: what does this answer?"
+            found += [(method, re.sub(r"{.*?}", "x", route.path)) for method in sorted(route.methods or ())]
+    return found
+
+
+def test_no_route_of_the_real_application_but_health_answers_without_a_key(file: Path) -> None:
+    from app.ingress import api
+
+    create(file, "backend", READ, 50, 100)
+    asked = routes_of(api)
+    known = {"/", "/docs", "/openapi.json", "/docs-files/swagger-ui.css", "/page/x", "/samples", "/v1/models"}
+    known |= {"/v1/analyze", "/v1/results/x", "/v1/feedback", "/v1/search", "/v1/store", "/v1/pictures/x"}
+    assert known <= {path for _, path in asked} and len(asked) > 20
+    answers: dict[tuple[str, str], int] = {}
+
+    async def ask() -> None:
+        transport = httpx.ASGITransport(api, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            # whatever a path takes, it must not tell; nor may a slash or another method lead around the keys
+            for _, path in asked:
+                for method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"):
+                    if path not in OPEN:
+                        answers[method, path] = (await client.request(method, path)).status_code
+            for path in ("/healthz/", "/readyz/", "//v1/models", "/v1/models/", "/V1/MODELS", "/metrics", "/nowhere"):
+                answers["GET", path] = (await client.get(path)).status_code
+
+    # built with the variable as it stands, as a replica that starts does
+    api.middleware_stack, before = None, api.middleware_stack
+    try:
+        asyncio.run(ask())
+        assert [entry for entry, status in answers.items() if status != 401] == []
+        assert set(asked) - set(answers) == {("GET", path) for path in OPEN}
+        assert {"/healthz", "/readyz"} == OPEN, "as README says"
+    finally:
+        api.middleware_stack = before
 
 
 @pytest.mark.parametrize("way", [bearer, basic])
