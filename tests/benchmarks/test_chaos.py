@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import random
+import threading
+import time
+from typing import Any
+
 import pytest
 
-from benchmarks.chaos import Kept, full_rate_after, kept, rate, seen
+from benchmarks.chaos import ChaosConfig, Clients, Kept, full_rate_after, judge, kept, rate, seen
 
 
 def every(begin: float, end: float, a_second: float) -> list[float]:
@@ -42,3 +47,50 @@ def test_what_is_in_the_store_twice_is_counted_by_picture_answer_and_name() -> N
     assert kept([*rows, ("f", "2", "z")], set()).twice == 1
     assert kept([*rows, ("g", "6", "x")], set()).twice == 1
     assert kept([], set()) == Kept(0, 0, 0)
+
+
+def test_each_bar_is_judged_and_a_missed_one_is_named() -> None:
+    def row(of_cold_start: float | None, others: float | None) -> dict[str, Any]:
+        return {
+            "full_rate_after_s": of_cold_start and 100 * of_cold_start,
+            "of_cold_start": of_cold_start,
+            "others_answered": others,
+        }
+
+    def missed(*rows: dict[str, Any], unanswered: int = 0, twice: int = 0) -> list[str]:
+        result = {"kills": list(rows), "unanswered": unanswered, "in_store_twice": twice}
+        return [bar for bar, met in judge(result, ChaosConfig()).items() if not met]
+
+    good = row(1.5, 0.95), row(0.0, None)
+    assert missed(*good) == []
+    assert missed(*good, row(1.51, 1.0)) == ["within 1.5 of the cold start"]
+    assert missed(*good, row(0.2, 0.94)) == ["other stages answered 95% meanwhile"]
+    assert missed(*good, row(None, 1.0)) == ["the full rate back after every kill", "within 1.5 of the cold start"]
+    assert missed(*good, unanswered=1) == ["every request answered"]
+    assert missed(*good, twice=1) == ["nothing in the store twice"]
+
+
+def test_an_answer_in_part_is_counted_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    clients = Clients("http://127.0.0.1:9", count=1, seed=1)
+    answers = iter(
+        [
+            ("partial", "tagger:failed", {"sha256": "a", "id": "1"}, 0.0),
+            ("refused", "429", None, 0.0),
+            ("complete", "", {"sha256": "b", "id": "2"}, 0.0),
+        ]
+    )
+    monkeypatch.setattr(clients, "_attempt", lambda *_: next(answers))
+    for number in range(2):
+        clients._send(number, random.Random(0))
+    assert dict(clients.in_part) == {"tagger:failed": 1}
+    assert set(clients.answered) == {"a", "b"} and clients.unanswered == [] and clients.attempts == [1, 2]
+
+
+def test_a_probe_that_hangs_is_waited_for() -> None:
+    clients = Clients("http://127.0.0.1:9", count=1, seed=1)
+    began = time.monotonic()
+    clients.probes += [(began + 2, "detect", True), (began + 2, "caption", True), (began - 1, "tag", True)]
+    late = threading.Timer(0.3, lambda: clients.probes.append((began + 1, "tag", False)))
+    late.start()
+    clients.wait_for_probes(began + 1)
+    assert clients.probes[-1] == (began + 1, "tag", False)
