@@ -456,9 +456,24 @@ def test_every_metric_that_dashboards_and_alerts_ask_for_is_exported(service: Sm
     assert missing == set()
 
 
+@pytest.fixture
+def trial(service: SmallService) -> Iterator[None]:
+    """A canary of the detector that answers a part of the pictures."""
+    share = service.deployment("Ingress")["user_config"]["canary"]
+    share["detector"] = 0.3
+    service.redeploy()
+    with Load(service, "/v1/detect", CLIENTS) as load:
+        load.wait_for(lambda record: "/detector-2#" in record["models"].get("detector", ""), 300)
+    yield
+    share["detector"] = 0.0
+    service.redeploy()
+
+
 @pytest.mark.proof
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus: apt-get install prometheus")
-def test_every_panel_shows_something_and_every_rule_is_evaluated(service: SmallService, hook: Hook) -> None:
+def test_every_panel_shows_something_and_every_rule_is_evaluated(
+    service: SmallService, hook: Hook, trial: None
+) -> None:
     told(service, hook, 64, "told-64")  # what has never happened is not counted
     port = cluster.free_port()
     command = [sys.executable, "-m", "app.monitoring", "--listen", f"127.0.0.1:{port}"]
@@ -501,12 +516,27 @@ def test_a_stage_that_has_died_is_null_with_its_error(service: SmallService) -> 
 
 
 @pytest.mark.proof
-def test_it_comes_back_by_itself_and_the_others_answer_meanwhile(service: SmallService) -> None:
-    limit = time.monotonic() + 300
-    while (record := post(service, 41).json())["errors"] and time.monotonic() < limit:
+def test_an_engine_that_is_killed_comes_back_by_itself_and_the_others_answer_meanwhile(service: SmallService) -> None:
+    def answer() -> dict[str, Any]:
+        record = post(service, 41).json()
         assert record["detection"] and record["caption"]
+        return record
+
+    limit = time.monotonic() + 300  # other tests may have left it without an engine
+    while answer()["errors"] and time.monotonic() < limit:
         time.sleep(1)
+    engines = service.engines()
+    assert engines and answer()["errors"] == []
+    for engine in engines:
+        engine.send_signal(signal.SIGKILL)
+    without: list[set[str]] = []
+    limit = time.monotonic() + 300
+    while (record := answer())["errors"] and time.monotonic() < limit:
+        without.append({error["stage"] for error in record["errors"]})
+        time.sleep(1)
+    assert without and all(stages == {"tagger"} for stages in without), "nobody noticed that it was killed"
     assert record["errors"] == [] and record["tags"] is not None
+    assert {engine.pid for engine in service.engines()}.isdisjoint(engine.pid for engine in engines)
 
 
 def test_stop_leaves_no_process_no_port_and_no_file(service: SmallService) -> None:
