@@ -9,7 +9,7 @@ PIP    := $(PY) -m pip --disable-pip-version-check
 TORCH  := 2.13.0
 export PORT ?= 8000
 
-.PHONY: help setup dev starter-models starter demo serve monitoring dashboards review stop test proofs bench bench-quick data-dashboard lint format lock clean
+.PHONY: help setup dev starter-models starter demo serve monitoring dashboards review stop test proofs bench bench-quick data-dashboard lint audit format lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -106,10 +106,25 @@ bench-quick: dev  ## the same, short: shows that it works
 	$(PY) -m benchmarks.scale --photos $(PHOTOS) --quick
 	$(PY) -m benchmarks.captioner --quick
 
-lint: dev  ## ruff and mypy
+lint: dev  ## ruff, bandit and mypy
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m bandit --quiet --configfile pyproject.toml --recursive app deployments train data monitoring benchmarks requirements
 	$(PY) -m mypy
+
+$(VENV)-audit/.done: requirements/audit.txt
+	test -x $(VENV)-audit/bin/python || $(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r requirements/audit.txt
+	touch $@
+
+# --strict: a package that the service does not know (a mirror of PyPI that gives no advisories) is a failure, not a pass.
+SERVICE ?= pypi
+LISTS   ?= $(wildcard requirements/*.txt benchmarks/peers/requirements-*.txt)
+audit: $(VENV)-audit/.done  ## known holes in every pinned list (wants pypi.org, or SERVICE=osv: api.osv.dev)
+	@failed=; for list in $(LISTS); do echo "$$list:"; \
+	  $(VENV)-audit/bin/pip-audit --strict --no-deps --disable-pip --progress-spinner off --vulnerability-service $(SERVICE) \
+	    --requirement "$$list" || failed="$$failed $$list"; done; \
+	  [ -z "$$failed" ] || { echo "not shown to be without known holes:$$failed"; exit 1; }
 
 format: dev  ## let ruff put the code in order
 	$(PY) -m ruff check --fix .
@@ -119,4 +134,4 @@ lock:  ## resolve the pinned lists in requirements/ again
 	$(PYTHON) requirements/lock.py
 
 clean: stop  ## remove the environment
-	rm -rf $(VENV) $(VENV)-review $(VENV)-peers
+	rm -rf $(VENV) $(VENV)-review $(VENV)-audit $(VENV)-peers

@@ -88,7 +88,7 @@ def manifest(settings: KubeRaySettings) -> dict[str, Any]:
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise ConfigError(f"cannot read {settings.cluster}: {error!r}") from error
     serve = read_serve_config(settings.serve)
-    serve["http_options"]["host"] = "0.0.0.0"  # noqa: S104 - inside its pod, and API keys are asked for
+    serve["http_options"]["host"] = "0.0.0.0"  # noqa: S104 - inside its pod, and API keys are asked for  # nosec B104
     carried = {key: value for key, value in values.items() if not key.startswith(_NOT_CARRIED)}
     store = values["OBJECT_STORE_BYTES"]
     groups = [
@@ -155,7 +155,7 @@ def _pod(settings: KubeRaySettings, carried: dict[str, str], resources: dict[str
                     "resources": {"limits": resources, "requests": resources},
                     "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
                     "volumeMounts": [
-                        {"name": "shared-memory", "mountPath": "/dev/shm"},  # noqa: S108
+                        {"name": "shared-memory", "mountPath": "/dev/shm"},  # noqa: S108  # nosec B108 # a mount inside the pod
                         {"name": "cache", "mountPath": own["DEEPTRUST_CACHE"]},
                         {"name": "keys", "mountPath": _KEYS, "readOnly": True},
                     ],

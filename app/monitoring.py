@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     print(f"Prometheus: http://{settings.listen}/  alerts: http://{settings.listen}/alerts; Ctrl-C stops", flush=True)
     # in this one's place
-    os.execve(line[0], line, environment(port))  # noqa: S606
+    os.execve(line[0], line, environment(port))
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def random_blip(config: Architecture, folder: Path, spread: float | None = None)
     BertTokenizer(
         vocab=str(folder / "vocab.txt"),
         do_lower_case=True,
-        bos_token="[DEC]",
+        bos_token="[DEC]",  # nosec B106 # a word of the vocabulary
         additional_special_tokens=["[ENC]"],
     ).save_pretrained(folder)
     return sum(parameter.numel() for parameter in model.parameters())

@@ -74,7 +74,7 @@ class Sides:
     def __init__(self, checkpoint: Checkpoint, **settings: Any) -> None:
         self.served = CaptionerModel(checkpoint)
         self.settings = self.served.generation | settings
-        self.plain: Any = AutoModelForImageTextToText.from_pretrained(
+        self.plain: Any = AutoModelForImageTextToText.from_pretrained(  # nosec B615 # a folder on disk
             checkpoint.folder, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
         )
         network = self.served.network

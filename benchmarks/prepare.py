@@ -344,7 +344,7 @@ def _on_s3(config: PrepareBenchmarkConfig, raw: Path, folder: Path) -> str:
     if program is None:
         raise SystemExit("rclone is missing: make dev")
     keys = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{_PORT}", "AWS_DEFAULT_REGION": "us-east-1"}
-    keys |= {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}
+    keys |= {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret"}  # nosec B105 # of a server that the benchmark starts
     serve = [program, "serve", "s3", str(folder), "--addr", f"127.0.0.1:{_PORT}", "--auth-key", "key,secret"]
     with subprocess.Popen([*serve, "--config", os.devnull], stderr=subprocess.DEVNULL) as server:
         try:

@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
     print(f"data dashboard: http://{config.host}:{config.port} (Ctrl-C ends it)", flush=True)
     # in place of this process: whoever stops it stops the page
-    os.execve(sys.executable, command, environment)  # noqa: S606
+    os.execve(sys.executable, command, environment)
 
 
 def find_versions(places: Sequence[str]) -> dict[str, list[DataVersion]]:

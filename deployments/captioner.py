@@ -37,11 +37,11 @@ class CaptionerModel:
         self.views = ViewSpec.from_processor(checkpoint.folder)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self._normalise = Normalisation.from_processor(checkpoint.folder)
-        self._tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+        self._tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)  # nosec B615 # a folder on disk
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
         # in float32, and converted afterwards: loading sets the default type of the whole process, in which another
         # revision may be computing
-        self.network: Any = AutoModelForImageTextToText.from_pretrained(
+        self.network: Any = AutoModelForImageTextToText.from_pretrained(  # nosec B615 # a folder on disk
             checkpoint.folder, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
         )
         self.network.to(self.device, dtype).eval()
@@ -163,7 +163,7 @@ def assemble_captioner(source: Path, target: Path) -> None:
     BertTokenizer(
         vocab=str(source / "vocab.txt"),
         do_lower_case=True,
-        bos_token="[DEC]",  # noqa: S106
+        bos_token="[DEC]",  # noqa: S106  # nosec B106 # a word of the vocabulary
         additional_special_tokens=["[ENC]"],
     ).save_pretrained(target)
     size = config.vision_config.image_size

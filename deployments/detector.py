@@ -71,7 +71,7 @@ class DetectorModel:
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
         # in float32, and converted afterwards: loading sets the default type of the whole process, in which another
         # revision may be computing
-        self._model = AutoModelForImageClassification.from_pretrained(
+        self._model = AutoModelForImageClassification.from_pretrained(  # nosec B615 # a folder on disk
             checkpoint.folder, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
         )
         self._model.to(self.device, dtype).eval()

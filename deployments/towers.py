@@ -177,11 +177,11 @@ def convert_smollm2(target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     file = packaged_file(SMOLLM2_PACKAGE)
-    model = AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(  # nosec B615 # a file of a pinned package
         file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )
     # the loader leaves a quantization_config behind that no longer describes the dequantised weights
     model.config.quantization_config = None
     del model.config.quantization_config
     model.save_pretrained(target, safe_serialization=True)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(target)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(target)  # nosec B615 # a file of a pinned package

@@ -109,13 +109,13 @@ def load_captioner(checkpoint: Checkpoint, dropout: float | None = None) -> Any:
     """The model in float32."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)  # nosec B615 # a folder on disk
     if dropout is not None:
         for part in (config, getattr(config, "text_config", None), getattr(config, "vision_config", None)):
             for name in vars(part) if part is not None else ():
                 if name.endswith(("dropout", "dropout_prob")):
                     setattr(part, name, dropout)
-    return AutoModelForImageTextToText.from_pretrained(
+    return AutoModelForImageTextToText.from_pretrained(  # nosec B615 # a folder on disk
         checkpoint.folder, config=config, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
     )
 
@@ -432,7 +432,7 @@ class CaptionerJob:
         checkpoint = resolve(self.checkpoint)
         model = load_captioner(checkpoint, self.config.dropout)
         prompt = prompt_of(self.config, checkpoint)
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)  # nosec B615 # a folder on disk
         return CaptionerModule(
             model,
             Normalisation.from_processor(checkpoint.folder),

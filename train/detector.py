@@ -119,14 +119,14 @@ def load_classifier(
 
     from deployments import detector_model  # registers the starter's class  # noqa: F401
 
-    config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)  # nosec B615 # a folder on disk
     config.id2label = dict(enumerate(labels))
     config.label2id = {label: index for index, label in enumerate(labels)}
     if dropout is not None:
         for name in vars(config):
             if name.endswith(("dropout", "dropout_prob", "drop_path_rate")):
                 setattr(config, name, dropout)
-    model = AutoModelForImageClassification.from_pretrained(
+    model = AutoModelForImageClassification.from_pretrained(  # nosec B615 # a folder on disk
         checkpoint.folder,
         config=config,
         use_safetensors=True,

@@ -83,7 +83,7 @@ def load_tokenizer(folder: Path) -> BertTokenizer:
     return BertTokenizer(
         vocab=str(folder / "vocab.txt"),
         do_lower_case=True,
-        bos_token="[DEC]",  # noqa: S106
+        bos_token="[DEC]",  # noqa: S106  # nosec B106 # a word of the vocabulary
         additional_special_tokens=["[ENC]"],
     )
 

