@@ -15,6 +15,7 @@ from deployments.checkpoints import resolve
 from train import registry, tracking
 from train.gate import Judgement
 from train.registry import RegistryError, promote, rollback
+from train.retrain import revision_in_production
 from train.tracking import TrackingConfig
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ def test_the_gate_of_today_counts(store: TrackingConfig, client: MlflowClient, t
 def test_the_way_back(store: TrackingConfig, client: MlflowClient, tmp_path: Path, rules: Path) -> None:
     with pytest.raises(RegistryError, match="nothing in production"):
         rollback(client, "detector")
+    assert revision_in_production(client) is None
     numbers = [add(store, tmp_path / name, 0.9) for name in "abc"]
     for number in numbers:
         promote(client, "detector", number, "production", rules)
@@ -119,6 +121,8 @@ def test_the_way_back(store: TrackingConfig, client: MlflowClient, tmp_path: Pat
     with pytest.raises(RegistryError, match="first version"):
         rollback(client, "detector")
     assert registry.aliases_of(client, "detector")["production"] == numbers[0]
+    # as the application's metrics name it, and so alerts
+    assert revision_in_production(client) == resolve("models:/detector@production").revision
 
 
 def test_the_way_back_passes_over_versions_that_are_gone(
