@@ -122,7 +122,7 @@ def test_no_route_of_the_real_application_but_health_answers_without_a_key(file:
                     if path not in OPEN:
                         answers[method, path] = (await client.request(method, path)).status_code
             for path in ("/healthz/", "/readyz/", "//v1/models", "/v1/models/", "/V1/MODELS", "/metrics", "/nowhere"):
-                answers["GET", path] = (await client.get(path)).status_code
+                answers["GET", path] = (await client.get(f"http://test{path}")).status_code
 
     # built with the variable as it stands, as a replica that starts does
     api.middleware_stack, before = None, api.middleware_stack
