@@ -131,7 +131,7 @@ def test_an_alarm_that_goes_on_ringing_begins_one_retraining(capsys: pytest.Capt
         before, since = Last(NOW - hour, 0), Last(NOW + hour, 0)
         assert reason_to_begin(settings, before, 0, NOW + hour, lambda: "r1") == "alert DetectorDrift"
         # refused by the gate: r1 is in production still, and rings
-        assert [reason_to_begin(settings, since, 0, NOW + n * hour, lambda: "r1") for n in range(2, 24)] == [None] * 22
+        assert [reason_to_begin(settings, since, 0, NOW + n * hour, lambda: "r1") for n in (2, 23)] == [None] * 2
         assert "a retraining was begun on it" in capsys.readouterr().out
         # it ended, and rings again
         alerts[:] = [alert("DetectorDrift", NOW + 30 * hour, "r1")]
