@@ -21,10 +21,13 @@ from deployments.detector_model import ClipBlocksConfig
 from deployments.drift_statistic import Reference, read_reference
 from deployments.engines import open_engine
 from deployments.pixels import Normalisation, check_views
-from deployments.replica import DeadlineExceeded, Replica, alive
+from deployments.replica import DeadlineExceeded, NotFinite, Replica, alive
 from deployments.views import ViewSpec
 
 Verdict = Literal["ai", "human", "uncertain"]
+
+#: A probability that moves by more has become another: what an exported file may differ by (``train.export``).
+_TOLERANCE = 0.02
 
 
 def verdict(ai_probability: float, thresholds: Thresholds) -> Verdict:
@@ -146,6 +149,7 @@ class DetectorModel:
 
         Raises:
             ViewMismatch: other views than the checkpoint's.
+            NotFinite: not all of it is numbers.
         """
         with torch.enable_grad():
             answer = self._model(pixel_values=self.pixels(views[None]), output_hidden_states=True)
@@ -158,6 +162,8 @@ class DetectorModel:
         )
         side = int(relevance.shape[1] ** 0.5)
         maps = relevance[:, -side * side :].reshape(-1, side, side).cpu().numpy()
+        if not np.isfinite(maps).all():
+            raise NotFinite("the heat map is no picture: not all of its values are numbers")
         return maps / maps.max() if maps.max() > 0 else maps
 
 
@@ -169,10 +175,12 @@ class Detector(Replica[DetectorModel]):
     def load(self, checkpoint: Checkpoint) -> DetectorModel:
         return DetectorModel(checkpoint)
 
-    def answer(self, model: DetectorModel, views: np.ndarray) -> list[dict[str, Any]]:
+    def answer(self, model: DetectorModel, views: np.ndarray) -> list[dict[str, Any] | NotFinite]:
         thresholds = model.checkpoint.card.thresholds
         logits, embeddings = model.outputs(views)
-        probabilities = map(float, model.calibrated(logits))
+        sound = np.isfinite(logits).all(axis=1)
+        with np.errstate(invalid="ignore"):  # what is no number is looked at here
+            probabilities = map(float, model.calibrated(logits))
         return [
             {
                 "label": verdict(probability, thresholds),
@@ -180,8 +188,18 @@ class Detector(Replica[DetectorModel]):
                 "model": model.checkpoint.name,
                 "observed": observed,
             }
-            for probability, observed in zip(probabilities, model.observed(logits, embeddings), strict=True)
+            if is_sound
+            else NotFinite("the detector's answer is no number")
+            for is_sound, probability, observed in zip(
+                sound, probabilities, model.observed(logits, embeddings), strict=True
+            )
         ]
+
+    def difference(self, before: dict[str, Any], now: dict[str, Any]) -> str:
+        was, is_now = before["ai_probability"], now["ai_probability"]
+        if abs(is_now - was) <= _TOLERANCE:
+            return ""
+        return f"the known picture is AI-made with a probability of {is_now}, and was with {was}"
 
     async def drift_reference(self, known: str = "") -> tuple[str, bytes | None]:
         """The revision in service, and its reference for drift as in its file; None: it has none, or is the ``known``
@@ -206,4 +224,8 @@ class Detector(Replica[DetectorModel]):
         self.check(views, spec)
         if not alive([deadline]):
             raise DeadlineExceeded("the detector had no time left for a heat map")
-        return np.round(await self.compute(self.model.explain, views), 3).tolist()
+        try:
+            return np.round(await self.compute(self.model.explain, views), 3).tolist()
+        except NotFinite as error:
+            self._health.spoilt(str(error))
+            raise

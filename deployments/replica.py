@@ -8,6 +8,9 @@ Pictures are batched by ``serve.batch``, behind a ``Door``. ``serve.batch`` clos
 whether the model is free or not: pictures that come one by one during a long batch would each become a batch of one,
 queued behind it. The door keeps them outside until the model is free, and then lets them in together.
 
+Before a revision comes into service it answers a known picture, which makes it ready for the first real one too; the
+answer is kept, and ``deployments.health`` decides when Serve's health check has it computed again.
+
 Knows no model class (a subclass names it) and no HTTP.
 """
 
@@ -18,7 +21,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
@@ -29,7 +32,8 @@ from ray import serve
 
 from deployments import telemetry
 from deployments.annotation import Stage
-from deployments.checkpoints import Checkpoint, resolve
+from deployments.checkpoints import Checkpoint, CheckpointError, resolve
+from deployments.health import Health, known_picture
 from deployments.metrics import Metrics
 from deployments.pixels import ViewMismatch, check_views
 from deployments.views import ViewSpec
@@ -49,6 +53,10 @@ class ModelFailed(RuntimeError):
     """
 
 
+class NotFinite(ModelFailed):
+    """A model's answer is no number; it is given to nobody."""
+
+
 class ReplicaConfig(BaseModel):
     """A model deployment's ``user_config``: what may change without restarting a replica."""
 
@@ -62,6 +70,15 @@ class ReplicaConfig(BaseModel):
         le=1,
         description="how long a batch waits for company; the door gathers what comes while the model is busy, so that "
         "only a free model would be kept waiting",
+    )
+    health_every_s: float = Field(
+        60.0,
+        ge=1,
+        le=3600,
+        description="a model that has answered nothing for so long is given its known input by the next health check",
+    )
+    most_failures: int = Field(
+        3, ge=1, le=100, description="batches that may fail one after another until the health check fails"
     )
 
 
@@ -159,14 +176,31 @@ class Replica(Generic[Model]):
         self._door = Door()
         self._model: Model | None = None
         self._busy_since: float | None = None
+        self._health = Health()
+        self._known: tuple[Model, dict[str, Any]] | None = None
 
     def load(self, checkpoint: Checkpoint) -> Model:
         """Load a checkpoint, on a thread beside the one that computes."""
         raise NotImplementedError
 
-    def answer(self, model: Model, views: np.ndarray) -> list[dict[str, Any]]:
+    def answer(self, model: Model, views: np.ndarray) -> Sequence[dict[str, Any] | NotFinite]:
         """Answers to a batch of uint8 views ``(n, V, S, S, 3)``, on the worker thread."""
         raise NotImplementedError
+
+    def known_answer(self, model: Model) -> dict[str, Any]:
+        """The answer to the known picture; the same whenever the same model computes it.
+
+        Raises:
+            NotFinite: it is no number.
+        """
+        (answer,) = self.answer(model, known_picture(model.views.shape)[None])
+        if isinstance(answer, NotFinite):
+            raise answer
+        return answer
+
+    def difference(self, before: dict[str, Any], now: dict[str, Any]) -> str:
+        """What is wrong with the answer to the known picture, which was another ``before``; "": nothing."""
+        return "" if now == before else f"the known picture is answered with {now}, and was with {before}"
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serve's call at start and whenever ``user_config`` changes: same revision, no work; another, swapped in
@@ -176,6 +210,7 @@ class Replica(Generic[Model]):
         self._door.size = config.max_batch_size
         self._batch.set_max_batch_size(config.max_batch_size)  # type: ignore[attr-defined]
         self._batch.set_batch_wait_timeout_s(config.batch_wait_timeout_s)  # type: ignore[attr-defined]
+        self._health.every_s, self._health.most_failures = config.health_every_s, config.most_failures
         checkpoint = await asyncio.to_thread(resolve, config.uri)
         current = self._model
         if (
@@ -183,9 +218,23 @@ class Replica(Generic[Model]):
             or current.checkpoint.revision != checkpoint.revision
             or current.checkpoint.uri != config.uri
         ):
-            self._model = await asyncio.get_running_loop().run_in_executor(self._loader, self.load, checkpoint)
+            self._known = await asyncio.get_running_loop().run_in_executor(self._loader, self._loaded, checkpoint)
+            self._model = self._known[0]
+            self._health.renewed()
             before = None if current is None else current.checkpoint.revision
             self._metrics.in_service(self.stage, checkpoint.revision, before)
+
+    def _loaded(self, checkpoint: Checkpoint) -> tuple[Model, dict[str, Any]]:
+        """A checkpoint's model, and its answer to the known picture.
+
+        Raises:
+            CheckpointError: the answer is no number.
+        """
+        model = self.load(checkpoint)
+        try:
+            return model, self.known_answer(model)
+        except NotFinite as error:
+            raise CheckpointError(f"{checkpoint.uri}: {error}; serve another revision") from None
 
     @property
     def model(self) -> Model:
@@ -276,12 +325,28 @@ class Replica(Generic[Model]):
         ]
         chosen = [index for index in alive(deadline) if specs[index] == model.views]
         if chosen:
-            found = await self.compute(self.answer, model, np.stack([views[index] for index in chosen]))
+            try:
+                found = await self.compute(self.answer, model, np.stack([views[index] for index in chosen]))
+            except ModelFailed as error:
+                self._health.failed(str(error))
+                raise
+            self._seen(found)
             self._metrics.batch(self.stage, model.checkpoint.revision, len(chosen), time.perf_counter() - started)
             for index, answer in zip(chosen, found, strict=True):
                 answers[index] = answer
         ended, revision = time.perf_counter(), model.checkpoint.revision
         return [_Computed(answer, revision, len(chosen), started, ended) for answer in answers]
+
+    def _seen(self, answers: Sequence[dict[str, Any] | NotFinite]) -> None:
+        """A batch has been computed."""
+        spoilt = [answer for answer in answers if isinstance(answer, NotFinite)]
+        if spoilt:
+            _log.error("%d of %d answers of a batch are no numbers", len(spoilt), len(answers))
+            self._health.spoilt(f"{len(spoilt)} of {len(answers)} answers of a batch were no numbers")
+        if len(spoilt) == len(answers):
+            self._health.failed(NotFinite.__name__)
+        elif not spoilt:
+            self._health.answered()
 
     async def info(self) -> dict[str, Any]:
         """``ModelInfo`` of the model in service."""
@@ -290,23 +355,36 @@ class Replica(Generic[Model]):
             uri=checkpoint.uri, revision=checkpoint.revision, card=checkpoint.card.model_dump(), views=self.model.views
         ).model_dump()
 
-    def check_health(self) -> None:
+    async def check_health(self) -> None:
         """Serve's health check, and the occasion to say again which revision is in service: Ray forgets a gauge that
         is not set for a while.
 
         Raises:
             RuntimeError: one batch has been running for two minutes.
+            Unhealthy: see ``Health.check``.
         """
         if self._model is not None:
             self._metrics.in_service(self.stage, self._model.checkpoint.revision)
         since = self._busy_since
         if since is not None and time.monotonic() - since > _STUCK_AFTER_S:
             raise RuntimeError(f"a batch has been running for {time.monotonic() - since:.0f} s")
+        await self._health.check(self._repeat_known)
+
+    async def _repeat_known(self) -> str | None:
+        """Compute the known picture again; see ``Health.check``."""
+        async with self._door:  # as a picture of its own: it waits for the batch in work, and the next wait for it
+            self._door.shut()
+            if self._known is None:
+                return None
+            model, before = self._known
+            return self.difference(before, await self.compute(self.known_answer, model))
 
 
 def failed(error: Exception) -> ModelFailed:
     """Log what a model raised; what to raise to the caller."""
     _log.error("the model failed", exc_info=error)
+    if isinstance(error, ModelFailed):
+        return error
     return ModelFailed(type(error).__name__)
 
 

@@ -17,6 +17,7 @@ import asyncio
 import json
 import os
 import platform
+import re
 import time
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -30,6 +31,7 @@ from ray.serve import Application
 
 from deployments import telemetry
 from deployments.checkpoints import Checkpoint, resolve
+from deployments.health import Health
 from deployments.metrics import Metrics
 from deployments.processor import processor_flags
 from deployments.replica import ModelInfo, ReplicaConfig, failed
@@ -47,6 +49,8 @@ ANSWER = rf"\[{_TAG}(,{_TAG}){{{MIN_TAGS - 1},{MAX_TAGS - 1}}}\]"
 
 #: Longer captions are cut here: a record's caption has at most 512 characters.
 _MAX_CAPTION_LETTERS = 512
+#: What every revision is asked to see whether it answers as before.
+_KNOWN_CAPTION = "a dog runs on the grass"
 #: An engine that has answered nothing for so long while requests waited is taken for hung.
 _STUCK_AFTER_S = 120.0
 
@@ -199,6 +203,21 @@ def tag_answer(raw: str, caption: str, checkpoint: Checkpoint) -> dict[str, Any]
     }
 
 
+def difference(before: str, now: str) -> str:
+    """What is wrong with the model's answer to the known caption, which was another ``before``; "": nothing.
+
+    Requests are computed together with others, and the last digits follow the company: where two words are about as
+    likely, an answer may become another. A sound one still has one of its tags at least. That of a model which never
+    had a tag of the caption has nothing to be measured by but its form.
+    """
+    if now == before:
+        return ""
+    had, has = proposed(before, _KNOWN_CAPTION), proposed(now, _KNOWN_CAPTION)
+    if set(had) & set(has) or (not had and re.fullmatch(ANSWER, now)):
+        return ""
+    return f"the known caption is answered with {now[:200]!r}, and was with {before[:200]!r}"
+
+
 @dataclass
 class _Load:
     """Requests in the engine, for the health check."""
@@ -219,6 +238,8 @@ class Tagger:
         self._load = _Load()
         self._swap = asyncio.Lock()
         self._metrics = Metrics()
+        self._health = Health()
+        self._known: str | None = None
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serve the checkpoint that ``user_config["uri"]`` names.
@@ -230,15 +251,19 @@ class Tagger:
             CheckpointError: the URI names no sound checkpoint.
             TaggerError: the new checkpoint has another architecture or tokenizer.
         """
-        uri = ReplicaConfig.model_validate({"uri": self._settings.uri, **(user_config or {})}).uri
-        checkpoint = await asyncio.to_thread(resolve, uri)
+        config = ReplicaConfig.model_validate({"uri": self._settings.uri, **(user_config or {})})
+        self._health.every_s, self._health.most_failures = config.health_every_s, config.most_failures
+        checkpoint = await asyncio.to_thread(resolve, config.uri)
         async with self._swap:
-            if self._checkpoint is None:
+            current = self._checkpoint
+            if current is None:
                 await self._start(checkpoint)
-            elif self._checkpoint.revision != checkpoint.revision:
-                await self._exchange(self._checkpoint, checkpoint)
-            before = None if self._checkpoint is None else self._checkpoint.revision
-            self._checkpoint = checkpoint
+            elif current.revision != checkpoint.revision:
+                await self._exchange(current, checkpoint)
+            self._checkpoint = checkpoint  # at once: from here on it is these weights that answer
+            if current is None or current.revision != checkpoint.revision:
+                await self._learn()
+            before = None if current is None else current.revision
             self._metrics.in_service("tagger", checkpoint.revision, before)
 
     async def _start(self, checkpoint: Checkpoint) -> None:
@@ -250,8 +275,13 @@ class Tagger:
         server = LLMServer.sync_init(llm_config(self._settings, checkpoint.folder, LLMConfig))
         await server.start()
         self._server = server
+
+    async def _learn(self) -> None:
+        """Ask the revision in the engine for its known answer."""
         # the first request compiles the grammar and fills the prefix cache: do it before anyone waits for it
-        await self._ask("a dog runs on the grass")
+        await self._ask(_KNOWN_CAPTION)
+        self._known = await self._ask(_KNOWN_CAPTION)  # as every later one is computed, with the prefix in the cache
+        self._health.renewed()
 
     async def _exchange(self, old: Checkpoint, new: Checkpoint) -> None:
         for name in ("config.json", "tokenizer.json"):
@@ -285,11 +315,13 @@ class Tagger:
                 async with asyncio.timeout(self._settings.request_timeout_s):
                     raw = await self._ask(caption)
             code = "ok"
+            self._health.answered()
         except (TaggerError, TimeoutError) as error:
             code = "refused" if isinstance(error, TaggerError) else "deadline"
             raise
         except Exception as error:
             code = "failed"
+            self._health.failed(type(error).__name__)
             raise failed(error) from None
         finally:
             telemetry.note(
@@ -348,6 +380,7 @@ class Tagger:
 
         Raises:
             RuntimeError: requests wait and none has been answered for two minutes.
+            Unhealthy: see ``Health.check``.
             Exception: vLLM's own, when its engine process has died.
         """
         if self._checkpoint is not None:
@@ -357,6 +390,21 @@ class Tagger:
             raise RuntimeError(f"{self._load.running} requests in the engine, none answered for {idle:.0f} s")
         if self._server is not None:
             await self._server.check_health()
+        await self._health.check(self._repeat_known)
+
+    async def _repeat_known(self) -> str | None:
+        """Ask for the known answer again; see ``Health.check``."""
+        async with self._swap:  # never while weights are exchanged
+            if self._known is None:
+                return None
+            try:
+                async with asyncio.timeout(self._settings.request_timeout_s):
+                    now = await self._ask(_KNOWN_CAPTION)
+            except TimeoutError:
+                if self._load.running:
+                    return None  # there is work before it; an engine that hangs is found by its silence
+                return f"the known caption has had no answer for {self._settings.request_timeout_s:.0f} s"
+            return difference(self._known, now)
 
     def __del__(self) -> None:
         """Serve calls this when the replica stops: the engine's processes must not outlive it."""
