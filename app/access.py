@@ -1,8 +1,9 @@
 """A line of log for each request, and ids of requests that can be written into one.
 
-``RequestLines`` is middleware of the application, in the ingress: one line for each request but those about health and
-the page's own files. ``middlewares`` is Serve's call in each proxy (``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH``):
-headers that Serve itself reads are made sound before it does, and while there is no application yet, a proxy says so.
+``RequestLines`` is middleware of the application, in the ingress: it counts requests, and says one line of each but
+those about health and the page's own files. ``middlewares`` is Serve's call in each proxy
+(``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH``): headers that Serve itself reads are made sound before it does,
+and while there is no application yet, a proxy says so.
 Knows no route's meaning.
 """
 
@@ -14,15 +15,19 @@ import time
 from typing import Any
 
 from starlette.middleware import Middleware
+from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deployments import telemetry
+from deployments.metrics import OTHER, Metrics
 
 #: What Serve is told so that it calls `middlewares`.
 CALLBACK_VARIABLE, CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "app.access:middlewares"
 
 #: Asked for all the time, and of no use to anybody later: health and the page's own files.
 _QUIET = ("/healthz", "/readyz", "/page/", "/samples", "/docs", "/openapi.json")
+#: Counted by themselves, and by key: no key, one that may not, and one too often.
+_REFUSALS = frozenset((401, 403, 429))
 #: A proxy's own addresses.
 _OF_SERVE = "/-/"
 #: A sender's own id of a request, as it may stand in logs and headers; another is replaced by one that Serve makes.
@@ -84,20 +89,43 @@ def middlewares() -> list[Middleware]:
     return [Middleware(SoundHeaders), Middleware(Starting)]
 
 
-class RequestLines:
-    """ASGI middleware: `request` lines with method, status, code, duration and number of pictures.
+def route_of(scope: Scope) -> str:
+    """A request's route, as `GET /v1/results/{place}`: not what it was given in the path. `other`: there is none.
 
-    What the application knows of a request it leaves in ``scope["state"]``: `code`, of a problem, and `pictures`.
+    Who is refused for want of a key never comes to be routed.
+    """
+    found = scope.get("route")
+    if found is None and (app := scope.get("app")) is not None:
+        matching = (route for route in app.routes if route.matches(scope)[0] is Match.FULL)
+        found = next(matching, None)
+    if found is None or not hasattr(found, "path"):
+        return OTHER
+    methods = getattr(found, "methods", None) or ()
+    return f"{scope['method']} {found.path}" if scope["method"] in methods else found.path
+
+
+def status_of(status: int) -> str:
+    """Class of a status; what keys and load bring about is told apart."""
+    return str(status) if status in _REFUSALS else f"{status // 100}xx"
+
+
+class RequestLines:
+    """ASGI middleware: `request` lines with method, status, code, duration and number of pictures; and every request
+    counted.
+
+    What the application knows of a request it leaves in ``scope["state"]``: `code`, of a problem, `pictures`, and
+    `key`, the name of the key that it came with.
     """
 
     def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+        self.app, self.metrics = app, Metrics()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope.get("path", "")
-        if scope["type"] != "http" or path == "/" or path.startswith(_QUIET):
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        path = scope["path"]
+        is_quiet = path == "/" or path.startswith(_QUIET)
         state: dict[str, Any] = scope.setdefault("state", {})
         started, status = time.perf_counter(), 0
 
@@ -118,12 +146,15 @@ class RequestLines:
             status, code = status or 500, "internal_error"
             raise
         finally:
+            key = str(state.get("key", "")) if status in _REFUSALS else ""
+            self.metrics.record("http_requests", 1, route_of(scope), status_of(status or 500), key)
             pictures = {"pictures": state["pictures"]} if "pictures" in state else {}
-            telemetry.note(
-                "request",
-                method=scope["method"],
-                status=status,
-                code=code,
-                duration_ms=telemetry.milliseconds(time.perf_counter() - started),
-                **pictures,
-            )
+            if not is_quiet:
+                telemetry.note(
+                    "request",
+                    method=scope["method"],
+                    status=status,
+                    code=code,
+                    duration_ms=telemetry.milliseconds(time.perf_counter() - started),
+                    **pictures,
+                )

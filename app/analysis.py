@@ -146,6 +146,11 @@ class Graph:
             raise
 
     @property
+    def revisions(self) -> dict[str, str]:
+        """What production runs, as far as it is known."""
+        return {stage: route.info.revision for stage, route in self.routes.items() if route.info is not None}
+
+    @property
     def ready(self) -> bool:
         """Every stage has a replica that answers."""
         return all(route.info is not None for route in self.routes.values())
@@ -186,7 +191,7 @@ class Graph:
             for branch in running:
                 branch.cancel()
         record.timings_ms["total"] = _milliseconds(started)
-        self.metrics.picture(record)
+        self.metrics.picture(record, self.revisions)
         _note(record)
         if record.detection is None and record.caption is None and record.tags is None:
             raise _no_answer(record)
@@ -356,6 +361,9 @@ class Graph:
             started = time.perf_counter()
             other, failure = await self._ask(stage, role, plain, time.time() + self.limits.request_timeout_s)
             agreed = agreement(answer, other) if failure is None else None
+            if agreed is not None:
+                candidate = other if role == "candidate" else answer
+                self.metrics.agreed(stage, revision_of(candidate.get("model", "")), agreed)
             self._tried(stage, role, False, sha256, other, failure, started, agreed)
 
         task = asyncio.get_running_loop().create_task(compare())

@@ -34,10 +34,16 @@ from app.store.models import first_id
 from app.store.search import MAX_ID, BadCursor, Place
 from app.store.search import Query as StoreQuery
 from app.store.store import Store, StoreBusy, StoreOff
+from app.trials import PARTS
 from app.uploads import UploadLimits, read_body, read_uploads
 from deployments.annotation import Annotation as Record
 from deployments.annotation import Tag
+from deployments.metrics import revision_of
 
+Judged = Callable[[str, str, bool, str], None]
+
+#: The model that makes each part of an answer.
+_MODELS = {part: model for model, part in PARTS.items()}
 #: Seconds after which who was told 503 may come back.
 _RETRY_AFTER_S = 2
 #: Pictures that are taken in at a time: each is held in memory.
@@ -205,8 +211,12 @@ _SHA256 = Path(pattern=r"^[0-9a-f]{64}$", description="of the picture's bytes, a
 _FILE_SIZE = Query(description="`small` is a JPEG of at most 384 pixels a side")
 
 
-def router(store_of: Callable[[], Awaitable[Store]]) -> APIRouter:
-    """The routes, for an application whose store ``store_of`` gives."""
+def router(store_of: Callable[[], Awaitable[Store]], judged: Judged | None = None) -> APIRouter:
+    """The routes, for an application whose store ``store_of`` gives.
+
+    Args:
+        judged: told of each new event: part, verdict of the answer or "", whether it is right, revision of its model.
+    """
     routes, given = APIRouter(), Depends(store_of)
 
     @routes.post(
@@ -235,6 +245,9 @@ def router(store_of: Callable[[], Awaitable[Store]]) -> APIRouter:
         except (StoreUnavailable, StoreOff) as error:
             raise store_problem(error) from None
         picture = "kept" if receipt.has_picture else "wanted" if store.wants_pictures else "not kept"
+        if judged is not None and receipt.is_new:
+            said = (receipt.verdict or "") if event.part == "verdict" else ""
+            judged(event.part, said, event.right, revision_of(receipt.models.get(_MODELS[event.part], "")))
         answer = {"id": str(receipt.id), "sha256": receipt.sha256, "picture": picture}
         return JSONResponse(answer, 201 if receipt.is_new else 200)
 

@@ -112,7 +112,12 @@ async def _store() -> Store:
     return serve.get_replica_context().servable_object.store
 
 
-api.include_router(router(_store))
+def _judged(part: str, answer: str, is_right: bool, revision: str) -> None:
+    """Count an event of feedback."""
+    serve.get_replica_context().servable_object.metrics.feedback(part, answer, is_right, revision)
+
+
+api.include_router(router(_store, _judged))
 
 Tasks = Annotated[str, Query(description="comma-separated: detect, caption, tag", examples=["detect,caption"])]
 ExplainQuery = Annotated[
@@ -185,6 +190,12 @@ def _why_not(settings: StoreSettings) -> str:
     if settings.database_url.startswith("sqlite") and nodes > 1:
         return f"a SQLite store serves one node and there are {nodes}: give store.url a PostgreSQL"
     return ""
+
+
+def _revisions(in_service: Mapping[str, str], tasks: frozenset[Task]) -> str:
+    """Revisions of the models that tasks need, as one label."""
+    needed = {"detector": "detect" in tasks, "captioner": bool(tasks & {"caption", "tag"}), "tagger": "tag" in tasks}
+    return "+".join(in_service.get(stage, "none") for stage, is_needed in needed.items() if is_needed)
 
 
 def _item(result: dict[str, Any] | BaseException) -> dict[str, Any]:
@@ -265,6 +276,7 @@ class Ingress:
             self.metrics.queue(self.admission.in_work, self.admission.limit, self.admission.waiting)
             self.metrics.deferred(await self.deferral.count())
             self.metrics.record("callbacks_due", await self.callbacks.count_due())
+            self.metrics.store(self.store.status())
             self.metrics.stages(
                 {stage: route.info is not None for stage, route in self.graph.routes.items()},
                 self.graph.shares.model_dump(),
@@ -373,7 +385,8 @@ class Ingress:
             code = "internal_error"
             raise
         finally:
-            self.metrics.request(request.scope["route"].path, code, time.perf_counter() - started)
+            revision = getattr(request.state, "revision", "")
+            self.metrics.request(request.scope["route"].path, code, time.perf_counter() - started, revision)
 
     async def _deferring(
         self,
@@ -419,6 +432,8 @@ class Ingress:
                 self._one(upload, tasks, explain, deadline, key and idempotency.name_of(key, tasks, number))
                 for number, upload in enumerate(uploads)
             ]
+            # what is in service when the models are asked; whoever's answer it is stands in the picture's own figures
+            request.state.revision = _revisions(self.graph.revisions, tasks)
             if len(work) == 1:
                 return JSONResponse(await work[0])
             items = await asyncio.gather(*work, return_exceptions=True)

@@ -325,6 +325,7 @@ def _admit(ring: KeyRing, scope: Scope) -> None:
             "Send an API key that is in use, as `Authorization: Bearer KEY`.",
             headers={"WWW-Authenticate": 'Basic realm="DeepTrust", charset="UTF-8"'},
         )
+    scope.setdefault("state", {})["key"] = key.name  # for whoever counts
     # a browser sends Basic credentials along with what another site's page makes it send
     origin = headers.get("origin")
     own = (

@@ -4,8 +4,10 @@ Replicas and the ingress record here; Ray's agent on each node exports the figur
 as ``ray_deeptrust_requests_total``, ``ray_deeptrust_stage_seconds_bucket`` and so on, and Serve adds ``application``,
 ``deployment`` and ``replica``. What a figure is about bears the ``revision`` of the model that it comes from.
 
-Labels never take their values from what a client sends, and each metric has at most ``MOST_SERIES`` combinations of
-them in a process: what comes later is counted as ``other``. Knows no HTTP and no Prometheus.
+Labels never take their values from what a client sends, and each metric has at most so many combinations of them in a
+process (``MOST_SERIES``, where it says no other): what comes later is counted as ``other``.
+
+Knows no HTTP and no Prometheus.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -42,6 +45,8 @@ class Definition:
     labels: tuple[str, ...]
     description: str
     buckets: tuple[float, ...] = ()
+    most: int = MOST_SERIES
+    """Combinations of label values that it may have in one process."""
 
     def exported(self) -> list[str]:
         """What the metric is called where Prometheus reads it."""
@@ -51,8 +56,8 @@ class Definition:
         return [full] if self.kind == "gauge" else [f"{full}_{part}" for part in ("bucket", "sum", "count")]
 
 
-def _counter(name: str, labels: tuple[str, ...], description: str) -> Definition:
-    return Definition(name, "counter", labels, description)
+def _counter(name: str, labels: tuple[str, ...], description: str, most: int = MOST_SERIES) -> Definition:
+    return Definition(name, "counter", labels, description, most=most)
 
 
 def _gauge(name: str, labels: tuple[str, ...], description: str) -> Definition:
@@ -67,7 +72,19 @@ METRICS = {
     definition.name: definition
     for definition in (
         # the ingress
-        _counter("requests", ("endpoint", "code"), "Requests by end point and `ok`, or the code of their problem"),
+        _counter(
+            "requests",
+            ("endpoint", "code", "revision"),
+            "Requests that annotate, by end point and `ok`, or the code of their problem; revisions of the models "
+            "where these came to be asked",
+            most=1024,
+        ),
+        _counter(
+            "http_requests",
+            ("route", "status", "key"),
+            "Requests to all routes by class of status; 401, 403 and 429 by themselves, with the name of the key",
+            most=1024,
+        ),
         _histogram("request_seconds", _SECONDS, ("endpoint",), "Time from a request's head to its answer"),
         _counter("pictures", ("outcome",), "Pictures: `answered`, `partial` (a stage failed), `failed` (all did)"),
         _gauge("pictures_in_work", (), "Pictures that an ingress replica has in work"),
@@ -80,15 +97,39 @@ METRICS = {
             ("outcome",),
             "Call-backs: `delivered`, `failed` (tried again), `given_up`, `gone` (the picture was deleted)",
         ),
+        _gauge("store_queued", (), "Answers that wait to be written"),
+        # a gauge, so that it is there before the first one is lost
+        _gauge(
+            "store_dropped",
+            ("what",),
+            "`answers` and `pictures` that a replica's store could not keep since it began: the queue was full, or it "
+            "could not write",
+        ),
+        _counter(
+            "feedback",
+            ("part", "answer", "judged", "revision"),
+            "Feedback by the part of an answer, the verdict that had been given, and whether it is called `right` or "
+            "`wrong`",
+        ),
         _gauge("stage_ready", ("stage",), "1 while a stage has a replica that answers"),
         _gauge("canary_share", ("stage",), "Share of the pictures that goes to a stage's canary"),
         # one picture
         _histogram("stage_seconds", _SECONDS, ("stage", "revision"), "Wall time of a stage, its queue included"),
-        _counter("stage_errors", ("stage", "code"), "Stages that gave no answer to an accepted request"),
+        _counter(
+            "stage_errors",
+            ("stage", "code", "revision"),
+            "Stages that gave no answer to an accepted request; the revision that production ran",
+        ),
         _counter(
             "trial_answers",
             ("stage", "role", "outcome", "revision"),
             "Answers of a trial: `ok` or why there is none; `dropped`: the other model was not asked, too many were",
+        ),
+        _histogram(
+            "trial_agreement",
+            _TENTHS,
+            ("stage", "revision"),
+            "How well a candidate's answer agrees with production's: 1 or 0 for verdicts, words in common for text",
         ),
         _counter("verdicts", ("verdict", "revision"), "Verdicts: `ai`, `human`, `uncertain`"),
         _histogram("ai_probability", _TENTHS, ("revision",), "Calibrated probability that a picture is AI-made"),
@@ -113,6 +154,11 @@ METRICS = {
             "Pictures of the sample: `observed`, `repeated` (in the window already), `other` (another revision's)",
         ),
         _gauge("model", ("stage", "revision"), "1 for the revision that a replica has in service, 0 for earlier ones"),
+        # training, which records them itself (`train.gauges`)
+        _gauge("training_step", ("run",), "Optimiser steps that a run has made"),
+        _gauge("training_loss", ("run",), "Loss of the latest step, mean of all workers"),
+        _gauge("training_samples_per_second", ("run",), "Pictures that a run trains on in a second"),
+        _gauge("training_data", ("run", "version"), "1 for the data set version that a run trains on"),
     )
 }
 
@@ -129,7 +175,7 @@ class Metric:
 
         definition = METRICS[name]
         full, text, keys = PREFIX + name, definition.description, definition.labels
-        self._keys = keys
+        self._keys, self._most = keys, definition.most
         self._tags: dict[tuple[str, ...], dict[str, str]] = {}
         self._record: Any
         if definition.kind == "histogram":
@@ -143,7 +189,7 @@ class Metric:
         """Add to a counter, set a gauge, or observe in a histogram; ``labels`` in the order of ``METRICS``."""
         tags = self._tags.get(labels)
         if tags is None:
-            if len(self._tags) >= MOST_SERIES:
+            if len(self._tags) >= self._most:
                 labels = (OTHER,) * len(labels)
             tags = self._tags.setdefault(labels, dict(zip(self._keys, labels, strict=True)))
         self._record(value, tags)
@@ -167,17 +213,21 @@ class Metrics:
 
     # ---- the ingress --------------------------------------------------------------------------------------------
 
-    def request(self, endpoint: str, code: str, seconds: float) -> None:
+    def request(self, endpoint: str, code: str, seconds: float, revision: str = "") -> None:
         """A request has been answered: ``ok``, or with the code of a problem."""
-        self.record("requests", 1, endpoint, code)
+        self.record("requests", 1, endpoint, code, revision)
         self.record("request_seconds", seconds, endpoint)
 
-    def picture(self, record: Annotation) -> None:
-        """A picture has been through the graph: all that its record says."""
+    def picture(self, record: Annotation, in_service: Mapping[str, str] = MappingProxyType({})) -> None:
+        """A picture has been through the graph: all that its record says.
+
+        Args:
+            in_service: stage -> revision, for stages that gave no answer to say it themselves.
+        """
         revisions = {stage: revision_of(name) for stage, name in record.models.items()}
         failed = {error.stage for error in record.errors}
         for error in record.errors:
-            self.record("stage_errors", 1, error.stage, error.code)
+            self.record("stage_errors", 1, error.stage, error.code, in_service.get(error.stage, ""))
         for stage, milliseconds in record.timings_ms.items():
             if stage not in failed:
                 self.record("stage_seconds", milliseconds / 1000, stage, revisions.get(stage, ""))
@@ -200,6 +250,20 @@ class Metrics:
     def tried(self, stage: str, role: str, outcome: str, revision: str) -> None:
         """A model of a trial has answered, or has not."""
         self.record("trial_answers", 1, stage, role, outcome, revision)
+
+    def agreed(self, stage: str, revision: str, agreement: float) -> None:
+        """A candidate of this revision and the model in production have answered the same picture."""
+        self.record("trial_agreement", agreement, stage, revision)
+
+    def feedback(self, part: str, answer: str, is_right: bool, revision: str) -> None:
+        """Somebody has judged a part of an answer."""
+        self.record("feedback", 1, part, answer, "right" if is_right else "wrong", revision)
+
+    def store(self, status: Mapping[str, Any]) -> None:
+        """What a store says of itself (``Store.status``)."""
+        self.record("store_queued", status.get("queued", 0))
+        self.record("store_dropped", status.get("dropped", 0), "answers")
+        self.record("store_dropped", status.get("pictures_dropped", 0), "pictures")
 
     def queue(self, in_work: int, limit: int, waiting: int) -> None:
         """How full an ingress replica is."""

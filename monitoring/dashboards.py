@@ -23,6 +23,10 @@ _RATE = "[$__rate_interval]"
 _APP = 'application=~"$application"'
 
 
+_ERRORS, _ROUTE = 'status=~"4..|4xx|5xx"', "{{route}} {{status}}"
+_REFUSED, _KEY = 'status=~"401|403|429"', "{{status}} {{key}}"
+
+
 @dataclass(frozen=True)
 class Query:
     """One query of a panel; ``legend`` in Grafana's notation."""
@@ -72,6 +76,21 @@ def _mean(metric: str, by: str) -> str:
     return f"{_rate(f'{metric}_sum', by)} / {_rate(f'{metric}_count', by)}"
 
 
+def _rate_or_0(metric: str, by: str, matchers: str) -> str:
+    # 0 and not nothing, where there has been none
+    return f"{_rate(metric, by, matchers)} or {_rate(metric, 'application')} * 0"
+
+
+def _mean_so_far(metric: str, by: str) -> str:
+    """What happens seldom has no rate worth a line."""
+    return f"sum by ({by}) ({metric}_sum{{{_APP}}}) / sum by ({by}) ({metric}_count{{{_APP}}})"
+
+
+def _share_so_far(metric: str, by: str, matchers: str) -> str:
+    everything = f"sum by ({by}) ({metric}{{{_APP}}})"
+    return f"(sum by ({by}) ({metric}{{{_APP}, {matchers}}}) or {everything} * 0) / {everything}"
+
+
 def _share_of_requests(matchers: str) -> str:
     everything = _rate("ray_deeptrust_requests_total", "application")
     # 0 and not nothing, where there has been none
@@ -115,6 +134,30 @@ SERVICE = Board(
                     "`partial`: at least one stage gave no answer",
                     stacked=True,
                 ),
+                Panel(
+                    "All routes by status",
+                    "reqps",
+                    (Query(_rate("ray_deeptrust_http_requests_total", "status"), "{{status}}"),),
+                    "Feedback, search, results, the page and health too",
+                    stacked=True,
+                ),
+                Panel(
+                    "Errors of each route",
+                    "reqps",
+                    (Query(_rate_or_0("ray_deeptrust_http_requests_total", "route, status", _ERRORS), _ROUTE),),
+                ),
+                Panel(
+                    "Refused, by key",
+                    "reqps",
+                    (Query(_rate_or_0("ray_deeptrust_http_requests_total", "key, status", _REFUSED), _KEY),),
+                    "401: no key in use; 403: a key without the scope; 429: too often, or no room",
+                ),
+                Panel(
+                    "Requests by the models that they need",
+                    "reqps",
+                    (Query(_rate("ray_deeptrust_requests_total", "revision, code"), "{{revision}} {{code}}"),),
+                    "Revisions of detector, captioner and tagger; none: refused before a model was asked",
+                ),
             ),
         ),
         (
@@ -142,6 +185,15 @@ SERVICE = Board(
                     "`failed` is tried again; `gone`: the picture was deleted",
                 ),
                 Panel(
+                    "Answers on their way into the store",
+                    "short",
+                    (
+                        Query(f"sum(ray_deeptrust_store_queued{{{_APP}}})", "queued"),
+                        Query(f"sum by (what) (ray_deeptrust_store_dropped{{{_APP}}})", "{{what}} dropped"),
+                    ),
+                    "Dropped since the replicas began: the database does not keep up, or cannot be reached",
+                ),
+                Panel(
                     "Requests in the replicas",
                     "short",
                     (
@@ -164,7 +216,12 @@ SERVICE = Board(
                 Panel(
                     "Stages that gave no answer",
                     "ops",
-                    (Query(_rate("ray_deeptrust_stage_errors_total", "stage, code"), "{{stage}} {{code}}"),),
+                    (
+                        Query(
+                            _rate("ray_deeptrust_stage_errors_total", "stage, code, revision"),
+                            "{{stage}} {{code}} {{revision}}",
+                        ),
+                    ),
                 ),
                 Panel(
                     "Time of a stage, median",
@@ -299,6 +356,38 @@ PREDICTIONS = Board(
                     ),
                     "`dropped`: the other model was not asked, too many pictures were being compared",
                 ),
+                Panel(
+                    "Agreement of candidate and production, mean",
+                    "percentunit",
+                    (
+                        Query(
+                            _mean_so_far("ray_deeptrust_trial_agreement", "stage, revision"), "{{stage}} {{revision}}"
+                        ),
+                    ),
+                    "By the candidate's revision, over all that the replicas have compared",
+                ),
+            ),
+        ),
+        (
+            "Feedback",
+            (
+                Panel(
+                    "Feedback by part",
+                    "short",
+                    (Query(f"sum by (part, judged) (ray_deeptrust_feedback_total{{{_APP}}})", "{{part}} {{judged}}"),),
+                    "Events that the replicas have taken since they began",
+                ),
+                Panel(
+                    "Share of the judged answers that are called wrong",
+                    "percentunit",
+                    (
+                        Query(
+                            _share_so_far("ray_deeptrust_feedback_total", "part, answer, revision", 'judged="wrong"'),
+                            "{{part}} {{answer}} {{revision}}",
+                        ),
+                    ),
+                    "Who gives feedback has mostly something to complain of: compare revisions, not with nothing",
+                ),
             ),
         ),
         (
@@ -391,6 +480,23 @@ TRAINING = Board(
         (
             "Runs (Ray Train)",
             (
+                Panel("Step", "short", (Query("max by (run) (ray_deeptrust_training_step)", "{{run}}"),)),
+                Panel(
+                    "Loss of the latest step",
+                    "short",
+                    (Query("avg by (run) (ray_deeptrust_training_loss)", "{{run}}"),),
+                ),
+                Panel(
+                    "Pictures a second",
+                    "ops",
+                    (Query("max by (run) (ray_deeptrust_training_samples_per_second)", "{{run}}"),),
+                    "Without validation and without the wait for the first batch",
+                ),
+                Panel(
+                    "Data set version",
+                    "short",
+                    (Query("max by (run, version) (ray_deeptrust_training_data)", "{{run}}: {{version}}"),),
+                ),
                 Panel(
                     "State of the controller",
                     "short",

@@ -34,6 +34,8 @@ import torch
 from pydantic import ConfigDict, Field
 from safetensors.torch import load_file, save_file
 
+from data.versions import DataVersion
+from train.gauges import Gauges
 from train.module import NonFinite, Optimisation, TrainedModule, TrainingError
 from train.order import Order
 from train.strategies import StrategyName, local_strategy, ray_strategy
@@ -108,6 +110,9 @@ class Job(Protocol):
     def config(self) -> LoopConfig: ...
 
     @property
+    def version(self) -> DataVersion: ...
+
+    @property
     def deadline(self) -> float:
         """``time.time()`` at which to stop, or infinity."""
         ...
@@ -162,6 +167,7 @@ class Watch(pl.Callback):
         deadline: ``time.time()`` at which to stop.
         report: hands a checkpoint to whoever keeps them; None keeps none.
         run: the MLflow run, on the first worker.
+        gauges: what operators see, on the first worker.
     """
 
     def __init__(
@@ -173,7 +179,9 @@ class Watch(pl.Callback):
         report: Report | None = None,
         run: Run | None = None,
         say: Callable[[str], None] = lambda line: print(line, flush=True),
+        gauges: Gauges | None = None,
     ) -> None:
+        self.gauges = gauges
         self.config, self.steps_per_epoch, self.scratch = config, steps_per_epoch, scratch
         self.deadline, self.report, self.run, self.say = deadline, report, run, say
         self.best, self.bad, self.best_metrics = -float("inf"), 0, dict[str, float]()
@@ -260,6 +268,8 @@ class Watch(pl.Callback):
         step, total = steps[-1], int(trainer.max_steps)
         rate = trainer.optimizers[0].param_groups[-1]["lr"]
         speed = (step - self.began_step) / max(1e-9, self.ended - self.began)
+        if self.gauges is not None:
+            self.gauges.tell(step, means[-1], speed * self.config.batch_size)
         if self.run is not None:
             for each, mean in zip(steps, means, strict=True):
                 if each % 10 == 0 or each in (1, total):
@@ -531,7 +541,11 @@ def work(settings: dict[str, Job]) -> dict[str, Any]:
             if (resume / "export").is_dir():
                 return json.loads((resume / "progress.json").read_text())["outcome"]
         run = attach(job.run) if rank == 0 and job.run is not None else None
-        watch = Watch(config, order.steps, scratch, job.deadline, report, run)
+        gauges = None
+        if rank == 0:
+            manifest = job.version.manifest
+            gauges = Gauges(context.get_experiment_name(), f"{manifest.name} {manifest.version}")
+        watch = Watch(config, order.steps, scratch, job.deadline, report, run, gauges=gauges)
         try:
             module = train_steps(
                 job,

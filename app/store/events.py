@@ -9,7 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, text, update
@@ -69,6 +69,9 @@ class Receipt:
     sha256: str
     is_new: bool
     has_picture: bool
+    verdict: str | None = None
+    """That the answer gave, and the models that gave it, by stage: of a new event."""
+    models: dict[str, str] = field(default_factory=dict)
 
 
 def _insert_unless_there(connection: Connection, table: Any) -> Any:
@@ -112,7 +115,8 @@ def add_feedback(connection: Connection, event: Event) -> Receipt:
     known = _known(connection, event)
     if known is not None:
         return known
-    wanted = select(Prediction.id, Prediction.sha256).where(Prediction.answer_id == event.answer_id)
+    columns = (Prediction.id, Prediction.sha256, Prediction.verdict, Prediction.record)
+    wanted = select(*columns).where(Prediction.answer_id == event.answer_id)
     if event.sha256 is not None:
         wanted = wanted.where(Prediction.sha256 == event.sha256)
     prediction = connection.execute(wanted.order_by(Prediction.id.desc()).limit(1)).first()
@@ -135,7 +139,8 @@ def add_feedback(connection: Connection, event: Event) -> Receipt:
             raise UnknownAnswer(event.answer_id)
         return known
     connection.execute(update(Prediction).where(Prediction.id == prediction.id).values(flagged=True, expires_id=None))
-    return Receipt(row["id"], prediction.sha256, True, has_picture(connection, prediction.sha256))
+    has, models = has_picture(connection, prediction.sha256), json.loads(prediction.record).get("models") or {}
+    return Receipt(row["id"], prediction.sha256, True, has, prediction.verdict, models)
 
 
 def _known(connection: Connection, event: Event) -> Receipt | None:

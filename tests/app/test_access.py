@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import PlainTextResponse
 from starlette.types import Receive, Scope, Send
 
 from app.access import RequestLines, SoundHeaders, Starting
+from app.keys import VARIABLE, RequireKey, create
 from app.problems import Problem
+from deployments.metrics import METRICS, Metrics
 from tests.app.small_app import send, small_app
 
 
@@ -59,6 +62,74 @@ def test_each_request_is_a_line_with_its_code(
 
 def test_a_problem_without_an_id_says_nothing_of_one(app: FastAPI) -> None:
     assert "request_id" not in send(app, "GET", "/nowhere").json()
+
+
+class Counted:
+    """What `RequestLines` has counted: labels of each request."""
+
+    def __init__(self) -> None:
+        self.labels: list[tuple[str, ...]] = []
+
+    def record(self, name: str, value: float, *labels: str) -> None:
+        assert name == "http_requests" and len(labels) == len(METRICS[name].labels)
+        self.labels.append(labels)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
+    counted = Counted()
+    monkeypatch.setattr(Metrics, "record", lambda self, *arguments: counted.record(*arguments))
+    return counted
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "labels"),
+    [
+        ("GET", "/counted", ("GET /counted", "2xx", "")),
+        ("GET", "/things/4711?q=mine", ("GET /things/{number}", "2xx", "")),
+        ("DELETE", "/things/4711", ("/things/{number}", "4xx", "")),
+        ("GET", "/things/mine", ("GET /things/{number}", "4xx", "")),
+        ("GET", "/busy", ("GET /busy", "429", "")),
+        ("GET", "/fail", ("GET /fail", "5xx", "")),
+        ("GET", "/healthz", ("GET /healthz", "2xx", "")),
+        ("GET", "/somebody/made/this/up", ("other", "4xx", "")),
+    ],
+)
+def test_every_request_is_counted_by_its_route_and_not_by_what_it_says(
+    app: FastAPI, counted: Counted, method: str, path: str, labels: tuple[str, ...]
+) -> None:
+    router = APIRouter()
+
+    @router.get("/things/{number}")
+    def thing(number: int) -> None:
+        return None
+
+    app.include_router(router)
+    send(app, method, path)
+    assert counted.labels == [labels]
+
+
+def test_who_is_refused_is_counted_with_the_keys_name(
+    counted: Counted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "keys.json"
+    monkeypatch.setenv(VARIABLE, str(file))
+    key = create(file, "backend-1", frozenset({"read"}), 0.01, 2)
+    app = small_app()
+    app.add_middleware(RequireKey)
+    app.add_middleware(RequestLines)
+    bearer = {"authorization": f"Bearer {key}"}
+    send(app, "POST", "/v1/analyze")
+    send(app, "DELETE", "/fail", headers=bearer)
+    for _ in range(3):
+        send(app, "GET", "/fail?number=x", headers=bearer)
+    assert counted.labels == [
+        ("POST /v1/analyze", "401", ""),
+        ("other", "403", "backend-1"),
+        ("GET /fail", "4xx", ""),
+        ("GET /fail", "4xx", ""),
+        ("GET /fail", "429", "backend-1"),
+    ]
 
 
 def test_health_is_no_line(app: FastAPI, lines: pytest.LogCaptureFixture) -> None:

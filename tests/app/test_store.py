@@ -18,9 +18,11 @@ from typing import Any
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from fastapi import FastAPI
 from sqlalchemy import delete, func, inspect, select, text, update
 
 from app import idempotency
+from app.feedback import router
 from app.problems import Problem
 from app.store import events, models, search
 from app.store.database import Database, StoreUnavailable, migrate
@@ -31,6 +33,7 @@ from app.store.settings import StoreSettings
 from app.store.store import Found, Store, StoreOff
 from deployments.annotation import Annotation, Caption, Detection, Provenance
 from tests.app.postgres import Postgres
+from tests.app.small_app import send
 
 PICTURE = b"\xff\xd8\xff\xe0 the bytes of a picture"
 #: A busy machine is no database that fails.
@@ -311,6 +314,20 @@ def test_feedback_finds_an_answer_that_was_given_a_moment_before(stores: Stores)
 
     receipts = run(all_at_once())
     assert len({receipt.id for receipt in receipts}) == 50 and count(store, Feedback) == 50
+
+
+def test_feedback_is_counted_once_with_the_verdict_that_was_given_and_its_revision(stores: Stores) -> None:
+    store, told, app = stores(), list[tuple[Any, ...]](), FastAPI()
+
+    async def store_of() -> Store:
+        return store
+
+    app.include_router(router(store_of, lambda *event: told.append(event)))
+    keep(store, annotation("a", "ai", "a dog", "dog"))
+    for event in ({"part": "verdict", "right": False, "value": "human"}, {"part": "tags", "right": True}):
+        sent = [send(app, "POST", "/v1/feedback", json={"id": "a"} | event).status_code for _ in range(2)]
+        assert sent == [201, 200]
+    assert told == [("verdict", "ai", False, "1"), ("tags", "", True, "")]
 
 
 def test_feedback_finds_an_answer_that_another_replica_gave_a_moment_before(stores: Stores) -> None:

@@ -62,8 +62,8 @@ def test_a_stage_that_failed_is_an_error_and_no_latency(recorded: Recorded) -> N
     record = annotation(captioner=250, tagger=60_000)
     record.captioned({"text": "a dog", "model": "c#c1"})
     record.failed("tagger", "timeout", "late")
-    Metrics().picture(record)
-    assert recorded.of["stage_errors"] == [(1, ("tagger", "timeout"))]
+    Metrics().picture(record, {"captioner": "c1", "tagger": "t1"})
+    assert recorded.of["stage_errors"] == [(1, ("tagger", "timeout", "t1"))]
     assert recorded.of["pictures"] == [(1, ("partial",))]
     assert {labels[0] for _, labels in recorded.of["stage_seconds"]} == {"decode", "captioner", "total"}
 
@@ -108,9 +108,29 @@ def test_series_are_bounded_whatever_comes(monkeypatch: pytest.MonkeyPatch) -> N
     assert seen[-1] == {"stage": "detector", "revision": "revision-0"}, "those that were there first stay"
 
 
+def test_requests_feedback_trials_and_the_store(recorded: Recorded) -> None:
+    Metrics().request("/v1/detect", "ok", 0.2, "d1")
+    Metrics().request("/v1/detect", "truncated", 0.2)
+    assert recorded.of["requests"] == [(1, ("/v1/detect", "ok", "d1")), (1, ("/v1/detect", "truncated", ""))]
+    Metrics().feedback("verdict", "ai", False, "d1")
+    Metrics().feedback("tags", "", True, "t1")
+    assert recorded.of["feedback"] == [(1, ("verdict", "ai", "wrong", "d1")), (1, ("tags", "", "right", "t1"))]
+    Metrics().agreed("captioner", "c2", 0.25)
+    assert recorded.of["trial_agreement"] == [(0.25, ("captioner", "c2"))]
+    Metrics().store({"queued": 3, "dropped": 2, "pictures_dropped": 1})
+    Metrics().store({"state": "off"})
+    assert recorded.of["store_queued"] == [(3, ()), (0, ())]
+    assert recorded.of["store_dropped"] == [
+        (2, ("answers",)),
+        (1, ("pictures",)),
+        (0, ("answers",)),
+        (0, ("pictures",)),
+    ]
+
+
 def test_codes_and_end_points_fit_into_the_bound() -> None:
-    # `ok`, and a client that goes away; four end points that annotate
-    assert 4 * (len(CODES) + 2) <= MOST_SERIES
+    # `ok`, and a client that goes away; four end points that annotate; revisions of three roll-outs, and none
+    assert 4 * (len(CODES) + 2) * 4 <= METRICS["requests"].most
     assert all(name.startswith("ray_deeptrust_") for item in METRICS.values() for name in item.exported())
 
 

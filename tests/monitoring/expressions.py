@@ -14,8 +14,10 @@ _CLAUSE = re.compile(r"\b(by|on|without|ignoring|group_left|group_right)\s*\([^)
 _IN_BRACES = re.compile(r"\{[^}]*\}")
 _NAME = re.compile(r"\b(?:ray_\w+|up)\b")
 
-#: An application without a GPU that trains nothing exports none of these; Ray's own dashboards ask for them.
-ELSEWHERE = ("ray_train_", "ray_vllm_", "ray_node_gpus_", "ray_node_gram_")
+#: What training exports of ours.
+TRAINING = "ray_deeptrust_training_"
+#: An application without a GPU that trains nothing exports none of these; Ray's own dashboards ask for all but ours.
+ELSEWHERE = ("ray_train_", "ray_vllm_", "ray_node_gpus_", "ray_node_gram_", TRAINING)
 
 
 def alerts() -> dict[str, str]:
