@@ -105,16 +105,16 @@ def write_version(folder: Path, name: DatasetName, rows: Sequence[dict[str, Any]
     return version
 
 
-def labelled_version(folder: Path, train: int = 48, val: int = 16, labels: tuple[str, str] = ("human", "ai")) -> Path:
-    """Smooth pictures against pictures with a trace."""
-    rows = [
-        {
-            "image": traced(number, number % 2),
-            "label": labels[number % 2],
-            "split": "train" if number < train else "val",
-        }
-        for number in range(train + val)
-    ]
+def labelled_version(
+    folder: Path, train: int = 48, val: int = 16, labels: tuple[str, str] = ("human", "ai"), wrong_every: int = 0
+) -> Path:
+    """Smooth pictures against pictures with a trace; with ``wrong_every`` each such picture has the other's label, so
+    that no model ranks them all and no two models alike."""
+    rows = []
+    for number in range(train + val):
+        wrong = bool(wrong_every) and number % wrong_every == 0
+        split = "train" if number < train else "val"
+        rows.append({"image": traced(number, number % 2), "label": labels[(number + wrong) % 2], "split": split})
     return write_version(folder, "aivshuman" if "ai" in labels else "source", rows)
 
 

@@ -124,7 +124,10 @@ def test_a_sweep_goes_on_only_as_it_was_started(folder: Path, arguments: list[st
 def test_eight_trials_with_a_kill_in_the_middle(folder: Path, arguments: list[str]) -> None:
     """ASHA stops at least two, the sweep goes on after SIGKILL, and the best is registered."""
     (folder / "wide.yaml").write_text("learning_rate: {low: 1.0e-6, high: 1.0e-1, log: true}")
+    # where every trial ranks everything right, none is worse than another and none would be stopped
+    doubtful = labelled_version(folder / "doubtful", train=32, val=32, wrong_every=5)
     command = [sys.executable, "-m", "train.sweep", *arguments, "--name", "eight", "--trials", "8", "--epochs", "6"]
+    command += ["--data", str(doubtful)]
     command += ["--space", str(folder / "wide.yaml"), "--concurrent", "2", "--output", str(folder / "eight")]
     root = Path(__file__).parent.parent.parent
     log = (folder / "eight.log").open("w")
