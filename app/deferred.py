@@ -26,6 +26,7 @@ from fastapi import Path
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, Field
 
+from app import idempotency
 from app.admission import Admission
 from app.analysis import Explain, Graph
 from app.callbacks import answer_of
@@ -108,12 +109,13 @@ class Deferral:
 
         Args:
             callback: address to tell when they are answered, which has been checked.
-            key: the sender's ``Idempotency-Key``: sent again with it, a request gets the same place.
+            key: the sender's own ``Idempotency-Key`` (``idempotency.own``): sent again with it, a request gets the
+                same place.
 
         Raises:
             Problem: the queue is full, the key was used for other pictures, or the store does not answer.
         """
-        place = secrets.token_urlsafe(24) if key is None else f"k{hashlib.sha256(key.encode()).hexdigest()[:47]}"
+        place = secrets.token_urlsafe(24) if key is None else idempotency.place_of(key)
         pictures = await asyncio.to_thread(lambda: [_accepted(upload) for upload in uploads])
         settings = self._store.settings
         put = partial(

@@ -3,7 +3,8 @@
 A sender whose connection broke cannot know whether it was answered. With a key, every picture of a request has a name:
 its answer is kept under that name once, whoever works on it how often, its ``id`` follows from the name, and when it is
 there already it is given again without any work. The tasks are part of the name: the same key on another route is
-another request. Another picture under the same key is a mistake, and told.
+another request. Another picture under the same key is a mistake, and told. A key is its sender's own: what an
+API key sends never meets what another one does.
 
 A replica that is killed within a tenth of a second of its answer takes that answer's row with it
 (``app.store.store``): the request is then worked on again, and kept once.
@@ -24,9 +25,29 @@ from app.store.store import Store, StoreBusy, StoreOff
 from deployments.annotation import Annotation, Task
 
 
+def own(caller: str, key: str | None) -> str | None:
+    """A sender's ``Idempotency-Key`` as nobody else can send it; None: there is none.
+
+    Args:
+        caller: ``app.keys.caller_of`` the request; "" for everybody while there are no keys.
+    """
+    return f"{caller}\0{key}" if key and caller else key  # a header has no NUL
+
+
 def name_of(key: str, tasks: frozenset[Task], number: int) -> str:
-    """Under which the answer to a request's picture is kept."""
+    """Under which the answer to a request's picture is kept.
+
+    Args:
+        key: its sender's ``own``.
+    """
     return hashlib.sha256(f"{number}\0{','.join(sorted(tasks))}\0{key}".encode()).hexdigest()
+
+
+def place_of(key: str) -> str:
+    """Where the answer to a request whose sender does not wait will be; whoever cannot make its ``own`` key cannot guess
+    it.
+    """
+    return f"k{hashlib.sha256(key.encode()).hexdigest()[:47]}"
 
 
 def answer_id(name: str) -> str:

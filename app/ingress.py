@@ -34,7 +34,7 @@ from app.config import IngressConfig, Limits
 from app.deferred import Deferral, PlaceId, Waiting, wants_to_wait
 from app.drift import DriftSampleSettings, Sampler
 from app.feedback import router
-from app.keys import RequireKey, check_exposure
+from app.keys import RequireKey, caller_of, check_exposure
 from app.openapi import ANALYZE_BODY, ANALYZE_RESPONSES, CALLBACKS, use_local_docs
 from app.problems import Problem, install, responses
 from app.store.settings import StoreSettings
@@ -324,7 +324,8 @@ class Ingress:
         if callback_url is not None:
             self.callbacks.check(callback_url, waits, is_possible)
         if waits and is_possible:
-            how = partial(self._deferring, idempotency_key, callback_url)
+            own = idempotency.own(caller_of(request.scope), idempotency_key)
+            how = partial(self._deferring, own, callback_url)
             return await self._answer(request, _parse_tasks(tasks), explain, how)
         return await self._answer(request, _parse_tasks(tasks), explain, key=idempotency_key)
 
@@ -373,7 +374,8 @@ class Ingress:
         started, code = time.perf_counter(), "disconnected"
         wanted: Explain | None = None if explain == "false" else ("grid" if explain == "grid" else "png")
         try:
-            answer = await (how or partial(self._admitted, key))(request, tasks, wanted)
+            own = idempotency.own(caller_of(request.scope), key)
+            answer = await (how or partial(self._admitted, own))(request, tasks, wanted)
             code = request.state.code = "ok" if answer.status_code == 200 else "accepted"
             return answer
         except Problem as problem:

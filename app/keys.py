@@ -73,6 +73,13 @@ class Key(BaseModel):
     created: str = ""
     revoked: str | None = None
 
+    @property
+    def caller(self) -> str:
+        """What tells this key's requests from every other key's. Nobody but its holder can make it, which the `id` of
+        lists and keys could not be: a place that is made of it and of a name that can be guessed cannot be guessed.
+        """
+        return f"{self.id}:{self.sha256}"
+
 
 class KeyFile(BaseModel):
     """Everything in the file."""
@@ -299,15 +306,20 @@ class RequireKey:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self.ring is not None and scope["type"] == "http" and scope["path"] not in OPEN:
             try:
-                _admit(self.ring, scope)
+                scope.setdefault("state", {})["caller"] = _admit(self.ring, scope).caller
             except Problem as problem:
                 await problem.to_response(scope)(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
 
-def _admit(ring: KeyRing, scope: Scope) -> None:
-    """Let a request pass.
+def caller_of(scope: Scope) -> str:
+    """Who sent a request, for what belongs to one sender; "" where there are no keys and everybody is the same."""
+    return str(scope.get("state", {}).get("caller", ""))
+
+
+def _admit(ring: KeyRing, scope: Scope) -> Key:
+    """Let a request pass; returns its key.
 
     Raises:
         Problem: `unauthorized`, `forbidden`, `rate_limited` or `quota_exceeded`.
@@ -351,6 +363,7 @@ def _admit(ring: KeyRing, scope: Scope) -> None:
             f"At most {key.per_day} requests a day with this key; it begins again at midnight UTC",
             headers={"Retry-After": str(math.ceil(wait_s))},
         )
+    return key
 
 
 # ---- commands ----------------------------------------------------------------------------------------------------
