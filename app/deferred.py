@@ -116,7 +116,12 @@ class Deferral:
             Problem: the queue is full, the key was used for other pictures, or the store does not answer.
         """
         place = secrets.token_urlsafe(24) if key is None else idempotency.place_of(key)
-        pictures = await asyncio.to_thread(lambda: [_accepted(upload) for upload in uploads])
+        pictures = await asyncio.gather(
+            *(
+                self._accepted(upload, explain, key and idempotency.name_of(key, tasks, number))
+                for number, upload in enumerate(uploads)
+            )
+        )
         settings = self._store.settings
         put = partial(
             deferred.put,
@@ -141,6 +146,25 @@ class Deferral:
         except (StoreUnavailable, StoreOff) as error:
             raise store_problem(error) from None
         return _waiting(Waiting(id=place, pictures=len(pictures)), {"Preference-Applied": "respond-async"})
+
+    async def _accepted(self, upload: Upload, explain: Explain | None, name: str | None) -> Accepted:
+        """A picture as it goes into the queue, answered if it is no picture or was answered under its name before.
+
+        Raises:
+            Problem: the answer under its name is about another picture.
+        """
+        data = upload.data
+        if upload.problem is not None or data is None:
+            problem = upload.problem or Problem("empty_body", "The picture has no bytes.")
+            status, answer, _ = _refused(problem)
+            return Accepted(upload.id or uuid.uuid4().hex, "", b"", status, answer)
+        sha256 = await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest())
+        if name is None:
+            return Accepted(upload.id or uuid.uuid4().hex, sha256, data)
+        given = await idempotency.earlier(self._store, name, data)
+        if given is not None and given.is_whole and explain is None:  # heat maps are not kept
+            return Accepted(given.id, sha256, b"", 200, given.model_dump_json())
+        return Accepted(upload.id or idempotency.answer_id(name), sha256, data, name=name)
 
     async def result(self, place: str) -> Response:
         """The answer at a place as the request would have got it, or 202 while it is not there.
@@ -239,7 +263,7 @@ class Deferral:
         except Exception:
             _log.exception("a picture that waited could not be analysed")
             return _refused(failed) if last else (0, None, None)
-        if record.errors and not last:
+        if not record.is_whole and not last:
             return 0, None, None
         return 200, record.model_dump_json(), record
 
@@ -247,14 +271,6 @@ class Deferral:
         """What this replica works on may be another's at once."""
         if self._working and self.is_possible:
             self._store.submit(partial(deferred.give_back, ids=list(self._working), until_s=time.time()))
-
-
-def _accepted(upload: Upload) -> Accepted:
-    identity = upload.id or uuid.uuid4().hex
-    if upload.problem is not None or upload.data is None:
-        problem = upload.problem or Problem("empty_body", "The picture has no bytes.")
-        return Accepted(identity, "", b"", problem.status, json.dumps(problem.to_dict()))
-    return Accepted(identity, hashlib.sha256(upload.data).hexdigest(), upload.data)
 
 
 def _refused(problem: Problem) -> tuple[int, str, None]:

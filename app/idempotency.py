@@ -6,6 +6,9 @@ there already it is given again without any work. The tasks are part of the name
 another request. Another picture under the same key is a mistake, and told. A key is its sender's own: what an
 API key sends never meets what another one does.
 
+An answer in which a stage is missing is given again only as far as it goes: what is missing is worked on, and the
+row in the store completed. It may have been an outage, and whoever sends again waits for its end.
+
 A replica that is killed within a tenth of a second of its answer takes that answer's row with it
 (``app.store.store``): the request is then worked on again, and kept once.
 
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 from app.problems import Problem
@@ -44,9 +48,7 @@ def name_of(key: str, tasks: frozenset[Task], number: int) -> str:
 
 
 def place_of(key: str) -> str:
-    """Where the answer to a request whose sender does not wait will be; whoever cannot make its ``own`` key cannot guess
-    it.
-    """
+    """Where the answer to a request whose sender does not wait will be; not to be guessed without its ``own`` key."""
     return f"k{hashlib.sha256(key.encode()).hexdigest()[:47]}"
 
 
@@ -75,3 +77,40 @@ async def earlier(store: Store, name: str, data: bytes) -> Annotation | None:
     if sha256 != await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest()):
         raise Problem("conflict", "This Idempotency-Key was used for another picture.")
     return Annotation.model_validate_json(record)
+
+
+async def answer(
+    store: Store,
+    name: str,
+    data: bytes,
+    identity: str | None,
+    tasks: frozenset[Task],
+    analyze: Callable[[str, frozenset[Task]], Awaitable[Annotation]],
+    with_maps: bool = False,
+) -> Annotation:
+    """The answer to a picture of a request that may have been sent before; worked on as far as it is not there.
+
+    Args:
+        identity: the picture's ``id`` if its sender gave one.
+        analyze: works on the picture, given its id and the tasks that are wanted.
+        with_maps: heat maps are wanted, which are not kept: it is worked on in any case.
+
+    Raises:
+        Problem: it is about another picture; or no stage could answer, and none had before.
+    """
+    given = await earlier(store, name, data)
+    if given is None:
+        record = await analyze(identity or answer_id(name), tasks)
+    elif with_maps:
+        record = (await analyze(given.id, tasks)).completed(given)
+    elif given.is_whole:
+        return given
+    else:
+        parts: dict[Task, object] = {"detect": given.detection, "caption": given.caption, "tag": given.tags}
+        try:
+            again = await analyze(given.id, frozenset(task for task in tasks if parts[task] is None))
+        except Problem:
+            return given  # what there is is more than nothing
+        record = again.completed(given)
+    store.offer(record, data, name)
+    return record

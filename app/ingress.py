@@ -41,7 +41,7 @@ from app.store.settings import StoreSettings
 from app.store.store import Store
 from app.uploads import Upload, UploadLimits, read_uploads
 from deployments import telemetry
-from deployments.annotation import Task
+from deployments.annotation import Annotation, Task
 from deployments.images import ImageError
 from deployments.metrics import Metrics
 
@@ -453,19 +453,24 @@ class Ingress:
         """
         if upload.problem is not None or upload.data is None:
             raise upload.problem or Problem("empty_body", "The request holds no picture.")
-        identity = upload.id
+        data = upload.data
+
+        async def analyze(identity: str | None, wanted: frozenset[Task]) -> Annotation:
+            started = time.perf_counter()
+            try:
+                record = await self.graph.analyze(data, identity, wanted, explain, deadline)
+            except ImageError as error:
+                raise Problem.of_image(error) from None
+            self.admission.observe(time.perf_counter() - started)
+            return record
+
         if name is not None:
-            given = await idempotency.earlier(self.store, name, upload.data)
-            if given is not None and explain is None:  # heat maps are not kept
-                return given.model_dump(mode="json")
-            identity = identity or idempotency.answer_id(name)
-        started = time.perf_counter()
-        try:
-            record = await self.graph.analyze(upload.data, identity, tasks, explain, deadline)
-        except ImageError as error:
-            raise Problem.of_image(error) from None
-        self.admission.observe(time.perf_counter() - started)
-        self.store.offer(record, upload.data, name)
+            record = await idempotency.answer(
+                self.store, name, data, upload.id, tasks, analyze, with_maps=explain is not None
+            )
+        else:
+            record = await analyze(upload.id, tasks)
+            self.store.offer(record, data)
         return record.model_dump(mode="json")
 
     # ---- what runs ----------------------------------------------------------------------------------------------

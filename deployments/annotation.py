@@ -85,6 +85,31 @@ class Annotation(_Record):
     timings_ms: dict[str, float] = Field(default_factory=dict, description="wall time by stage, and `total`")
     errors: list[StageError] = Field(default_factory=list)
 
+    @property
+    def is_whole(self) -> bool:
+        """No stage failed. What is not whole is worth another attempt, whatever the code: of an engine that died under
+        the picture `failed` is said too.
+        """
+        return not self.errors
+
+    def completed(self, earlier: Annotation) -> Annotation:
+        """This answer, with what an earlier one about the same picture has and it lacks."""
+        record = self.model_copy(
+            update={
+                "models": earlier.models | self.models,
+                "timings_ms": earlier.timings_ms | self.timings_ms,
+                "detection": self.detection or earlier.detection,
+                "caption": self.caption or earlier.caption,
+                "tags": earlier.tags if self.tags is None else self.tags,
+            }
+        )
+        parts = {"detector": record.detection, "captioner": record.caption, "tagger": record.tags}
+        # of the tagger, `skipped` is said for want of a caption
+        said = [error for error in self.errors if error.code != "skipped" or record.caption is None]
+        last = {error.stage: error for error in (*earlier.errors, *said)}
+        record.errors = [error for stage, error in last.items() if parts.get(stage) is None]
+        return record
+
     def detected(self, answer: Mapping[str, Any], provenance: Provenance, heat_map: HeatMap | None = None) -> None:
         """Enter what the detector answered: ``{"label", "ai_probability", "model"}``."""
         self.models["detector"] = answer["model"]

@@ -64,6 +64,12 @@ def is_any_due(connection: Connection, now_s: float) -> bool:
     return bool(connection.execute(select(due)).scalar())
 
 
+def is_due(connection: Connection, place: str) -> bool:
+    """Whether somebody is to be told of the answer at a place, or is being told."""
+    due = exists().where(Callback.place == place, Callback.state == DUE)
+    return bool(connection.execute(select(due)).scalar())
+
+
 def lease(connection: Connection, now_s: float, lease_s: float, most: int) -> list[Due]:
     """Up to ``most`` who are to be told, the longest due first; they are this caller's for ``lease_s``."""
     wanted = (

@@ -22,6 +22,9 @@ from app.store.events import KeyConflict, write_predictions
 from app.store.models import Deferred, first_id, new_id, row_of
 from deployments.annotation import Annotation
 
+#: Statuses of problems that another attempt may not meet: overloaded, unavailable, out of time.
+_PASSING = (429, 503, 504)
+
 
 class QueueFull(RuntimeError):
     """As many pictures wait as may."""
@@ -29,13 +32,17 @@ class QueueFull(RuntimeError):
 
 @dataclass(frozen=True)
 class Accepted:
-    """One picture of a request, as it was sent; with ``status`` and ``answer`` if it was refused at once."""
+    """One picture of a request, as it was sent; with ``status`` and ``answer`` if it is answered already: refused, or
+    sent before.
+    """
 
     answer_id: str
     sha256: str
     data: bytes
     status: int = 0
     answer: str = ""
+    name: str | None = None
+    """Under which its answer is kept once, of a request that may be sent again."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,8 @@ def put(
     request_id: str = "",
     traceparent: str = "",
 ) -> None:
-    """Take a request's pictures in; the same pictures at the same place once.
+    """Take a request's pictures in; the same pictures at the same place once. Those among them that were answered and
+    have no whole answer are worked on again, if there is room.
 
     Args:
         callback: whom to tell when all of them are answered.
@@ -109,6 +117,7 @@ def put(
             "attempts": 0,
             "leased_until": 0,
             "answer": picture.answer,
+            "name": picture.name,
             "request_id": request_id,
             "traceparent": traceparent,
         }
@@ -119,10 +128,11 @@ def put(
             connection.execute(insert(Deferred), rows)
             if callback is not None:
                 callbacks.add(connection, place, callback, now_s)
-                callbacks.release(connection, place)  # what is refused at once is answered
+                callbacks.release(connection, place)  # what needs no work is answered
     except IntegrityError:
         if not _is_there(connection, place, tasks, explain, pictures, callback):
             raise KeyConflict(place) from None
+        _reopen(connection, place, pictures)
 
 
 def _is_there(
@@ -140,6 +150,27 @@ def _is_there(
     if found and callbacks.url_of(connection, place) != callback:
         raise KeyConflict(place)
     return bool(found)
+
+
+def _reopen(connection: Connection, place: str, pictures: Sequence[Accepted]) -> None:
+    """Work again on what has no whole answer at a place, now that its sender asks again: it may have been an outage.
+
+    Not while somebody is being told of the answer as it is.
+    """
+    if callbacks.is_due(connection, place):
+        return
+    rows = connection.execute(
+        select(Deferred.id, Deferred.number, Deferred.status, Deferred.answer)
+        .where(Deferred.place == place, Deferred.status.in_((200, *_PASSING)))
+        .with_for_update()
+    ).all()
+    for row in rows:
+        if row.status == 200 and Annotation.model_validate_json(row.answer).is_whole:
+            continue
+        picture = pictures[row.number]
+        values = {"status": picture.status, "answer": picture.answer, "data": picture.data}
+        fresh = {"size_bytes": len(picture.data), "attempts": 0, "leased_until": 0}
+        connection.execute(update(Deferred).where(Deferred.id == row.id).values(values | fresh))
 
 
 def lease(connection: Connection, now_s: float, lease_s: float, most: int) -> list[Leased]:
@@ -191,10 +222,10 @@ def finish(
     )
     if ended.rowcount != 1:
         return False
-    place = connection.execute(select(Deferred.place).where(Deferred.id == row_id)).scalar_one()
+    place, name = connection.execute(select(Deferred.place, Deferred.name).where(Deferred.id == row_id)).one()
     callbacks.release(connection, place)
     if record is not None:
-        write_predictions(connection, [row_of(record, time.time(), expires_s)])
+        write_predictions(connection, [row_of(record, time.time(), expires_s, name)])
     return True
 
 

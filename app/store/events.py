@@ -81,9 +81,31 @@ def _insert_unless_there(connection: Connection, table: Any) -> Any:
 
 def write_predictions(connection: Connection, rows: Sequence[dict[str, Any]]) -> None:
     """Insert answers; those that are there already (the same id or name) are left, and those of pictures whose deletion
-    was asked for after them are not written.
+    was asked for after them are not written. An answer with a name takes the place of one about the same picture in
+    which more stages failed: it keeps that one's row, and with it the feedback on it.
     """
-    _write(connection, Prediction, rows)
+    named = {row["name"] for row in rows} - {None}
+    written = _write(connection, Prediction, rows)
+    if not named:
+        return
+    columns = (Prediction.name, Prediction.id, Prediction.sha256, Prediction.record)
+    wanted = select(*columns).where(Prediction.name.in_(named)).order_by(Prediction.name).with_for_update()
+    there = {name: (row_id, sha256, record) for name, row_id, sha256, record in connection.execute(wanted)}
+    for row in written:
+        row_id, sha256, record = there.get(row["name"], (row["id"], "", ""))
+        if row_id != row["id"] and sha256 == row["sha256"] and _failures(row["record"]) < _failures(record):
+            changed = {column: row[column] for column in _ANSWER}
+            connection.execute(update(Prediction).where(Prediction.id == row_id).values(changed))
+            there[row["name"]] = (row_id, sha256, row["record"])
+
+
+#: What of a row is the answer itself.
+_ANSWER = ("answer_id", "verdict", "ai_probability", "declared_ai", "record", "caption_words", "tags_words", "facets")
+
+
+def _failures(record: str) -> int:
+    """Stages that gave no answer."""
+    return len(json.loads(record)["errors"])
 
 
 def answered(connection: Connection, name: str) -> tuple[str, str] | None:
@@ -97,12 +119,14 @@ def write_trials(connection: Connection, rows: Sequence[dict[str, Any]]) -> None
     _write(connection, TrialAnswer, rows)
 
 
-def _write(connection: Connection, table: Any, rows: Sequence[dict[str, Any]]) -> None:
+def _write(connection: Connection, table: Any, rows: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    """Returns those that were to be written."""
     hashes = {row["sha256"] for row in rows}
     deleted = dict(connection.execute(select(Deletion.sha256, Deletion.id).where(Deletion.sha256.in_(hashes))).all())
     rows = [row for row in rows if deleted.get(row["sha256"], 0) < row["id"]]
     if rows:
         connection.execute(_insert_unless_there(connection, table), rows)
+    return rows
 
 
 def add_feedback(connection: Connection, event: Event) -> Receipt:

@@ -223,6 +223,8 @@ class Deferred(Base):
     request_id: Mapped[str] = mapped_column(String(128), server_default="")
     """Of the request that it came with, and that request's span: what is logged of the work names them."""
     traceparent: Mapped[str] = mapped_column(String(64), server_default="")
+    name: Mapped[str | None] = mapped_column(String(64))
+    """Of the answer, if the request may be sent again: `Prediction.name`."""
 
     __table_args__ = (
         UniqueConstraint("place", "number", name="uq_deferred_place"),

@@ -1,106 +1,27 @@
 """Requests sent again under an ``Idempotency-Key``: whose they are, what is worked on again, and what is kept.
 
-The ingress's own routes, graph and store, in this process. Of the models only the handles are others': each is
-answered by a function here, which can be told to be out of service.
+The application in this process (`in_process`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import io
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
-from PIL import Image
-from ray import serve
-from sqlalchemy import select
+from ray.serve.exceptions import BackPressureError
+from sqlalchemy import delete
 
-from app import idempotency, ingress, keys
-from app.callbacks import CallbackSettings
-from app.config import Limits
-from app.drift import DriftSampleSettings
-from app.store.models import Prediction
-from app.store.settings import StoreSettings
-from app.store.store import Store
-from deployments.replica import ModelInfo
-from deployments.views import ViewSpec
+from app import deferred, idempotency, keys
+from app.store.models import Deferred
+from deployments.annotation import Annotation, Provenance
+from tests.app.in_process import Service, picture, sha
 
-#: The class behind Serve's wrapping of it.
-INGRESS: Any = ingress.Ingress.__mro__[1]
 ASYNC = {"prefer": "respond-async"}
-
-
-class Model:
-    """Handle of a deployment whose one replica is this object."""
-
-    def __init__(self, stage: str, answer: dict[str, Any]) -> None:
-        self.deployment_name = stage.capitalize()
-        self.revision, self.answer = f"{stage}#1", answer
-        self.fails: Exception | None = None
-        self.asked = 0
-        for name in ("info", "detect", "caption", "tag"):
-            setattr(self, name, SimpleNamespace(remote=getattr(self, f"_{name}")))
-
-    def _info(self) -> asyncio.Task[dict[str, Any]]:
-        async def told() -> dict[str, Any]:
-            return ModelInfo(uri="here", revision="1", card={}, views=ViewSpec(size_px=32)).model_dump()
-
-        return asyncio.ensure_future(told())
-
-    def _work(self, *_: Any) -> asyncio.Task[dict[str, Any]]:
-        async def answered() -> dict[str, Any]:
-            self.asked += 1
-            if self.fails is not None:
-                raise self.fails
-            return self.answer | {"model": self.revision}
-
-        return asyncio.ensure_future(answered())
-
-    _detect = _caption = _tag = _work
-
-
-class Service:
-    """The application in this process."""
-
-    def __init__(self, folder: Path) -> None:
-        self.models = {
-            "detector": Model("detector", {"label": "human", "ai_probability": 0.25}),
-            "captioner": Model("captioner", {"text": "a brown dog"}),
-            "tagger": Model("tagger", {"tags": ["dog"], "prompt": "tags-1"}),
-        }
-        store = StoreSettings(url=f"sqlite:///{folder}/store.db", timeout_s=60, search_timeout_s=60)
-        self.ingress = INGRESS(
-            Limits(), self.models, {}, store, CallbackSettings(), DriftSampleSettings(per_s=0), self.models["detector"]
-        )
-        self.store: Store = self.ingress.store
-
-    def run(self, work: Callable[[httpx.AsyncClient], Coroutine[Any, Any, None]]) -> None:
-        """Do something with a client of the application, while it works on what waits."""
-
-        async def running() -> None:
-            for stage in self.models:
-                await self.ingress.graph.refresh(stage)
-            while self.store.status()["state"] != "ready":
-                await asyncio.sleep(0.01)
-            deferral = asyncio.ensure_future(self.ingress.deferral.run())
-            transport = httpx.ASGITransport(ingress.api)
-            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-                await work(client)
-            deferral.cancel()
-
-        asyncio.run(running())
-
-    async def rows(self, data: bytes) -> list[tuple[str, str]]:
-        """Ids and records of the answers about a picture, all that were offered written."""
-        await self.store.commit(lambda connection: None)  # answers are written before it
-        wanted = select(Prediction.answer_id, Prediction.record).where(Prediction.sha256 == sha(data))
-        return await self.store.read(lambda connection: [tuple(row) for row in connection.execute(wanted)])
 
 
 @pytest.fixture
@@ -111,24 +32,12 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
-    monkeypatch.setenv("DEEPTRUST_METRICS", "off")
-    monkeypatch.setattr(ingress, "_why_not", lambda settings: "")  # it asks Ray for its nodes
-    made = Service(tmp_path)
-    monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(servable_object=made.ingress))
-    monkeypatch.setattr(ingress.api, "middleware_stack", None)  # whether there are keys is looked up in making it
+def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Service]:
+    if "file" not in request.fixturenames:
+        monkeypatch.delenv(keys.VARIABLE, raising=False)
+    made = Service(tmp_path, monkeypatch)
     yield made
     made.store.close()
-
-
-def picture(number: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (32, 32), (number, 0, 0)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def sha(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
 
 
 async def post(client: httpx.AsyncClient, data: bytes, key: str, **headers: str) -> httpx.Response:
@@ -165,15 +74,14 @@ def test_a_key_is_its_senders_own(file: Path, service: Service) -> None:
 
         for headers, data in ((one, picture(4)), (two, picture(5))):
             assert (await post(client, data, "sync-1", **headers)).json()["sha256"] == sha(data)
-            assert len(await service.rows(data)) == 1
+            assert len(await service.kept(data)) == 1
         again = await post(client, picture(5), "sync-1", **one)
         assert again.status_code == 409
 
     service.run(work)
 
 
-def test_without_api_keys_everybody_is_the_same_sender(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(keys.VARIABLE, raising=False)
+def test_without_api_keys_everybody_is_the_same_sender(service: Service) -> None:
 
     async def work(client: httpx.AsyncClient) -> None:
         first, again = [await post(client, picture(1), "upload-1", **ASYNC) for _ in range(2)]
@@ -182,3 +90,90 @@ def test_without_api_keys_everybody_is_the_same_sender(service: Service, monkeyp
     service.run(work)
     assert idempotency.own("", "upload-1") == "upload-1" and idempotency.own("one", None) is None
     assert idempotency.own("one", "x") not in (idempotency.own("two", "x"), idempotency.own("one", "y"))
+
+
+def test_what_a_stage_left_out_is_worked_on_when_the_request_comes_again(service: Service) -> None:
+    models, data, key = service.models, picture(1), "after-an-outage"
+
+    async def work(client: httpx.AsyncClient) -> None:
+        models["tagger"].fails = BackPressureError(num_queued_requests=1, max_queued_requests=1)
+        first = (await post(client, data, key)).json()
+        assert (first["tags"], [error["code"] for error in first["errors"]]) == (None, ["overloaded"])
+        assert first["caption"] and first["detection"] and await service.kept(data) == [first]
+        models["captioner"].fails = TimeoutError()  # nothing that is missing can be had: then it is what there was
+        assert (await post(client, data, key)).json() == first
+        event = {"id": first["id"], "part": "caption", "right": True}
+        assert (await client.post("/v1/feedback", json=event)).status_code == 201
+
+        models["tagger"].fails = models["captioner"].fails = None
+        asked = models["detector"].asked
+        second = (await post(client, data, key)).json()
+        assert (second["tags"], second["errors"], second["id"]) == (["dog"], [], first["id"])
+        assert second["detection"] == first["detection"] and models["detector"].asked == asked, "that was there"
+        assert set(second["models"]) == {"detector", "captioner", "tagger", "prompt"}
+        assert await service.kept(data) == [second], "the row was completed"
+        (found,) = (await client.get("/v1/search", params={"q": "dog", "tag": "dog"})).json()["items"]
+        assert found["annotation"] == second and found["feedback"] == ["caption"]
+        asked = models["tagger"].asked
+        assert (await post(client, data, key)).json() == second and models["tagger"].asked == asked
+
+    service.run(work)
+
+
+def test_the_same_key_is_one_answer_whether_its_sender_waits_or_not(service: Service) -> None:
+    models = service.models
+
+    async def work(client: httpx.AsyncClient) -> None:
+        at_once = (await post(client, picture(1), "at once first")).json()
+        assert await service.kept(picture(1)) == [at_once]
+        later = await post(client, picture(1), "at once first", **ASYNC)
+        assert await fetched(client, later.headers["location"]) == at_once
+
+        later = await post(client, picture(2), "later first", **ASYNC)
+        record = await fetched(client, later.headers["location"])
+        assert (await post(client, picture(2), "later first")).json() == record
+        # what was at the place is gone after some hours
+        await service.store.commit(lambda connection: connection.execute(delete(Deferred)).rowcount)
+        again = await post(client, picture(2), "later first", **ASYNC)
+        assert again.headers["location"] == later.headers["location"]
+        assert await fetched(client, again.headers["location"]) == record
+        assert (await post(client, picture(3), "at once first", **ASYNC)).status_code == 409
+        for data in (picture(1), picture(2)):
+            assert len(await service.kept(data)) == 1
+        assert models["detector"].asked == 2
+
+    service.run(work)
+
+
+def test_a_place_with_an_answer_that_lacks_something_is_worked_on_when_its_sender_asks_again(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deferred, "_MAX_ATTEMPTS", 1)  # the pauses between them last a minute
+
+    async def work(client: httpx.AsyncClient) -> None:
+        service.models["tagger"].fails = BackPressureError(num_queued_requests=1, max_queued_requests=1)
+        place = (await post(client, picture(1), "later", **ASYNC)).headers["location"]
+        assert (await fetched(client, place))["tags"] is None
+        service.models["tagger"].fails = None
+        assert (await post(client, picture(1), "later", **ASYNC)).headers["location"] == place
+        record = await fetched(client, place)
+        assert record["tags"] == ["dog"]
+        assert await service.kept(picture(1)) == [record]
+
+    service.run(work)
+
+
+def test_an_answer_is_completed_by_an_earlier_one_and_says_what_is_still_missing() -> None:
+    provenance = Provenance(c2pa="absent", declared_ai=None)
+    earlier, again = (Annotation(id="a", sha256="0" * 64) for _ in range(2))
+    earlier.captioned({"text": "a dog", "model": "captioner#1"})
+    earlier.failed("detector", "timeout", "late")
+    earlier.failed("tagger", "overloaded", "full")
+    again.detected({"label": "ai", "ai_probability": 0.9, "model": "detector#2"}, provenance)
+    again.failed("captioner", "unavailable", "gone")
+    again.failed("tagger", "skipped", "there is no caption to tag")
+    both = again.completed(earlier)
+    assert both.caption == earlier.caption and both.detection == again.detection and not both.is_whole
+    assert both.models == {"captioner": "captioner#1", "detector": "detector#2"}
+    assert [(error.stage, error.code) for error in both.errors] == [("tagger", "overloaded")]
+    assert [error.stage for error in again.errors] == ["captioner", "tagger"], "what it was made of is as it was"

@@ -220,6 +220,37 @@ def test_an_answer_with_a_name_is_kept_once_and_found_by_it(stores: Stores) -> N
     assert run(other.read(partial(events.answered, name="another"))) is None
 
 
+def test_an_answer_that_lacks_a_stage_gives_way_to_one_that_lacks_fewer_and_to_no_other(stores: Stores) -> None:
+    store = stores()
+
+    def offered(identity: str, caption: str | None, *missing: Any) -> Annotation:
+        record = annotation(identity, caption=caption).model_copy(update={"sha256": SHA})
+        for stage in missing:
+            record.failed(stage, "overloaded", "full")
+        store.offer(record, PICTURE, "name")
+        return record
+
+    def kept() -> Annotation:
+        run(store.commit(lambda connection: None))  # answers are written before it
+        found = run(store.read(partial(events.answered, name="name")))
+        return Annotation.model_validate_json(found[1])
+
+    first = offered("first", None, "captioner", "tagger")
+    assert kept() == first
+    run(store.feedback(Event("first", "verdict", True)))
+    offered("second", "a cat", "tagger")
+    third = offered("third", "a dog")  # in one batch with the second
+    offered("fourth", "a bird", "tagger")
+    assert kept() == third and count(store, Prediction) == 1
+    offered("fifth", "a horse")
+    assert kept() == third
+    (found,), _ = run(store.search(Query(words="dog")))
+    assert found.annotation == third and found.judged == ("verdict",)
+    assert hits(store, words="cat") == []
+    store.offer(annotation("other picture", caption="a fish"), PICTURE, "name")
+    assert kept() == third
+
+
 def test_a_request_sent_again_gets_its_answer_and_another_picture_is_refused(stores: Stores, tmp_path: Path) -> None:
     store = stores()
     name = idempotency.name_of("upload-1", frozenset({"detect", "tag"}), 0)
