@@ -27,6 +27,8 @@ from pydantic import (
     ValidationError,
 )
 
+from app.idempotency import event_key
+from app.keys import caller_of
 from app.problems import Problem, responses
 from app.store.database import StoreUnavailable
 from app.store.events import Event, KeyConflict, UnknownAnswer
@@ -234,6 +236,7 @@ def router(store_of: Callable[[], Awaitable[Store]], judged: Judged | None = Non
     async def feedback(request: Request, key: Annotated[str | None, _KEY] = None, store: Store = given) -> Response:
         """Say of one part of an answer whether it is right, and what would be. Answered when it is on disk."""
         event = await _read_event(request)
+        key = event_key(caller_of(request.scope), key)
         try:
             receipt = await store.feedback(
                 Event(event.id, event.part, event.right, event.value, event.sha256, event.by, key)

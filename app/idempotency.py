@@ -52,6 +52,12 @@ def place_of(key: str) -> str:
     return f"k{hashlib.sha256(key.encode()).hexdigest()[:47]}"
 
 
+def event_key(caller: str, key: str | None) -> str | None:
+    """A sender's own name of what it says of an answer, as it is kept: short, and without a NUL."""
+    sent = own(caller, key)
+    return sent if sent is None or not caller else hashlib.sha256(sent.encode()).hexdigest()
+
+
 def answer_id(name: str) -> str:
     """The ``id`` of an answer whose sender gave none: the same each time, so that feedback on either finds the one that
     is kept.

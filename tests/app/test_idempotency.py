@@ -54,7 +54,7 @@ async def fetched(client: httpx.AsyncClient, place: str, **headers: str) -> Any:
 
 
 def test_a_key_is_its_senders_own(file: Path, service: Service) -> None:
-    read: frozenset[Any] = frozenset({"read"})
+    read: frozenset[Any] = frozenset({"read", "feedback"})
     one, two = ({"authorization": f"Bearer {keys.create(file, name, read, 500, 500)}"} for name in ("one", "two"))
 
     async def work(client: httpx.AsyncClient) -> None:
@@ -73,8 +73,11 @@ def test_a_key_is_its_senders_own(file: Path, service: Service) -> None:
         assert (await fetched(client, place, **one))["sha256"] == sha(picture(1))
 
         for headers, data in ((one, picture(4)), (two, picture(5))):
-            assert (await post(client, data, "sync-1", **headers)).json()["sha256"] == sha(data)
-            assert len(await service.kept(data)) == 1
+            answer = (await post(client, data, "sync-1", **headers)).json()
+            assert answer["sha256"] == sha(data) and len(await service.kept(data)) == 1
+            event, named = {"id": answer["id"], "part": "tags", "right": True}, {"idempotency-key": "said-1"} | headers
+            said = [(await client.post("/v1/feedback", json=event, headers=named)).status_code for _ in range(2)]
+            assert said == [201, 200], "and so it is with what they say of answers"
         again = await post(client, picture(5), "sync-1", **one)
         assert again.status_code == 409
 
