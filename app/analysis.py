@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
@@ -39,6 +40,8 @@ from deployments.pixels import ViewMismatch
 from deployments.provenance import read_provenance
 from deployments.replica import DeadlineExceeded, ModelFailed, ModelInfo
 from deployments.views import Box, ViewSpec, regions, render
+
+_log = logging.getLogger("ray.serve")
 
 Explain = Literal["png", "grid"]
 TASKS: tuple[Task, ...] = ("detect", "caption", "tag")
@@ -67,7 +70,23 @@ class ModelRoute:
     canary: DeploymentHandle | None = None
     info: ModelInfo | None = None
     canary_info: ModelInfo | None = None
-    message: str = "starting"
+    detail: str = "starting"
+    """Why it does not answer, in Serve's words and a replica's: for operators, it may name files, hosts and code."""
+
+    @property
+    def failed(self) -> bool:
+        """It does not answer and will not by itself."""
+        return self.info is None and "fail" in self.detail
+
+    @property
+    def message(self) -> str:
+        """Why it does not answer, for everybody; "" if it does."""
+        if self.info is not None:
+            return ""
+        if self.failed:
+            return "the model could not be started; the service's log says why"
+        starting = self.detail.startswith(("starting", "updating", "upscaling"))
+        return "the model is starting" if starting else "the model does not answer at the moment"
 
 
 @dataclass
@@ -124,12 +143,14 @@ class Graph:
         route = self.routes[stage]
         try:
             route.info = await self._info(route.production)
-            route.message = ""
+            route.detail = ""
         except Exception as error:  # whatever keeps a model from answering is what readiness reports
-            message, healthy = await asyncio.to_thread(_deployment_message, route.production, error)
+            detail, healthy = await asyncio.to_thread(_deployment_message, route.production, error)
             if route.info is not None and healthy and isinstance(error, (TimeoutError, BackPressureError)):
                 return  # busy and not gone: what it runs is known
-            route.info, route.message = None, message
+            if detail != route.detail:
+                _log.warning("the %s does not answer: %s", stage, detail)
+            route.info, route.detail = None, detail
         if route.canary is None or getattr(self.shares, stage) + getattr(self.shadow, stage) == 0:
             route.canary_info = None
             return
@@ -192,7 +213,7 @@ class Graph:
                 branch.cancel()
         record.timings_ms["total"] = _milliseconds(started)
         self.metrics.picture(record, self.revisions)
-        _note(record)
+        _note(record, {stage: route.detail for stage, route in self.routes.items()})
         if record.detection is None and record.caption is None and record.tags is None:
             raise _no_answer(record)
         return record
@@ -415,10 +436,16 @@ async def _await(response: Any, deadline: float) -> Any:
         raise
 
 
-def _note(record: Annotation) -> None:
-    """A line about a picture: what took how long, which revisions answered, which stage did not and why."""
+def _note(record: Annotation, details: Mapping[str, str]) -> None:
+    """A line about a picture: what took how long, which revisions answered, which stage did not and why.
+
+    Args:
+        details: what operators are told of each stage that does not answer, and clients are not.
+    """
+    why = {error.stage: detail for error in record.errors if (detail := details.get(error.stage))}
     telemetry.note(
         "picture",
+        **({"why": why} if why else {}),
         code="ok" if not record.errors else "partial" if record.models else "failed",
         errors={error.stage: error.code for error in record.errors},
         revisions={stage: revision_of(name) for stage, name in record.models.items() if "#" in name},

@@ -34,7 +34,7 @@ from app.config import IngressConfig, Limits
 from app.deferred import Deferral, PlaceId, Waiting, wants_to_wait
 from app.drift import DriftSampleSettings, Sampler
 from app.feedback import router
-from app.keys import RequireKey, caller_of, check_exposure
+from app.keys import RequireKey, caller_of, check_exposure, is_operator
 from app.openapi import ANALYZE_BODY, ANALYZE_RESPONSES, CALLBACKS, use_local_docs
 from app.problems import Problem, install, responses
 from app.store.settings import StoreSettings
@@ -476,11 +476,12 @@ class Ingress:
     # ---- what runs ----------------------------------------------------------------------------------------------
 
     @api.get("/v1/models", tags=["operate"])
-    async def models(self) -> dict[str, Any]:
+    async def models(self, request: Request) -> dict[str, Any]:
         """What runs: URI, revision, card and thresholds of each model, and of its canary with its share."""
         answer: dict[str, Any] = {}
         for stage, route in self.graph.routes.items():
-            entry: dict[str, Any] = {"status": "ready" if route.info else "starting", "message": route.message}
+            message = route.detail if is_operator(request.scope) else route.message
+            entry: dict[str, Any] = {"status": "ready" if route.info else "starting", "message": message}
             if route.info is not None:
                 card = route.info.card
                 entry |= {"uri": route.info.uri, "revision": route.info.revision, "card": card}
@@ -505,12 +506,14 @@ class Ingress:
         return {"status": "ok"}
 
     @api.get("/readyz", tags=["operate"], responses={503: {"description": "a stage is not ready yet"}})
-    async def readyz(self) -> JSONResponse:
-        """Whether every stage can answer, stage by stage."""
+    async def readyz(self, request: Request) -> JSONResponse:
+        """Whether every stage can answer, stage by stage; with a key of scope `admin`, or where there are no keys, in
+        the words of what keeps it from answering.
+        """
         stages = {
             stage: {
-                "status": "ready" if route.info else ("failed" if "fail" in route.message else "starting"),
-                "message": route.message,
+                "status": "ready" if route.info else ("failed" if route.failed else "starting"),
+                "message": route.detail if is_operator(request.scope) else route.message,
             }
             for stage, route in self.graph.routes.items()
         }

@@ -304,18 +304,40 @@ class RequireKey:
         self.ring = KeyRing(Path(path)) if path else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self.ring is not None and scope["type"] == "http" and scope["path"] not in OPEN:
-            try:
-                scope.setdefault("state", {})["caller"] = _admit(self.ring, scope).caller
-            except Problem as problem:
-                await problem.to_response(scope)(scope, receive, send)
-                return
+        if scope["type"] == "http":
+            state, key = scope.setdefault("state", {}), None
+            if self.ring is not None:
+                try:
+                    is_open = scope["path"] in OPEN
+                    key = self.ring.find(_credentials(scope)[1]) if is_open else _admit(self.ring, scope)
+                except Problem as problem:
+                    await problem.to_response(scope)(scope, receive, send)
+                    return
+            state["caller"] = key.caller if key is not None else ""
+            state["operator"] = self.ring is None or (key is not None and "admin" in key.scopes)
         await self.app(scope, receive, send)
 
 
 def caller_of(scope: Scope) -> str:
     """Who sent a request, for what belongs to one sender; "" where there are no keys and everybody is the same."""
     return str(scope.get("state", {}).get("caller", ""))
+
+
+def is_operator(scope: Scope) -> bool:
+    """Whether what is for operators may be shown: to a key with scope `admin`, and where there are no keys, because
+    then only loopback is listened on.
+    """
+    return bool(scope.get("state", {}).get("operator", False))
+
+
+def _credentials(scope: Scope) -> tuple[str, str]:
+    """Kind of what a request says of its sender, in lower case, and the key in it."""
+    kind, _, credentials = Headers(scope=scope).get("authorization", "").partition(" ")
+    credentials = credentials.strip()
+    if kind.lower() == "basic":
+        with contextlib.suppress(binascii.Error, UnicodeDecodeError):
+            credentials = base64.b64decode(credentials, validate=True).decode().partition(":")[2]
+    return kind.lower(), credentials
 
 
 def _admit(ring: KeyRing, scope: Scope) -> Key:
@@ -325,11 +347,7 @@ def _admit(ring: KeyRing, scope: Scope) -> Key:
         Problem: `unauthorized`, `forbidden`, `rate_limited` or `quota_exceeded`.
     """
     headers = Headers(scope=scope)
-    kind, _, credentials = headers.get("authorization", "").partition(" ")
-    credentials = credentials.strip()
-    if kind.lower() == "basic":
-        with contextlib.suppress(binascii.Error, UnicodeDecodeError):
-            credentials = base64.b64decode(credentials, validate=True).decode().partition(":")[2]
+    kind, credentials = _credentials(scope)
     key = ring.find(credentials)
     if key is None:
         raise Problem(
@@ -345,7 +363,7 @@ def _admit(ring: KeyRing, scope: Scope) -> Key:
         or origin is None
         or urlsplit(origin).netloc == headers.get("host")
     )
-    if kind.lower() == "basic" and not own and scope["method"] not in _LOOKING:
+    if kind == "basic" and not own and scope["method"] not in _LOOKING:
         raise Problem("forbidden", "A page of another site may not use this browser's key.")
     wanted = scope_of(scope["method"], scope["path"])
     if not key.scopes & {wanted, "admin"}:

@@ -1,0 +1,81 @@
+"""Why a model does not answer: operators are told in full, everybody else in general, and the log has all of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+from ray import serve
+from ray.serve.schema import DeploymentStatus
+
+from app import keys
+from tests.app.in_process import Service, picture
+
+#: As the last line of what a replica died of may be.
+INSIDE = "OSError: /srv/weights/detector-7 is not on db7.internal.example"
+
+
+@pytest.fixture
+def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
+    """Its detector cannot be started."""
+    message = f"The deployment failed to start 3 times in a row.\n{INSIDE}"
+    status = SimpleNamespace(status=DeploymentStatus.DEPLOY_FAILED, message=message)
+    applications = {"deeptrust": SimpleNamespace(deployments={"Detector": status})}
+    monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(applications=applications))
+    made = Service(tmp_path, monkeypatch)
+    made.models["detector"].is_gone = True
+    yield made
+    made.store.close()
+
+
+def test_a_replicas_words_are_for_operators_and_stand_in_the_log(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "keys.json"
+    monkeypatch.setenv(keys.VARIABLE, str(file))
+    scopes: tuple[Any, ...] = ("read", "admin")
+    read, admin = (
+        {"authorization": f"Bearer {keys.create(file, scope, frozenset({scope}), 500, 500)}"} for scope in scopes
+    )
+
+    async def work(client: httpx.AsyncClient) -> None:
+        for headers in ({}, read, {"authorization": "Bearer nonsense"}, admin):
+            ready = await client.get("/readyz", headers=headers)
+            stage = ready.json()["stages"]["detector"]
+            assert (ready.status_code, stage["status"]) == (503, "failed")
+            assert (INSIDE in stage["message"]) == (headers is admin)
+            assert stage["message"] and "deeptrust" not in stage["message"]
+        for headers in (read, admin):
+            models = (await client.get("/v1/models", headers=headers)).json()
+            assert (INSIDE in models["detector"]["message"]) == (headers is admin)
+        partial = await client.post("/v1/analyze", content=picture(1), headers=read)
+        (error,) = partial.json()["errors"]
+        assert (error["stage"], error["code"]) == ("detector", "unavailable")
+        problem = await client.post("/v1/detect", content=picture(1), headers=read)
+        assert (problem.status_code, problem.json()["code"]) == (503, "unavailable")
+        for text in (partial.text, problem.text):
+            assert "could not be started" in text and "weights" not in text and "internal" not in text
+
+    service.run(work)
+    (warning,) = (record for record in lines.records if record.levelno == logging.WARNING)
+    assert INSIDE in warning.getMessage() and "detector" in warning.getMessage()
+    noted = [record.why for record in lines.records if record.message == "picture"]  # type: ignore[attr-defined]
+    assert len(noted) == 2 and all(INSIDE in why["detector"] for why in noted), "with the request's id"
+
+
+def test_where_there_are_no_keys_whoever_asks_is_on_the_machine(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(keys.VARIABLE, raising=False)
+
+    async def work(client: httpx.AsyncClient) -> None:
+        stages = (await client.get("/readyz")).json()["stages"]
+        assert INSIDE in stages["detector"]["message"]
+        assert stages["captioner"] == {"status": "ready", "message": ""}
+
+    service.run(work)
