@@ -20,7 +20,7 @@ from PIL import Image
 from ray import serve
 from sqlalchemy import select
 
-from app import ingress
+from app import deferred, ingress
 from app.callbacks import CallbackSettings
 from app.config import Limits
 from app.drift import DriftSampleSettings
@@ -73,6 +73,7 @@ class Service:
         monkeypatch.setenv("DEEPTRUST_METRICS", "off")
         # it asks Ray for its nodes; Serve's pickling has given the class globals of its own
         monkeypatch.setitem(_INGRESS.__init__.__globals__, "_why_not", lambda settings: "")
+        monkeypatch.setattr(deferred, "_LOOK_S", 0.05)  # nobody waits for a test's pictures to be looked for
         # whether there are keys is looked up when it is made
         monkeypatch.setattr(ingress.api, "middleware_stack", None)
         self.models = {
