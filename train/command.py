@@ -157,11 +157,32 @@ def _fit(config: TrainCommand, make_job: Callable[[], Job], place: Location, cal
         return Outcome(**ray_trainer(config, make_job(), place, callbacks).fit().return_value)
 
 
+def reported(folder: Location) -> list[str]:
+    """Names of a run's whole checkpoints, the newest last. Ray copies a checkpoint file by file and then writes its
+    list of them: a folder that the list does not name was being copied when its driver was killed.
+
+    Raises:
+        TrainingError: the list is damaged.
+    """
+    snapshot = folder / "checkpoint_manager_snapshot.json"
+    if not snapshot.exists():
+        return []
+    try:
+        names = [result["checkpoint_dir_name"] for result in json.loads(snapshot.read_text())["checkpoint_results"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise TrainingError(
+            f"{snapshot} is damaged, so nobody knows which checkpoints are whole: give another --name, or remove "
+            f"{folder}"
+        ) from error
+    there = set(folder.folders())
+    return [name for name in sorted(names) if name in there]
+
+
 def _finished(folder: Location) -> tuple[Outcome, Location] | None:
     """How a run ended and its checkpoint folder, if it came to its end."""
-    for name in sorted(folder.folders(), reverse=True):
+    for name in reversed(reported(folder)):
         export = folder / name / "export"
-        if name.startswith("checkpoint") and (export / "card.json").exists():
+        if (export / "card.json").exists():
             progress = json.loads((folder / name / "progress.json").read_text())
             return Outcome(**progress["outcome"]), export
     return None
@@ -308,7 +329,7 @@ def _check_same(config: TrainCommand, folder: Location) -> None:
     settings = config.model_dump(mode="json", exclude=_FREE | {"lanes"}) | {"lanes": config.all_lanes}
     settings |= {"data": str(Location.of(config.data)) if "://" not in config.data else config.data}
     # before the first checkpoint nothing depends on them yet
-    if file.exists() and any(name.startswith("checkpoint") for name in folder.folders()):
+    if file.exists() and reported(folder):
         before = json.loads(file.read_text())
         if changed := changed_settings(type(config), before, settings):
             told = ", ".join(f"{name} {before.get(name)!r} -> {settings[name]!r}" for name in changed[:5])

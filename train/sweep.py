@@ -34,7 +34,7 @@ from data.locations import Location
 from data.session import RaySettings, ray_session
 from train import captioner, detector, registry, tracking
 from train.captioner import CaptionerTraining
-from train.command import TrainCommand, changed_settings, end, publish
+from train.command import TrainCommand, changed_settings, end, publish, reported
 from train.detector import DetectorTraining
 from train.gate import Kind
 from train.module import TrainingError
@@ -206,10 +206,7 @@ def run_trial(parameters: dict[str, Any], sweep: dict[str, Any], kind: Kind, par
 def _best_of(settings: TrainCommand) -> float:
     """The run's best validation figure, from the progress beside its last checkpoint."""
     place = Location.of(settings.storage) / settings.name
-    found = sorted(
-        (place / folder / "progress.json" for folder in place.folders() if folder.startswith("checkpoint")), key=str
-    )
-    values = [json.loads(each.read_text())["best"] for each in found if each.exists()]
+    values = [json.loads((place / folder / "progress.json").read_text())["best"] for folder in reported(place)]
     return float(values[-1]) if values else -math.inf
 
 
