@@ -256,7 +256,8 @@ class Watch(pl.Callback):
                     f"{self.config.learning_rate:g}), raise "
                     "--warmup, keep --gradient-clip above 0, or use --precision bf16-mixed instead of 16-mixed"
                 )
-        if values[-2] and not trainer.should_stop:
+        # after the last step there is nothing to go on with: the run ends as it would have
+        if values[-2] and not trainer.should_stop and steps[-1] < trainer.max_steps:
             self.stopped = "time"
             trainer.should_stop = True
             if steps[-1] % (self.config.validate_every or self.steps_per_epoch):

@@ -105,6 +105,13 @@ def test_the_deadline_ends_a_run_with_a_checkpoint(job: DetectorJob, tmp_path: P
     assert again.metrics["val_loss"] == pytest.approx(undisturbed.metrics["val_loss"], rel=1e-4)
 
 
+def test_the_deadline_on_the_last_step_ends_the_run_with_its_validation(job: DetectorJob, tmp_path: Path) -> None:
+    late = replace(changed(job, max_steps=1, validate_every=100), deadline=0.0)
+    outcome, module, watch = fit_locally(late, tmp_path, "here", say=quiet)
+    assert (outcome.status, outcome.steps) == ("finished", 1) and 0 <= outcome.metrics["val_auc"] <= 1
+    assert export(late, module, watch, tmp_path / "export")["val_auc"] == outcome.metrics["val_auc"]
+
+
 def test_no_improvement_ends_a_run_early_and_the_best_weights_stay(job: DetectorJob, tmp_path: Path) -> None:
     outcome, _module, watch = fit_locally(
         changed(job, learning_rate=1e-12, weight_decay=0.0, patience=2, epochs=6), tmp_path, "here", say=quiet
