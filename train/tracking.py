@@ -7,8 +7,8 @@ cluster.
 
 The driver opens a run with ``run(...)`` before any worker starts, so that a server that is down is noticed then, and
 passes ``Run.reference()`` to its workers; rank 0 goes on with ``attach(reference)``. A run with the same ``key`` that
-did not finish is continued, so a job that was killed and submitted again stays one run. What is logged while the
-server does not answer is kept and sent with the next that does: training goes on.
+did not finish is continued, so a job that was killed and submitted again stays one run. Points that are logged while
+the server does not answer are kept and sent when it does: training goes on.
 
 Knows no model, no Ray and no trainer.
 """
@@ -44,6 +44,8 @@ _METRICS_AT_ONCE, _PARAMETERS_AT_ONCE = 1000, 100
 #: MLflow's limit for the value of a parameter.
 _PARAMETER_CHARACTERS = 6000
 _ANSWER_S = 10.0
+#: After a failure points are kept for so long at least before they are sent again.
+_PAUSE_S = 30.0
 
 
 class TrackingError(RuntimeError):
@@ -140,10 +142,18 @@ def connect(config: TrackingConfig) -> MlflowClient:
 class Run:
     """An MLflow run that is being written."""
 
-    def __init__(self, client: MlflowClient, config: TrackingConfig, run_id: str) -> None:
-        self.client, self.config, self.run_id = client, config, run_id
+    def __init__(self, client: MlflowClient | None, config: TrackingConfig, run_id: str) -> None:
+        self._client, self.config, self.run_id = client, config, run_id
         self._waiting: list[Any] = []
+        self._silent_until = 0.0
         self._monitor: Any = None
+
+    @property
+    def client(self) -> MlflowClient:
+        """MLflow; a worker that came while it was down connects when it is asked for."""
+        if self._client is None:
+            self._client = connect(self.config)
+        return self._client
 
     def reference(self) -> RunReference:
         """For ``attach`` in a worker."""
@@ -197,16 +207,25 @@ class Run:
         )
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
-        """Points of curves. While MLflow does not answer they wait here and training goes on."""
+        """Points of curves. While MLflow does not answer they wait here and training goes on: after a failure it is
+        left alone for a while, ten times as long as the failure took, so that a server that hangs costs a run no more
+        than a tenth of its time."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
         self._waiting += [Metric(name, float(value), now, step) for name, value in values.items()]
+        if time.monotonic() >= self._silent_until:
+            self._send()
+
+    def _send(self) -> None:
+        began = time.monotonic()
         try:
             while self._waiting:
                 self.client.log_batch(self.run_id, metrics=self._waiting[:_METRICS_AT_ONCE])
                 self._waiting = self._waiting[_METRICS_AT_ONCE:]
         except Exception as error:  # of any store; losing a run over a lost point of a curve would be worse
+            ended = time.monotonic()
+            self._silent_until = ended + max(_PAUSE_S, 10 * (ended - began))
             logger.warning("MLflow does not answer, %d points wait: %s", len(self._waiting), error)
 
     def tags(self, values: Mapping[str, str]) -> None:
@@ -216,10 +235,15 @@ class Run:
         self.client.log_batch(self.run_id, tags=[RunTag(name, value[:5000]) for name, value in values.items()])
 
     def pictures(self, path: str, pictures: Sequence[tuple[Image, str]], columns: int = 4) -> None:
-        """Sample predictions as one sheet of pictures with a line of text under each, artifact ``path`` (``.png``)."""
+        """Sample predictions as one sheet of pictures with a line of text under each, artifact ``path`` (``.png``).
+        When MLflow does not take it, it is left out."""
         from train.pictures import sheet
 
-        self.client.log_image(self.run_id, sheet(pictures, columns), path)
+        drawn = sheet(pictures, columns)
+        try:
+            self.client.log_image(self.run_id, drawn, path)
+        except Exception as error:  # of any store; losing a run over a picture would be worse
+            logger.warning("MLflow does not take %s: %s", path, error)
 
     def figure(self, path: str, figure: Any) -> None:
         """A matplotlib figure as artifact ``path``."""
@@ -260,7 +284,7 @@ class Run:
             self._monitor.finish()
             self._monitor = None
         if self._waiting:
-            self.metrics({})
+            self._send()
         if self._waiting:
             logger.error("%d points of the curves of run %s were lost: no answer", len(self._waiting), self.run_id)
 
@@ -273,6 +297,13 @@ class Run:
         self.client.set_tag(self.run_id, FAILURE_TAG, describe(error)[:5000])
         killed = isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit))
         self.client.set_terminated(self.run_id, "KILLED" if killed else "FAILED")
+
+    def close(self, error: BaseException | None = None) -> None:
+        """``end`` where MLflow's own error is only logged: what ended the run is what to tell."""
+        try:
+            self.end(error)
+        except Exception as trouble:  # of any store
+            logger.warning("MLflow does not know how run %s ended: %s", self.run_id, describe(trouble))
 
     def __enter__(self) -> Self:
         return self
@@ -289,6 +320,7 @@ def start(
     name: str,
     *,
     key: str | None = None,
+    going_on: bool = True,
     parent: str | None = None,
     parameters: Mapping[str, Any] | None = None,
     datasets: Sequence[DatasetInput] = (),
@@ -300,6 +332,7 @@ def start(
         experiment: `detector`, `captioner`, `evaluation`, …; made if it is not there.
         name: of the run, for people.
         key: what is the same when a killed job is submitted again, e.g. storage path and run name.
+        going_on: whether that job goes on where it was; one that begins anew with other parameters is another run.
         parent: run id of a sweep.
 
     Raises:
@@ -310,6 +343,11 @@ def start(
     try:
         experiment_id = _experiment(client, experiment, config.artifacts)
         run_id = _unfinished(client, experiment_id, key) if key else None
+        if run_id is not None and not going_on and _differs(client, run_id, parameters or {}):
+            if client.get_run(run_id).info.status == "RUNNING":
+                client.set_tag(run_id, FAILURE_TAG, "killed, and begun anew with other settings")
+                client.set_terminated(run_id, "KILLED")
+            run_id = None
         if run_id is not None:
             client.update_run(run_id, status="RUNNING")
             client.set_tag(run_id, FAILURE_TAG, "")
@@ -340,21 +378,38 @@ def run(config: TrackingConfig, experiment: str, name: str, **options: Any) -> I
     try:
         yield opened
     except BaseException as error:
-        # MLflow may be what failed: the first error is the one to tell
-        with contextlib.suppress(Exception):
-            opened.end(error)
+        opened.close(error)
         raise
     opened.end()
 
 
-def attach(reference: RunReference) -> Run:
-    """Go on with a run in another process (rank 0 of the workers); use as a context manager, it stays open.
+def refused(
+    config: TrackingConfig,
+    experiment: str,
+    name: str,
+    error: BaseException,
+    parameters: Mapping[str, Any] | None = None,
+    parent: str | None = None,
+) -> None:
+    """Put on record, as a failed run of its own, what could not begin, and why. Where MLflow is down that is only
+    logged: the error is the one to tell."""
+    try:
+        run = start(config, experiment, name, parent=parent, parameters=parameters)
+        run.client.set_tag(run.run_id, FAILURE_TAG, f"{type(error).__name__}: {error}"[:5000])
+        run.client.set_terminated(run.run_id, "FAILED")
+    except Exception as trouble:  # of any store
+        logger.warning("that this failed is not on record: %s", describe(trouble))
 
-    Raises:
-        TrackingError: MLflow cannot be reached from here.
-    """
-    attached = Run(connect(reference.tracking), reference.tracking, reference.run_id)
-    attached.watch_system()
+
+def attach(reference: RunReference) -> Run:
+    """Go on with a run in another process (rank 0 of the workers); use as a context manager, it stays open. Where
+    MLflow is down its points wait until it is back."""
+    attached = Run(None, reference.tracking, reference.run_id)
+    try:
+        attached.client  # noqa: B018  (connects)
+        attached.watch_system()
+    except Exception as error:  # of any store
+        logger.warning("MLflow cannot be reached, training goes on: %s", describe(error))
     return attached
 
 
@@ -400,11 +455,18 @@ def _experiment(client: MlflowClient, name: str, artifacts: str | None) -> str:
 
 
 def _unfinished(client: MlflowClient, experiment_id: str, key: str) -> str | None:
+    """The newest run with a key, unless it finished."""
     quoted = key.replace("'", "")
-    for found in client.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{quoted}'", max_results=20):
+    query = f"tags.`{KEY_TAG}` = '{quoted}'"
+    for found in client.search_runs([experiment_id], query, max_results=1, order_by=["attributes.start_time DESC"]):
         if found.info.status != "FINISHED":
             return str(found.info.run_id)
     return None
+
+
+def _differs(client: MlflowClient, run_id: str, parameters: Mapping[str, Any]) -> bool:
+    known = client.get_run(run_id).data.params
+    return any(known.get(name) != str(value)[:_PARAMETER_CHARACTERS] for name, value in _flatten(parameters))
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

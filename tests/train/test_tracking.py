@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -117,6 +118,62 @@ def test_points_wait_while_mlflow_does_not_answer(config: TrackingConfig, monkey
     opened.metrics({"loss": 1.0}, 2)
     opened.end()
     assert [point.value for point in opened.client.get_metric_history(opened.run_id, "loss")] == [2.0, 1.0]
+
+
+def test_a_run_that_begins_anew_with_other_parameters_is_another(config: TrackingConfig) -> None:
+    def begun(**parameters: float) -> tracking.Run:
+        return tracking.start(config, "captioner", "b", key="/runs/b", going_on=False, parameters=parameters)
+
+    first = begun(learning_rate=1e30)
+    assert begun(learning_rate=1e30).run_id == first.run_id
+    first.end(FloatingPointError("the loss is nan"))
+    killed = begun(learning_rate=1e-3)
+    assert killed.run_id != first.run_id
+    last = begun(learning_rate=1e-4)
+    kept = last.client.get_run(killed.run_id)
+    assert kept.info.status == "KILLED" and "begun anew" in kept.data.tags[tracking.FAILURE_TAG]
+    last.end()
+    kept = last.client.get_run(last.run_id)
+    assert kept.info.status == "FINISHED" and kept.data.params == {"learning_rate": "0.0001"}
+    # the one that failed before it is not what goes on
+    assert begun(learning_rate=1e30).run_id not in {first.run_id, killed.run_id, last.run_id}
+
+
+def test_a_server_that_fails_is_left_alone_for_a_while(config: TrackingConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = tracking.start(config, "detector", "hangs")
+    answering, now, asked = opened.client.log_batch, [1000.0], list[float]()
+    monkeypatch.setattr(tracking, "time", SimpleNamespace(time=time.time, monotonic=lambda: now[0]))
+
+    def hangs(*_: object, **__: object) -> None:
+        asked.append(now[0])
+        now[0] += 90
+        raise ConnectionError("no answer")
+
+    monkeypatch.setattr(opened.client, "log_batch", hangs)
+    for step in range(100):
+        now[0] += 20
+        opened.metrics({"loss": 1.0}, step)
+    assert 2 <= len(asked) <= 4  # of 2,000 s of training
+    monkeypatch.setattr(opened.client, "log_batch", answering)
+    opened.end()  # what waits is sent at the end, whatever the pause
+    assert len(opened.client.get_metric_history(opened.run_id, "loss")) == 100
+
+
+def test_a_worker_that_comes_while_mlflow_is_down_goes_on_without_it(
+    config: TrackingConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = tracking.start(config, "detector", "down")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        down = TrackingConfig(uri=f"http://127.0.0.1:{free.getsockname()[1]}")
+    worker = tracking.attach(RunReference(tracking=down, run_id=opened.run_id))
+    worker.metrics({"loss": 1.0}, 3)
+    worker.pictures("samples.png", [(Image.new("RGB", (30, 20)), "human")])
+    worker.close(ValueError("what was wrong"))  # told by whoever caught it
+    worker.config = config  # it is back
+    worker.leave()
+    assert [point.step for point in opened.client.get_metric_history(opened.run_id, "loss")] == [3]
+    opened.end()
 
 
 @pytest.mark.parametrize("scheme", ["http://127.0.0.1:{port}", "postgresql://user:secret@127.0.0.1:{port}/mlflow"])
