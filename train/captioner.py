@@ -29,20 +29,21 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from pydantic import ConfigDict, Field
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional
 
 from data.captions import score_captions
 from data.locations import Location
-from data.versions import DataVersion, open_version
+from data.versions import DataVersion
 from deployments.captioner import GENERATION
 from deployments.checkpoints import Checkpoint, cache_root, resolve
 from deployments.pixels import Normalisation
 from deployments.views import ViewSpec
 from train.augment import BlipAugment
 from train.cider import CiderReward
-from train.command import TrainCommand, launch, run_command
-from train.detector import absolute, pictures_of, training_of
+from train.command import TrainCommand, absolute, launch, run_command
+from train.detector import pictures_of, training_of
 from train.features import Features, compute_features
 from train.module import Optimisation, TrainedModule, TrainingError
 from train.new_captioner import NewDecoder, write_new_captioner
@@ -514,8 +515,19 @@ def new_checkpoint(config: CaptionerTraining, version: DataVersion) -> str:
     return str(target)
 
 
-def prepare_job(config: CaptionerTraining, version: DataVersion) -> tuple[CaptionerJob, int]:
+def base_of(config: CaptionerTraining, version: DataVersion) -> str:
+    """The URI of the checkpoint that training starts from."""
+    uri = config.start_from()
+    return new_checkpoint(config, version) if uri == "new" else uri
+
+
+def prepare_job(
+    config: CaptionerTraining, version: DataVersion, checkpoint: Checkpoint | None = None
+) -> tuple[CaptionerJob, int]:
     """The job, without features and run, and how many parameters the model has.
+
+    Args:
+        checkpoint: that training starts from; None: what the settings name now.
 
     Raises:
         TrainingError, CheckpointError: model or data set are not fit for it.
@@ -526,20 +538,19 @@ def prepare_job(config: CaptionerTraining, version: DataVersion) -> tuple[Captio
     for split in ("train", "val"):
         if not manifest.counts.get(split):
             raise TrainingError(f"split {split} of {version.location} is empty: prepare it again with a share for it")
-    uri = config.start_from()
-    if uri == "new":
+    if config.start_from() == "new":
         if config.blend < 1:
             raise TrainingError("--blend mixes with the weights that training starts from, and --model new has none")
-        uri = new_checkpoint(config, version)
+        checkpoint = checkpoint or resolve(base_of(config, version))
         if config.dropout is None:
             config = config.model_copy(update={"dropout": config.new.dropout})
         if config.prompt is None:
             config = config.model_copy(update={"prompt": ""})
-    checkpoint = resolve(uri)
+    checkpoint = checkpoint or resolve(base_of(config, version))
     try:
         model = load_captioner(checkpoint)
         views = ViewSpec.from_processor(checkpoint.folder)
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, SafetensorError) as error:
         raise TrainingError(f"{checkpoint.uri} cannot be trained as a captioner: {error}") from error
     apart = hasattr(model, "text_decoder") and hasattr(model, "vision_model")
     if (config.freeze == "tower" or config.objective == "cider") and not apart:
@@ -552,7 +563,7 @@ def prepare_job(config: CaptionerTraining, version: DataVersion) -> tuple[Captio
         raise TrainingError(
             f"{type(model).__name__} has no gradient checkpointing: leave --gradient-checkpointing away"
         )
-    job = CaptionerJob(config, version, absolute(uri), views, float("inf"), None)
+    job = CaptionerJob(config, version, absolute(checkpoint.uri), views, float("inf"), None)
     return job, sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -569,7 +580,9 @@ def with_features(job: CaptionerJob) -> CaptionerJob:
     for split, source in (("train", job.train_pictures(Deliver())), ("val", job.val_pictures())):
         place = Location.of(config.cache) / f"captioner-{split}-{digest.hexdigest()[:16]}-{sum(source.groups)}"
         threads = config.threads or 1
-        found.append(compute_features(source, encoder, place, workers=config.num_workers, threads=threads))
+        found.append(
+            compute_features(source, encoder, place, workers=config.num_workers, threads=threads, deadline=job.deadline)
+        )
     return replace(job, features=(found[0], found[1]))
 
 
@@ -579,10 +592,8 @@ def train(config: CaptionerTraining, callbacks: tuple[Any, ...] = (), parent: st
     Raises:
         TrainingError, DataError, CheckpointError, TrackingError: see ``train.command``.
     """
-    version = open_version(config.data)
-    job, parameters = prepare_job(config, version)
     features = with_features if config.freeze == "tower" else None
-    return launch(config, "captioner", version, job, parameters, features, callbacks, parent)
+    return launch(config, "captioner", base_of, prepare_job, features, callbacks, parent)
 
 
 def main(arguments: list[str] | None = None) -> None:

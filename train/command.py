@@ -18,7 +18,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -29,11 +30,12 @@ from pydantic_core import to_jsonable_python
 from data.errors import DataError, as_data_error
 from data.locations import Location
 from data.session import RaySettings, ray_session
-from data.versions import DataVersion
-from deployments.checkpoints import CheckpointError
+from data.versions import DataVersion, open_version
+from deployments.checkpoints import Checkpoint, CheckpointError, pinned, resolve
+from train.features import OutOfTime
 from train.loop import Job, LoopConfig, Outcome, quieten, share_of_batch, work
 from train.module import TrainingError
-from train.tracking import DatasetInput, Run, TrackingConfig, TrackingError, describe, start
+from train.tracking import DatasetInput, Run, TrackingConfig, TrackingError, describe, refused, start
 
 logger = logging.getLogger(__name__)
 
@@ -87,42 +89,54 @@ Command = TypeVar("Command", bound=TrainCommand)
 def launch(
     config: TrainCommand,
     experiment: str,
-    version: DataVersion,
-    job: Any,
-    parameters: int,
+    base: Callable[[Any, DataVersion], str],
+    prepare: Callable[[Any, DataVersion, Checkpoint], tuple[Any, int]],
     features: Callable[[Any], Job] | None = None,
     callbacks: Sequence[Any] = (),
     parent: str | None = None,
 ) -> Outcome:
-    """Run a job to its end and publish what came out.
+    """Run a job to its end and publish what came out. What keeps it from starting is on record as a failed run.
 
     Args:
         experiment: of MLflow.
-        job: a dataclass, whose deadline and MLflow run are set here.
-        parameters: of the model, for the space that checkpoints need.
+        base: from settings and data to the URI of the checkpoint that training starts from.
+        prepare: from settings, data and that checkpoint to the job (a dataclass, whose deadline and MLflow run are set
+            here) and the model's parameters, for the space that checkpoints need.
         features: from the job to the job on what is computed once (features of a frozen tower), called when Ray is
             there.
         callbacks: of Ray Train's ``RunConfig``: how a sweep listens.
         parent: MLflow run id of a sweep.
 
     Raises:
-        TrainingError, DataError, TrackingError: nothing was trained, or what came out is of no use.
+        TrainingError, DataError, CheckpointError, TrackingError: nothing was trained, or what came out is of no use.
     """
     began = time.time()
     quieten()
     place = Location.of(config.storage)
     folder = place / config.name
-    folder.ready()
-    Location.of(config.output).parent.ready()
-    _check_workers(config)
-    _check_space(config, place, parameters)
-    _check_same(config, folder)
-    finished = _finished(folder)
     published = folder / "published"
-    if finished is not None and published.exists():
-        _publish(finished[1], Location.of(config.output), None)
-        return finished[0]
-    run = _record(config, experiment, version, folder, parent) if config.record else None
+    job: Any = None
+    try:
+        folder.ready()
+        Location.of(config.output).parent.ready()
+        _check_workers(config)
+        started = _started(config, folder)
+        finished = _finished(folder)
+        if finished is not None and published.exists():
+            _publish(finished[1], Location.of(config.output), None)
+            return finished[0]
+        kept = started.get("inputs")
+        version = data_of(config, kept)
+        if finished is None:
+            checkpoint = base_of(config, base, version, kept)
+            job, parameters = prepare(config, version, checkpoint)
+            _check_space(config, place, parameters)
+            _keep_settings(config, folder, started, version, checkpoint)
+    except Exception as error:
+        if config.record:
+            refused(config.tracking, experiment, config.name, error, _parameters(config), parent)
+        raise
+    run = _record(config, experiment, version, folder, parent, bool(started)) if config.record else None
     try:
         if finished is None:
             reference = run.reference() if run is not None else None
@@ -137,13 +151,30 @@ def launch(
             _publish(finished[1], Location.of(config.output), run)
     except BaseException as error:
         if run is not None:
-            run.end(error)
+            run.close(error)
         raise
-    if run is not None:
-        run.end(SystemExit("time limit") if outcome.status == "stopped" else None)
+    if run is not None and outcome.status == "stopped":
+        run.close(SystemExit("time limit"))
+    elif run is not None:
+        with _recording(config.output):
+            run.end()
     if finished is not None:
         published.write_text(config.output)
     return outcome
+
+
+@contextmanager
+def _recording(output: object) -> Iterator[None]:
+    """What MLflow raises when the checkpoint is there already."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:  # of any store
+        raise TrackingError(
+            f"the checkpoint is written to {output}, but MLflow did not take it ({describe(error)}): when it answers, "
+            "the same command puts it on record"
+        ) from error
 
 
 def _fit(config: TrainCommand, make_job: Callable[[], Job], place: Location, callbacks: Sequence[Any]) -> Outcome:
@@ -154,7 +185,11 @@ def _fit(config: TrainCommand, make_job: Callable[[], Job], place: Location, cal
     if _on_a_cluster():
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")  # the dashboard's Train page
     with ray_session(RaySettings(num_cpus=config.num_cpus, object_store_bytes=config.object_store_bytes)):
-        return Outcome(**ray_trainer(config, make_job(), place, callbacks).fit().return_value)
+        try:
+            job = make_job()
+        except OutOfTime:
+            return Outcome("stopped", 0, 0)
+        return Outcome(**ray_trainer(config, job, place, callbacks).fit().return_value)
 
 
 def reported(folder: Location) -> list[str]:
@@ -197,7 +232,8 @@ def _publish(export: Location, target: Location, run: Run | None) -> None:
             (local / file.name).write_bytes((export / file.name).read_bytes())
         publish(local, target)
         if run is not None:
-            run.tags({"checkpoint": run.checkpoint(local)})
+            with _recording(target):
+                run.tags({"checkpoint": run.checkpoint(local)})
 
 
 def ray_trainer(config: TrainCommand, job: Job, place: Location, callbacks: Sequence[Any] = ()) -> Any:
@@ -294,12 +330,13 @@ def _check_workers(config: TrainCommand) -> None:
 
 
 def _check_space(config: TrainCommand, place: Location, parameters: int) -> None:
-    """Checkpoints hold weights and two moments in float32 and the best weights; one is being written while others are
-    kept."""
-    if not place.is_local:
-        return
-    needed = 16 * parameters * (config.keep + 1) + 2**28
-    for what, path in (("--storage", place.local_path), ("the temporary folder (TMPDIR)", Path(tempfile.gettempdir()))):
+    """Checkpoints hold weights and two moments in float32 and the best weights. In storage one is being written while
+    others are kept; in the temporary folder lie the one that was resumed from, one on its way and one being written."""
+    each, temporary = 16 * parameters, Path(tempfile.gettempdir())
+    places = [("the temporary folder (TMPDIR)", temporary, 3 * each + 2**28)]
+    if place.is_local:
+        places.insert(0, ("--storage", place.local_path, each * (config.keep + 1) + 2**28))
+    for what, path, needed in places:
         path.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(path).free
         if free < needed:
@@ -323,26 +360,117 @@ def changed_settings(kind: type[BaseModel], before: Mapping[str, Any], now: Mapp
     return [name for name in now if {**defaults, **before}.get(name) != now[name]]
 
 
-def _check_same(config: TrainCommand, folder: Location) -> None:
-    """A run goes on only with the settings that it was started with."""
-    file = folder / "settings.json"
+def _settings(config: TrainCommand) -> dict[str, Any]:
     settings = config.model_dump(mode="json", exclude=_FREE | {"lanes"}) | {"lanes": config.all_lanes}
-    settings |= {"data": str(Location.of(config.data)) if "://" not in config.data else config.data}
-    # before the first checkpoint nothing depends on them yet
-    if file.exists() and reported(folder):
-        before = json.loads(file.read_text())
-        if changed := changed_settings(type(config), before, settings):
-            told = ", ".join(f"{name} {before.get(name)!r} -> {settings[name]!r}" for name in changed[:5])
-            raise TrainingError(
-                f"run {config.name!r} in {config.storage} was started with other settings ({told}): give "
-                f"another --name, or "
-                f"remove {folder}"
-            )
-        return
-    file.write_text(json.dumps(settings, indent=1) + "\n")
+    return settings | {"data": str(Location.of(config.data)) if "://" not in config.data else config.data}
 
 
-def _record(config: TrainCommand, experiment: str, version: DataVersion, folder: Location, parent: str | None) -> Run:
+def _started(config: TrainCommand, folder: Location) -> dict[str, Any]:
+    """What a run that goes on was started with; nothing for one that begins: before its first checkpoint nothing
+    depends on it.
+
+    Raises:
+        TrainingError: it was started with other settings.
+    """
+    file = folder / "settings.json"
+    if not file.exists() or not reported(folder):
+        return {}
+    before, settings = json.loads(file.read_text()), _settings(config)
+    if changed := changed_settings(type(config), before, settings):
+        told = ", ".join(f"{name} {before.get(name)!r} -> {settings[name]!r}" for name in changed[:5])
+        raise TrainingError(
+            f"run {config.name!r} in {config.storage} was started with other settings ({told}): give another --name, "
+            f"or remove {folder}"
+        )
+    return dict(before)
+
+
+def data_of(config: TrainCommand, started: Mapping[str, str] | None) -> DataVersion:
+    """The data version that the settings name now (of a data set its newest), or, where a run goes on, the one that
+    they named when it was started.
+
+    Args:
+        started: ``inputs_as_kept`` of that start.
+
+    Raises:
+        TrainingError: the version that the run was started with is gone.
+        DataError: what the settings name is not there.
+    """
+    if not started:
+        return open_version(config.data)
+    try:
+        version = open_version(started["data"])
+    except DataError as error:
+        raise _gone(config, started["data"], str(error)) from error
+    if version.manifest.version != started["version"]:
+        raise _gone(config, f"data version {started['version']}", f"in {started['data']} is {version.manifest.version}")
+    return version
+
+
+def base_of(
+    config: Command,
+    base: Callable[[Command, DataVersion], str],
+    version: DataVersion,
+    started: Mapping[str, str] | None,
+) -> Checkpoint:
+    """The checkpoint that training starts from: of an alias the model that has it now, or had it when the run was
+    started.
+
+    Raises:
+        TrainingError: what the run was started with is gone or has changed.
+        CheckpointError: what the settings name is not there.
+    """
+    if not started:
+        return resolve(absolute(pinned(base(config, version))))
+    alias = started["model"].startswith("models:/")
+    try:
+        # what is no alias may have to be made again: an untrained model
+        checkpoint = resolve(started["model"] if alias else absolute(base(config, version)))
+    except CheckpointError as error:
+        raise _gone(config, started["model"], str(error)) from error
+    if checkpoint.revision != started["revision"]:
+        raise _gone(config, f"{started['model']}#{started['revision']}", f"now it is #{checkpoint.revision}")
+    print(f"{config.name} goes on as it was started: data {version.location}, model {checkpoint.name}", flush=True)
+    return checkpoint
+
+
+def _gone(config: TrainCommand, what: str, reason: str) -> TrainingError:
+    return TrainingError(
+        f"{config.name!r} was started with {what}, which is gone ({reason}): put it back, or give another --name"
+    )
+
+
+def absolute(uri: str) -> str:
+    """A checkpoint URI that means the same in another working directory."""
+    return str(Path(uri).expanduser().absolute()) if Path(uri).expanduser().is_dir() else uri
+
+
+def inputs_as_kept(version: DataVersion, checkpoint: Checkpoint) -> dict[str, str]:
+    """What was trained on and from, for ``data_of`` and ``base_of`` of a later start."""
+    return {
+        "data": str(version.location),
+        "version": version.manifest.version,
+        "model": checkpoint.uri,
+        "revision": checkpoint.revision,
+    }
+
+
+def _keep_settings(
+    config: TrainCommand, folder: Location, started: Mapping[str, Any], version: DataVersion, checkpoint: Checkpoint
+) -> None:
+    """For the next start; a run from before inputs were kept is bound to today's."""
+    if "inputs" not in started:
+        kept = {**(started or _settings(config)), "inputs": inputs_as_kept(version, checkpoint)}
+        (folder / "settings.json").write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def _parameters(config: TrainCommand) -> dict[str, Any]:
+    return config.model_dump(mode="json", exclude={"tracking", "record"})
+
+
+def _record(
+    config: TrainCommand, experiment: str, version: DataVersion, folder: Location, parent: str | None, going_on: bool
+) -> Run:
     manifest = version.manifest
     dataset = DatasetInput(
         name=manifest.name,
@@ -350,9 +478,8 @@ def _record(config: TrainCommand, experiment: str, version: DataVersion, folder:
         source=str(version.location),
         profile={"counts": manifest.counts, "class_balance": manifest.class_balance},
     )
-    parameters = config.model_dump(mode="json", exclude={"tracking", "record"})
-    options: dict[str, Any] = {"key": str(folder), "parameters": parameters, "datasets": [dataset]}
-    return start(config.tracking, experiment, config.name, parent=parent, **options)
+    options: dict[str, Any] = {"key": str(folder), "going_on": going_on, "datasets": [dataset]}
+    return start(config.tracking, experiment, config.name, parent=parent, parameters=_parameters(config), **options)
 
 
 def end(error: BaseException) -> NoReturn:
@@ -392,6 +519,9 @@ def _causes(error: BaseException | None) -> list[BaseException]:
 
 def tell(outcome: Outcome, output: str) -> None:
     """The last line for people."""
+    if outcome.status == "stopped" and not outcome.total_steps:
+        print("time limit: stopped while features were computed; the same command goes on")
+        return
     if outcome.status == "stopped":
         print(
             f"time limit: stopped with a checkpoint after step {outcome.steps} of {outcome.total_steps}; "

@@ -26,19 +26,20 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from pydantic import ConfigDict, Field
+from safetensors import SafetensorError
 from sklearn.metrics import f1_score, roc_auc_score
 from torch import nn
 from torch.nn import functional
 
 from data.locations import Location
-from data.versions import DatasetName, DataVersion, open_version
+from data.versions import DatasetName, DataVersion
 from deployments.checkpoints import Checkpoint, resolve
 from deployments.images import decode
 from deployments.pixels import Normalisation
 from deployments.views import ViewSpec
 from train.aivshuman import family
 from train.calibration import balanced_weights, calibrate, choose_thresholds, sigmoid
-from train.command import TrainCommand, launch, run_command
+from train.command import TrainCommand, absolute, launch, run_command
 from train.damage import Damage, Tier
 from train.features import Features, compute_features
 from train.module import NonFinite, Optimisation, TrainedModule, TrainingError
@@ -552,8 +553,18 @@ def training_of(config: TrainCommand, checkpoint: Checkpoint) -> dict[str, Any]:
     return {"model": checkpoint.name, **config.model_dump(mode="json", exclude=hidden)}
 
 
-def prepare_job(config: DetectorTraining, version: DataVersion) -> tuple[DetectorJob, int]:
+def base_of(config: DetectorTraining, _: DataVersion) -> str:
+    """The URI of the checkpoint that training starts from."""
+    return config.start_from()
+
+
+def prepare_job(
+    config: DetectorTraining, version: DataVersion, checkpoint: Checkpoint | None = None
+) -> tuple[DetectorJob, int]:
     """The job, without features and run, and how many parameters the model has.
+
+    Args:
+        checkpoint: that training starts from; None: what the settings name now.
 
     Raises:
         TrainingError, DataError, CheckpointError: model or data set are not fit for it.
@@ -577,14 +588,14 @@ def prepare_job(config: DetectorTraining, version: DataVersion) -> tuple[Detecto
         raise TrainingError(
             f"--without {', '.join(unknown)}: no such generator or source; there are {', '.join(sorted(names))}"
         )
-    checkpoint = resolve(config.start_from())
+    checkpoint = checkpoint or resolve(base_of(config, version))
     new_head = wants_new_head(config, checkpoint, labels)
     if config.blend < 1 and new_head:
         raise TrainingError("--blend mixes with the head that training starts from, and this one is new: --head keep")
     try:
         model = load_classifier(checkpoint, labels, new_head)
         views = ViewSpec.from_processor(checkpoint.folder)
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError, SafetensorError) as error:
         raise TrainingError(f"{checkpoint.uri} cannot be trained as a classifier of pictures: {error}") from error
     if config.gradient_checkpointing and not model.supports_gradient_checkpointing:
         raise TrainingError(
@@ -594,13 +605,8 @@ def prepare_job(config: DetectorTraining, version: DataVersion) -> tuple[Detecto
         head_of(model)
         if config.strategy != "ddp" or config.ema:
             raise TrainingError("--freeze tower trains a small head: use --strategy ddp and no --ema")
-    job = DetectorJob(config, version, absolute(config.start_from()), labels, new_head, views, float("inf"), None)
+    job = DetectorJob(config, version, absolute(checkpoint.uri), labels, new_head, views, float("inf"), None)
     return job, sum(parameter.numel() for parameter in model.parameters())
-
-
-def absolute(uri: str) -> str:
-    """A checkpoint URI that means the same in another working directory."""
-    return str(Path(uri).expanduser().absolute()) if Path(uri).expanduser().is_dir() else uri
 
 
 def with_features(job: DetectorJob) -> DetectorJob:
@@ -623,7 +629,15 @@ def with_features(job: DetectorJob) -> DetectorJob:
         digest = hashlib.sha256(json.dumps([key, what]).encode()).hexdigest()[:16]
         place = Location.of(config.cache) / f"detector-{split}-{digest}"
         found.append(
-            compute_features(source, encoder, place, variants, workers=config.num_workers, threads=config.threads or 1)
+            compute_features(
+                source,
+                encoder,
+                place,
+                variants,
+                workers=config.num_workers,
+                threads=config.threads or 1,
+                deadline=job.deadline,
+            )
         )
     return with_statistics(replace(job, features=(found[0], found[1])))
 
@@ -646,10 +660,8 @@ def train(config: DetectorTraining, callbacks: tuple[Any, ...] = (), parent: str
     Raises:
         TrainingError, DataError, CheckpointError, TrackingError: see ``train.command``.
     """
-    version = open_version(config.data)
-    job, parameters = prepare_job(config, version)
     features = with_features if config.freeze == "tower" else None
-    return launch(config, "detector", version, job, parameters, features, callbacks, parent)
+    return launch(config, "detector", base_of, prepare_job, features, callbacks, parent)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -26,6 +26,10 @@ from train.stream import Batch, Source
 _SHARD = 128
 
 
+class OutOfTime(RuntimeError):
+    """The deadline came before all features were there; what is there stays."""
+
+
 class EncoderSpec(Protocol):
     """Says how to load an encoder in another process."""
 
@@ -101,12 +105,17 @@ def compute_features(
     threads: int = 1,
     batch: int = 8,
     cpus: float = 0.5,
+    deadline: float = float("inf"),
 ) -> Features:
     """Features of every row in every variant (the source's ``epoch``); what is there already is not computed again.
 
     Args:
         location: its name must change whenever encoder, source or variants' meaning do.
         workers: processes that encode, each with ``threads`` threads and reserving ``cpus``; Ray must be there.
+        deadline: ``time.time()`` at which to stop.
+
+    Raises:
+        OutOfTime: it came before the end.
     """
     rows = sum(source.groups)
     groups = tuple(min(_SHARD, rows - first) for first in range(0, rows, _SHARD))
@@ -121,6 +130,8 @@ def compute_features(
     ]
     if not missing:
         return features
+    if time.time() > deadline:
+        raise OutOfTime(f"{len(missing)} shards of features are missing")
     import ray.data
 
     blocks = [pa.table({"variant": [variant], "group": [group]}) for variant, group in missing]
@@ -145,4 +156,6 @@ def compute_features(
                 f"{(total - done) / speed / 60:.1f} min left",
                 flush=True,
             )
+        if time.time() > deadline and done < total:
+            raise OutOfTime(f"{total - done} features are missing")
     return features
