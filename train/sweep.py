@@ -20,7 +20,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from data.locations import Location
 from data.session import RaySettings, ray_session
 from train import captioner, detector, registry, tracking
 from train.captioner import CaptionerTraining
-from train.command import TrainCommand, changed_settings, end, publish, reported
+from train.command import TrainCommand, base_of, changed_settings, data_of, end, inputs_as_kept, publish, reported
 from train.detector import DetectorTraining
 from train.gate import Kind
 from train.module import TrainingError
@@ -216,22 +216,29 @@ def sweep(config: AnySweep) -> tuple[list[TrialOutcome], bool]:
     Raises:
         TrainingError, TrackingError, DataError: before a trial starts; or no trial came to its end.
     """
-    space = read_space(config)
     place = Location.of(config.storage) / config.name
-    place.make_dir()
-    _check_same(config, space, place)
-    if (place / _DONE).exists():
+    try:
+        space = read_space(config)
+        place.make_dir()
+        _check_same(config, space, place)
+        done = (place / _DONE).exists()
+        if not done:
+            config = _with_inputs(config, place)
+    except Exception as error:
+        if config.record:
+            tracking.refused(config.tracking, kind_of(config), config.name, error, _parameters(config))
+        raise
+    if done:
         print(f"{config.name} is done; for another give another --name", flush=True)
         return [TrialOutcome.model_validate(each) for each in json.loads((place / _DONE).read_text())], True
     parent = None
     if config.record:
-        parameters = config.model_dump(mode="json", exclude={"tracking", "record"})
         parent = tracking.start(
             config.tracking,
             kind_of(config),
             config.name,
             key=str(place),
-            parameters=parameters | {"space": {name: span.model_dump() for name, span in space.items()}},
+            parameters=_parameters(config) | {"space": {name: span.model_dump() for name, span in space.items()}},
             tags={"deeptrust.sweep": "parent"},
         )
     try:
@@ -240,11 +247,37 @@ def sweep(config: AnySweep) -> tuple[list[TrialOutcome], bool]:
             _conclude(config, trials, place, parent)
     except BaseException as error:
         if parent is not None:
-            parent.end(error)
+            parent.close(error)
         raise
     if parent is not None:
-        parent.end(None if done else SystemExit("time limit"))
+        parent.close(None if done else SystemExit("time limit"))
     return trials, done
+
+
+def _parameters(config: AnySweep) -> dict[str, Any]:
+    return config.model_dump(mode="json", exclude={"tracking", "record"})
+
+
+def _with_inputs(config: AnySweep, place: Location) -> AnySweep:
+    """The sweep on the data version and the model that its settings name now, or named when it was started: every
+    trial has the same. Both are opened, so that what no trial could use is told before any starts.
+
+    Raises:
+        TrainingError, DataError, CheckpointError: data or model are missing, or not fit for the trainer.
+    """
+    trainer: Any = detector if kind_of(config) == "detector" else captioner
+    file = place / "sweep.json"
+    before = json.loads(file.read_text())
+    kept = before.get("inputs")
+    version = data_of(config, kept)
+    checkpoint = base_of(config, trainer.base_of, version, kept)
+    trainer.prepare_job(config, version, checkpoint)
+    if kept is None:
+        if (place / "tune").exists():
+            return config  # from before inputs were kept: its trials know them as the settings have them
+        file.write_text(json.dumps(before | {"inputs": inputs_as_kept(version, checkpoint)}, indent=1))
+    model = checkpoint.uri if checkpoint.uri.startswith("models:/") else config.model
+    return config.model_copy(update={"data": str(version.location), "model": model})
 
 
 def _tune(
@@ -276,6 +309,12 @@ def _tune(
         if tune.Tuner.can_restore(state, **storage):
             print(f"going on with {config.name}", flush=True)
             tuner = tune.Tuner.restore(state, trainable, resume_unfinished=True, **storage)
+            try:
+                before = list(tuner.get_results())
+            except RuntimeError:  # no trial has answered yet
+                before = []
+            if _worth_another_try(before):
+                tuner = tune.Tuner.restore(state, trainable, resume_unfinished=True, resume_errored=True, **storage)
         else:
             logging.getLogger("optuna").setLevel(logging.WARNING)
             tuner = tune.Tuner(
@@ -296,6 +335,15 @@ def _tune(
             results = tuner.fit()
         trials = [_outcome(result, over.is_set()) for result in results]
     return trials, not over.is_set() and all(trial.status != "unfinished" for trial in trials)
+
+
+def _worth_another_try(results: Iterable[Any]) -> bool:
+    """Whether failed trials of a sweep that goes on are run again: one failed by something other than its settings
+    (data that were away, MLflow that was down), or none came to its end. They go on from their own checkpoints."""
+    results = list(results)
+    failed = [result.error for result in results if result.error is not None]
+    finished = any((result.metrics or {}).get("finished") for result in results)
+    return bool(failed) and (not finished or any(not isinstance(_cause(error), TrainingError) for error in failed))
 
 
 def _outcome(result: Any, interrupted: bool) -> TrialOutcome:
@@ -364,7 +412,10 @@ def _conclude(config: AnySweep, trials: list[TrialOutcome], place: Location, par
         parent.metrics({f"trials_{status.replace(' ', '_')}": count for status, count in _counts(trials).items()})
     if not finished:
         reasons = "; ".join(sorted({trial.reason for trial in trials if trial.reason})) or "all were stopped early"
-        raise TrainingError(f"no trial came to its end ({reasons}): widen --space or raise --grace")
+        raise TrainingError(
+            f"no trial came to its end ({reasons}): the same command tries those that failed again; or widen --space, "
+            "or raise --grace, under another --name"
+        )
     best = max(finished, key=lambda trial: trial.best or -math.inf)
     model = place / "models" / best.id
     with tempfile.TemporaryDirectory() as scratch:

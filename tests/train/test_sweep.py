@@ -4,20 +4,36 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from deployments.checkpoints import resolve
+import train.sweep
+from data.errors import DataError
+from data.locations import Location
+from deployments.checkpoints import CheckpointError, resolve
 from tests.train.small import labelled_version, tiny_vit
 from train import registry, tracking
 from train.module import TrainingError
-from train.sweep import DetectorSweep, Span, TrialOutcome, main, read_space, render_page, trial_config
+from train.sweep import (
+    DetectorSweep,
+    Span,
+    TrialOutcome,
+    _with_inputs,
+    _worth_another_try,
+    main,
+    read_space,
+    render_page,
+    sweep,
+    trial_config,
+)
 from train.tracking import TrackingConfig
 
 
@@ -83,6 +99,45 @@ def test_the_page_shows_every_trial(tmp_path: Path) -> None:
     ]
     page = render_page(config(tmp_path), trials)
     assert page.count("<svg") == 2 and "NaN &lt;b&gt;" in page and "stopped early" in page
+
+
+def test_every_trial_has_the_data_and_model_that_the_sweep_was_started_with(tmp_path: Path) -> None:
+    first = labelled_version(tmp_path / "data", train=4, val=2)
+    model = tiny_vit(tmp_path / "vit")
+    own = config(tmp_path, data=str(first.parent), model=str(model))
+    (tmp_path / "sweep.json").write_text("{}")
+    place = Location.of(tmp_path)
+    assert _with_inputs(own, place).data == str(first)
+    shutil.move(first, first.with_name("gone"))
+    labelled_version(tmp_path / "data", train=6, val=2)
+    with pytest.raises(TrainingError, match=f"{first}, which is gone"):
+        _with_inputs(own, place)
+    shutil.move(first.with_name("gone"), first)
+    assert _with_inputs(own, place).data == str(first)
+
+
+def test_data_or_a_model_that_is_missing_is_told_before_a_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train.sweep, "_tune", lambda *_: pytest.fail("trials were started"))
+    with pytest.raises(DataError, match="no prepared data set"):
+        sweep(config(tmp_path, data=str(tmp_path / "none"), record=False))
+    version = labelled_version(tmp_path / "data", train=4, val=2)
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        sweep(config(tmp_path, data=str(version), model="no/where/at/all", record=False, name="other"))
+
+
+def test_trials_that_failed_for_want_of_something_are_run_again() -> None:
+    def ended(error: Exception | None = None, **metrics: int) -> SimpleNamespace:
+        return SimpleNamespace(error=error, metrics=metrics)
+
+    nan, away = RuntimeError("of Ray"), RuntimeError("of Ray")
+    nan.cause = TrainingError("the loss is nan")  # type: ignore[attr-defined]
+    away.cause = DataError("the data are away")  # type: ignore[attr-defined]
+    assert not _worth_another_try([ended(finished=1), ended()])
+    assert not _worth_another_try([ended(finished=1), ended(nan)])
+    assert _worth_another_try([ended(finished=1), ended(nan), ended(away)])
+    assert _worth_another_try([ended(nan), ended(nan)])  # for what it is worth: nothing else is left to do
 
 
 @pytest.mark.proof
