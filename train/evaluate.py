@@ -84,17 +84,23 @@ def evaluate(config: DetectorEvaluation | CaptionerEvaluation) -> tuple[dict[str
     """Measure, judge, write and record.
 
     Raises:
-        TrackingError, GateError, CheckpointError, DataError, EvaluationError: before anything is measured.
+        TrackingError, GateError, CheckpointError, DataError, EvaluationError: before anything is measured; what is
+            wrong with anything but MLflow is on record as a failed run.
     """
     kind: Kind = "detector" if isinstance(config, DetectorEvaluation) else "captioner"
     started = time.monotonic()
     client = tracking.connect(config.tracking)
-    rules = read_rules(config.rules)
     uri = config.checkpoint or f"models:/{kind}@candidate"
-    checkpoint = _resolve(uri, kind)
-    version = _version(client, uri, kind)
-    against = _against(client, config.against, kind, checkpoint)
-    examples = read_examples(config.data, kind, config.limit)
+    settings = config.model_dump(mode="json", exclude={"tracking", "output"})
+    try:
+        rules = read_rules(config.rules)
+        checkpoint = _resolve(uri, kind)
+        version = _version(client, uri, kind)
+        against = _against(client, config.against, kind, checkpoint)
+        examples = read_examples(config.data, kind, config.limit)
+    except Exception as error:
+        tracking.refused(config.tracking, "evaluation", f"evaluate {uri}", error, {"model": uri} | settings)
+        raise
     print(f"{checkpoint.name} on {len(examples.examples)} test pictures of {examples.name}", flush=True)
     if against is not None:
         print(f"compared with {against.name}", flush=True)
@@ -103,8 +109,7 @@ def evaluate(config: DetectorEvaluation | CaptionerEvaluation) -> tuple[dict[str
         config.tracking,
         "evaluation",
         f"evaluate {checkpoint.name}",
-        parameters={"model": checkpoint.name, "against": against.name if against else "none"}
-        | config.model_dump(mode="json", exclude={"tracking", "output"}),
+        parameters={"model": checkpoint.name, "against": against.name if against else "none"} | settings,
         datasets=[
             DatasetInput(name=examples.name, version=examples.version, source=examples.uri, context="evaluation")
         ],
