@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.train.small import captioned_version, labelled_version, tiny_blip, tiny_vit
+from train.tracking import TrackingConfig
 
 
 @pytest.fixture(scope="module")
@@ -29,3 +30,9 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def blip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_blip(tmp_path_factory.mktemp("blip") / "model")
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> TrackingConfig:
+    """An MLflow database; making one takes seconds."""
+    return TrackingConfig(uri=f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db", system_metrics_s=0.2)

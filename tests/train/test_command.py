@@ -79,11 +79,6 @@ def test_a_damaged_list_of_checkpoints_is_told(tmp_path: Path) -> None:
         reported(Location.of(tmp_path))
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> TrackingConfig:
-    return TrackingConfig(uri=f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db", system_metrics_s=0)
-
-
 def runs_of(store: TrackingConfig, experiment: str) -> list[Any]:
     client = connect(store)
     found = client.get_experiment_by_name(experiment)

@@ -18,10 +18,9 @@ from train import tracking
 from train.tracking import DatasetInput, RunReference, TrackingConfig, TrackingError
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> TrackingConfig:
-    folder = tmp_path_factory.mktemp("mlflow")
-    return TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db", system_metrics_s=0.2)
+@pytest.fixture
+def config(store: TrackingConfig) -> TrackingConfig:
+    return store
 
 
 def checkpoint_folder(folder: Path) -> Path:
