@@ -4,6 +4,10 @@ How many are in work follows from how long they take: more than a machine can do
 is over and the work spent on them is lost. The limit therefore shrinks when pictures take longer than they should and
 grows while they do not and there is a queue: additive increase, multiplicative decrease (Chiu and Jain 1989).
 
+Pictures whose senders can wait slip into places that nobody waits for. They count and teach like all others, so that
+they can fill the machines when nobody else asks, and have a second limit of their own that holds them back much
+earlier: while they are many, everybody else's pictures still take a fraction of the time that they may.
+
 Overload is refused before a body is read, and not at once: a client that is refused at once and comes back at once
 costs more than the answer. A bounded number waits, first come first served, for a bounded time; whoever is beyond
 either bound gets 429 with ``Retry-After``. Knows no pictures and no models.
@@ -23,6 +27,49 @@ from app.problems import Problem
 _LEAST = 16
 #: What is left of the limit when a picture is late.
 _DECREASE = 0.8
+#: Where the limit of those that slip in starts, and below which it never falls: half of the places that always are.
+_LEAST_SLIPPED = 8
+#: Share of the time that a picture may take beyond which fewer slip in.
+_SLIPPED_SHARE = 0.25
+
+
+class AdaptiveLimit:
+    """How many pictures may be in work, learned from how long they take. ``benchmarks.graph_simulation`` has it too."""
+
+    def __init__(self, capacity: int, target_s: float, least: int) -> None:
+        self.capacity, self.target_s, self.least = capacity, target_s, min(least, capacity)
+        self._limit = float(self.least)
+        self._late_before = False
+        self._decreased_at = -math.inf
+
+    @property
+    def places(self) -> int:
+        """Pictures that may be in work now."""
+        return int(self._limit)
+
+    def observe(self, seconds: float, in_work: int, now: float) -> None:
+        """Learn from a picture that took ``seconds``.
+
+        Args:
+            in_work: how many were at its end, itself among them.
+            now: seconds of any clock that only goes forward.
+        """
+        if seconds > self.target_s:
+            self._late_before = True
+            # those in work now came in under the old limit: only what came later tells whether it is low enough
+            if now - self._decreased_at > seconds:
+                self._limit, self._decreased_at = max(float(self.least), self._limit * _DECREASE), now
+        elif in_work >= self.places:
+            step = 1 / self._limit if self._late_before else 1.0
+            self._limit = min(float(self.capacity), self._limit + step)
+
+
+def limits(capacity: int, target_s: float) -> tuple[AdaptiveLimit, AdaptiveLimit]:
+    """The limit of all pictures in work, and that of those among them whose senders can wait."""
+    return (
+        AdaptiveLimit(capacity, target_s, _LEAST),
+        AdaptiveLimit(capacity, target_s * _SLIPPED_SHARE, _LEAST_SLIPPED),
+    )
 
 
 class Admission:
@@ -36,18 +83,16 @@ class Admission:
             max_wait_s: longest wait, seconds.
             target_s: how long a picture should take, seconds; when they take longer fewer are let in.
         """
-        self.capacity, self.max_waiting, self.max_wait_s, self.target_s = capacity, max_waiting, max_wait_s, target_s
-        self.in_work = 0
-        self._limit = float(min(capacity, _LEAST))
-        self._late_before = False
-        self._decreased_at = -math.inf
+        self.capacity, self.max_waiting, self.max_wait_s = capacity, max_waiting, max_wait_s
+        self.in_work = self.slipped = 0
+        self.all, self.slipping = limits(capacity, target_s)
         self._waiting: deque[asyncio.Future[None]] = deque()
         self._seconds_per_picture = 1.0
 
     @property
     def limit(self) -> int:
         """Pictures that may be in work now."""
-        return int(self._limit)
+        return self.all.places
 
     @property
     def waiting(self) -> int:
@@ -80,19 +125,27 @@ class Admission:
             raise
 
     def slip_in(self, most: int) -> int:
-        """Take up to ``most`` places that nobody waits for; returns how many."""
-        taken = 0 if self._waiting else max(0, min(most, self.limit - self.in_work))
+        """Take up to ``most`` places that nobody waits for; returns how many. ``slip_out`` gives them back."""
+        room = min(self.limit - self.in_work, self.slipping.places - self.slipped)
+        taken = 0 if self._waiting else max(0, min(most, room))
         self.in_work += taken
+        self.slipped += taken
         return taken
+
+    def slip_out(self, pictures: int) -> None:
+        """Give back places that were slipped into."""
+        self.slipped -= pictures
+        self.leave(pictures)
 
     def widen(self, more: int) -> None:
         """Take ``more`` places for a request that is inside. One that is alone is let in whatever its size: it could
-        never fit.
+        never fit. Pictures that slipped in do not stand in its way: no more of them come until it has left.
 
         Raises:
             Problem: overloaded, 429 with ``Retry-After``.
         """
-        if self.in_work > 1 and self.in_work + more > self.limit:
+        before_us = self.in_work - self.slipped
+        if before_us > 1 and before_us + more > self.limit:
             raise self._overloaded()
         self.in_work += more
 
@@ -114,15 +167,9 @@ class Admission:
         """
         self._seconds_per_picture += (seconds / max(1, self.in_work) - self._seconds_per_picture) / 20
         now = time.monotonic()
-        if seconds > self.target_s:
-            self._late_before = True
-            # those in work now came in under the old limit: only what came later tells whether it is low enough
-            if now - self._decreased_at > seconds:
-                self._limit, self._decreased_at = max(min(_LEAST, self.capacity), self._limit * _DECREASE), now
-        elif self.in_work >= self.limit:
-            step = 1 / self._limit if self._late_before else 1.0
-            self._limit = min(float(self.capacity), self._limit + step)
-            self._let_in()
+        self.all.observe(seconds, self.in_work, now)
+        self.slipping.observe(seconds, self.slipped, now)
+        self._let_in()
 
     def _overloaded(self) -> Problem:
         ahead = self.in_work + len(self._waiting)

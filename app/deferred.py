@@ -215,7 +215,7 @@ class Deferral:
         except StoreBusy:
             return _FULL_S
         finally:
-            self._admission.leave(places - len(leased))
+            self._admission.slip_out(places - len(leased))
         for picture in leased:
             task = asyncio.get_running_loop().create_task(self._work(picture))
             self._working[picture.id] = task
@@ -228,7 +228,7 @@ class Deferral:
             with telemetry.resumed(picture.request_id, picture.traceparent):
                 status, answer, record = await self._attempt(picture)
         finally:
-            self._admission.leave(1)
+            self._admission.slip_out(1)
         try:
             if answer is None:
                 until_s = time.time() + min(60.0, 2.0**picture.attempts)
@@ -253,6 +253,7 @@ class Deferral:
         try:
             if picture.attempts > _MAX_ATTEMPTS:  # it was begun so often, and never ended
                 raise failed
+            started = time.perf_counter()
             record = await self._graph.analyze(
                 picture.data, picture.answer_id, tasks, explain, time.time() + self._timeout_s
             )
@@ -263,6 +264,8 @@ class Deferral:
         except Exception:
             _log.exception("a picture that waited could not be analysed")
             return _refused(failed) if last else (0, None, None)
+        # it tells as much as any other how many may be in work
+        self._admission.observe(time.perf_counter() - started)
         if not record.is_whole and not last:
             return 0, None, None
         return 200, record.model_dump_json(), record

@@ -6,9 +6,9 @@
 In: how long each part works (``Service``), how many of each there are and how they may grow (``Scaling``), and when
 pictures arrive. Out: when each was answered or refused, how busy each part was, and how long the queues were.
 
-Modelled as the code does it: the admission's growing and shrinking limit, its bounded queue, decoding threads, the
-order of the stages. What replicas and processors are is ``benchmarks.simulation``; figures come from
-``benchmarks.scale``.
+Modelled as the code does it: the admission's bounded queue, decoding threads, the order of the stages. How many may be
+in work, and how many of those whose senders can wait, ``app.admission`` itself says. What replicas and processors are
+is ``benchmarks.simulation``; figures come from ``benchmarks.scale``.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from app.admission import limits
 from benchmarks.simulation import BatchReplica, Clock, Deployment, EngineReplica, Gpus, Processor, Scaling, work
 
-#: ``app.admission``: where the limit starts, and what is left of it when a picture is late.
-_LEAST, _DECREASE = 16, 0.8
-#: ``app.deferred``: how often an ingress looks for pictures that wait.
-_DEFERRED_LOOK_S = 0.2
+#: ``app.deferred``: how often an ingress looks for pictures that wait, and how often one that has found none.
+_DEFERRED_LOOK_S, _DEFERRED_IDLE_S = 0.2, 1.0
 
 
 # ------------------------------------------------------------------------------------------------------------- ingress
@@ -112,8 +111,7 @@ class IngressReplica:
         self.threads = Station(self.clock, self.times.decode_threads, processor)
         self.ongoing, self.busy, self.closed = 0, 0.0, False
         self.in_work, self.waiting, self.working = 0, deque[tuple[Picture, Callable[[], None]]](), 0
-        self.limit = float(min(self.limits.max_in_flight, _LEAST))
-        self._late_before, self._decreased_at = False, -math.inf
+        self.all, self.slipping = limits(self.limits.max_in_flight, self.limits.target_s)
         self.clock.after(_DEFERRED_LOOK_S, self._look)
 
     def take(self, answered: Callable[[], None], what: Any = None) -> None:
@@ -133,7 +131,7 @@ class IngressReplica:
             self.loop.do(self.times.loop_s, taken_in)
             return
 
-        if self.in_work < int(self.limit) and not self.waiting:
+        if self.in_work < self.all.places and not self.waiting:
             self._work(picture, left)
         elif len(self.waiting) >= self.limits.max_waiting:
             self._refuse(picture, left)
@@ -155,11 +153,13 @@ class IngressReplica:
         if self.closed:
             return
         queue = self.graph.deferred
-        room = 0 if self.waiting else int(self.limit) - self.in_work
-        for _ in range(min(room, self.limits.deferred_in_work - self.working, len(queue))):
+        most = min(self.limits.deferred_in_work, self.slipping.places) - self.working
+        places = 0 if self.waiting else max(0, min(most, self.all.places - self.in_work))
+        taken = min(places, len(queue))
+        for _ in range(taken):
             self.working += 1
             self._work(queue.popleft(), self._worked)
-        self.clock.after(_DEFERRED_LOOK_S, self._look)
+        self.clock.after(_DEFERRED_IDLE_S if places and not taken else _DEFERRED_LOOK_S, self._look)
 
     def _worked(self) -> None:
         self.working -= 1
@@ -179,25 +179,16 @@ class IngressReplica:
             self.clock.after(hops_s / 2, self.graph.analyse, picture, join)
 
         def join() -> None:
+            seconds, now = self.clock.now - began, self.clock.now
+            self.all.observe(seconds, self.in_work, now)
+            self.slipping.observe(seconds, self.working, now)
             self.in_work -= 1
-            self._observe(self.clock.now - began)
-            while self.waiting and self.in_work < int(self.limit):
+            while self.waiting and self.in_work < self.all.places:
                 self._work(*self.waiting.popleft())
             self.clock.after(hops_s / 2, self.graph.end, picture, "answered")
             left()
 
         self.loop.do(times.loop_s, decode)
-
-    def _observe(self, seconds: float) -> None:
-        now, limits = self.clock.now, self.limits
-        if seconds > limits.target_s:
-            self._late_before = True
-            if now - self._decreased_at > seconds:
-                self.limit = max(min(_LEAST, limits.max_in_flight), self.limit * _DECREASE)
-                self._decreased_at = now
-        elif self.in_work + 1 >= int(self.limit):
-            step = 1 / self.limit if self._late_before else 1.0
-            self.limit = min(float(limits.max_in_flight), self.limit + step)
 
 
 # --------------------------------------------------------------------------------------------------------------- graph

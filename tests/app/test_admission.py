@@ -120,11 +120,11 @@ def test_late_pictures_lower_the_limit_once_for_those_who_were_let_in_under_the_
 def test_the_limit_never_falls_below_two_batches_and_rises_again_slowly() -> None:
     async def run() -> None:
         admission = _grown_to(32)
-        admission.target_s = 1e-9
+        admission.all.target_s = 1e-9
         for _ in range(50):
             admission.observe(1e-6)
         assert admission.limit == 16
-        admission.in_work, admission.target_s = 32, 10
+        admission.in_work, admission.all.target_s = 32, 10
         for _ in range(10):
             admission.observe(1.0)
         assert admission.limit == 16
@@ -154,5 +154,47 @@ def test_who_waits_is_let_in_when_the_limit_grows() -> None:
         assert not waiter.done()
         admission.observe(1.0)
         await asyncio.wait_for(waiter, 1)
+
+    asyncio.run(run())
+
+
+def test_whoever_slips_in_fills_the_machine_while_nobody_else_asks() -> None:
+    admission = Admission(64, max_waiting=4, max_wait_s=5, target_s=30)
+    for _ in range(100):
+        admission.slip_in(40 - admission.slipped)
+        admission.observe(2.0)  # in time
+        admission.slip_out(1)
+    assert admission.slip_in(40 - admission.slipped) > 0 and admission.slipped == 40
+    assert admission.limit > 40, "a place is left for who asks now"
+
+
+def test_whoever_slips_in_yields_long_before_a_picture_is_late() -> None:
+    admission = Admission(64, max_waiting=4, max_wait_s=5, target_s=30)
+    for _ in range(100):
+        admission.slip_in(40 - admission.slipped)
+        admission.observe(2.0)
+        admission.slip_out(1)
+    limit = admission.limit
+    for _ in range(30):
+        admission.observe(10.0)  # in time, and more than a quarter of it
+        admission.slipping._decreased_at -= 20  # and none of them let in under the limit before
+    assert admission.slipping.places == 8 and admission.limit >= limit
+    admission.slip_out(admission.slipped - 8)
+    assert admission.slip_in(40) == 0
+
+
+def test_a_request_of_several_pictures_is_not_refused_for_those_that_slipped_in() -> None:
+    async def run() -> None:
+        admission = Admission(16, max_waiting=4, max_wait_s=5)
+        assert admission.slip_in(40) == 8
+        for _ in range(2):
+            await admission.enter()
+        admission.widen(13)
+        with pytest.raises(Problem):
+            admission.widen(2)
+        assert admission.slip_in(40) == 0
+        admission.leave(15)
+        admission.slip_out(8)
+        assert admission.in_work == admission.slipped == 0
 
     asyncio.run(run())

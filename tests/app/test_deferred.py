@@ -12,7 +12,8 @@ import pytest
 from sqlalchemy import func, select
 
 from app.admission import Admission
-from app.deferred import wants_to_wait
+from app.analysis import Graph
+from app.deferred import Deferral, wants_to_wait
 from app.store import deferred
 from app.store.deferred import Accepted, QueueFull
 from app.store.events import KeyConflict
@@ -24,7 +25,7 @@ from deployments.annotation import Annotation, Caption
 
 @pytest.fixture
 def store(database_url: str) -> Iterator[Store]:
-    opened = Store(StoreSettings(url=database_url, timeout_s=60, search_timeout_s=60))
+    opened = Store(StoreSettings(url=database_url, timeout_s=60, search_timeout_s=60, deferred_in_work=20))
     opened.start()
     yield opened
     opened.close()
@@ -155,7 +156,7 @@ def test_only_places_that_nobody_waits_for_are_slipped_into() -> None:
         assert admission.slip_in(8) == 2 and admission.in_work == 2
         interactive = asyncio.ensure_future(admission.enter())
         await asyncio.sleep(0)
-        admission.leave(1)
+        admission.slip_out(1)
         await interactive  # the place that came free is its
         assert admission.slip_in(8) == 0
         another = asyncio.ensure_future(admission.enter())
@@ -165,3 +166,30 @@ def test_only_places_that_nobody_waits_for_are_slipped_into() -> None:
         await another
 
     asyncio.run(try_it())
+
+
+class QuickGraph(Graph):
+    """A graph without models: every picture is answered at once."""
+
+    def __init__(self) -> None:
+        pass
+
+    async def analyze(self, data: bytes, identity: str | None, *_: object) -> Annotation:
+        return Annotation(id=identity or "", sha256=hashlib.sha256(data).hexdigest(), caption=Caption(text="a dog"))
+
+
+def test_what_waits_teaches_the_admission_that_more_may_be_in_work(store: Store) -> None:
+    put(store, "here", *(picture(number) for number in range(20)))
+
+    async def work() -> Admission:
+        admission = Admission(64, 4, 60.0, 30.0)
+        deferral = Deferral(store, QuickGraph(), admission, 60.0)
+        while deferral.is_possible and await deferral.count():
+            await deferral._begin_some()
+            await asyncio.gather(*deferral._working.values())
+        return admission
+
+    admission = asyncio.run(work())
+    assert admission.slipping.places > 8
+    assert admission.in_work == admission.slipped == 0
+    assert answers(store) == 20

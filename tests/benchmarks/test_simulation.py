@@ -283,6 +283,18 @@ def test_senders_who_wait_are_refused_and_those_who_can_wait_are_not() -> None:
     assert late > 10  # they wait for room
 
 
+def test_those_who_can_wait_fill_the_service_when_nobody_else_asks_and_no_further() -> None:
+    def most(deferred_in_work: int) -> int:
+        admitted = Admitted(max_in_flight=64, target_s=30.0, deferred_in_work=deferred_in_work)
+        graph = Graph(small_service(admitted=admitted))
+        feed(graph, poisson(random.Random(7), lambda _: 50.0, 60.0), deferred_share=1.0)
+        graph.clock.run(60.0)
+        return max(replica.working for replica in graph.ingress.replicas)
+
+    assert most(8) == 8
+    assert 20 < most(40) <= 40
+
+
 def test_the_same_seed_is_the_same_run() -> None:
     def run(seed: int) -> list[tuple[float, float, bool, str]]:
         graph = Graph(small_service(), seed)
