@@ -31,6 +31,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
+from app.store.settings import StoreSettings
 from benchmarks import plots, published
 from benchmarks.graph_simulation import Admitted, Batching, Generating, Graph, IngressTimes, Service, feed, poisson
 from benchmarks.load import quantile
@@ -41,6 +42,8 @@ ROOT = Path(__file__).parents[1]
 MODELS = ("detector", "captioner", "tagger")
 #: What a decoding core costs is in a GPU's price: machines with so many cores to a GPU are what is rented.
 _CORES_A_GPU = 16
+#: `store.deferred_in_work` of a configuration that does not say it.
+_DEFERRED_IN_WORK: int = StoreSettings.model_fields["deferred_in_work"].default
 #: A spike that is not over by then counts as never.
 _LONGEST_S = 3600.0
 
@@ -60,7 +63,9 @@ class ScaleConfig(BaseModel):
     spike_rates: list[float] = Field([50.0, 300.0], description="rates that are multiplied by five")
     room: list[float] = Field([1.0, 1.5, 2.0, 3.0], description="replicas that it may grow to, as multiples of `size`")
     deferred_share: float = Field(0.9, ge=0, le=1, description="pictures whose senders can wait: uploads")
-    deferred_in_work: int = Field(64, ge=1, description="`store.deferred_in_work`; its default of 8 is shown as well")
+    deferred_in_work: int | None = Field(
+        None, ge=1, description="`store.deferred_in_work`; null: what `serve_config` says. Its default is shown as well"
+    )
     use: float = Field(0.8, gt=0, lt=1, description="share of a part's bound that it is sized for")
     start_s: dict[str, float] = Field(
         {"ingress": 10.0, "detector": 40.0, "captioner": 40.0, "tagger": 90.0},
@@ -110,6 +115,7 @@ def graph_settings(path: Path) -> dict[str, Any]:
                 ),
             }
     settings["max_num_seqs"] = tagger.get("max_num_seqs", 32)
+    settings["deferred_in_work"] = application["args"].get("store", {}).get("deferred_in_work", _DEFERRED_IN_WORK)
     return settings
 
 
@@ -196,7 +202,7 @@ def service_of(
             max_waiting=limits.get("max_waiting", 64),
             max_wait_s=limits.get("max_wait_s", 4.0),
             target_s=limits.get("target_s", 30.0),
-            deferred_in_work=config.deferred_in_work,
+            deferred_in_work=config.deferred_in_work or settings["deferred_in_work"],
         ),
         detector,
         captioner,
@@ -255,10 +261,12 @@ def run(service: Service, rate: float, seconds: float, deferred_share: float, se
         ingresses * service.admitted.max_in_flight
     )
     how = [how for _, _, how in ends]
+    interactive = [how for _, deferred, how in ends if not deferred]
     return {
         "pictures": len(how),
         "answered_per_s": how.count("answered") / seconds,
         "not_answered": {name: how.count(name) for name in ("refused", "partial", "late") if name in how},
+        "interactive_refused_share": interactive.count("refused") / max(1, len(interactive)),
         "growth_per_s": (graph.inside - inside) / seconds,
         "interactive_p50_p99_s": [quantile(spent[False], 0.5), quantile(spent[False], 0.99)],
         "deferred_p50_p99_s": [quantile(spent[True], 0.5), quantile(spent[True], 0.99)],
@@ -323,14 +331,21 @@ def sized(config: ScaleConfig, settings: dict[str, Any], rate: float, seconds: f
     }
 
 
-def most_carried(config: ScaleConfig, settings: dict[str, Any], gpus: int, seconds: float) -> dict[str, Any]:
-    """How much the configuration carries as it is, all replicas that it allows running, and what is full then."""
+def as_it_is(config: ScaleConfig, settings: dict[str, Any], gpus: int) -> Service:
+    """The configuration with all replicas that it allows running."""
     replicas = {name: (settings[name]["scaling"].max_replicas,) * 2 for name in ("ingress", *MODELS)}
-    service = service_of(config, settings, replicas, gpus, proxies=2)
+    return service_of(config, settings, replicas, gpus, proxies=2)
+
+
+def most_carried(
+    config: ScaleConfig, settings: dict[str, Any], gpus: int, seconds: float, deferred_share: float
+) -> dict[str, Any]:
+    """How much the configuration carries as it is when such a share can wait, and what is full then."""
+    service = as_it_is(config, settings, gpus)
     low, high, best = 0.0, 4 * max(bounds(*models(config, settings)).values()), None
     for _ in range(12):
         rate = (low + high) / 2
-        outcome = run(service, rate, seconds, 0.0, config.seed)
+        outcome = run(service, rate, seconds, deferred_share, config.seed)
         if carries(outcome, rate):
             low, best = rate, outcome
         else:
@@ -340,7 +355,52 @@ def most_carried(config: ScaleConfig, settings: dict[str, Any], gpus: int, secon
     if best is None:
         raise RuntimeError(f"{config.serve_config} carries nothing in the model")
     full = max(best["use"], key=lambda name: best["use"][name])
-    return {"pictures_per_s": low, "gpus": gpus, "first_to_be_full": full, **best}
+    return {"pictures_per_s": low, "deferred_share": deferred_share, "gpus": gpus, "first_to_be_full": full, **best}
+
+
+def serve_config_part(config: ScaleConfig, settings: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """The configuration as it is on its three GPUs: the most that it carries when some can wait and when nobody can,
+    and the design load with its `deferred_in_work` and with the default.
+    """
+    gpus, rate = 3, config.rates[0]
+    carried = {
+        share: most_carried(config, settings, gpus, seconds, share)
+        for share in dict.fromkeys((config.deferred_share, 0.0))
+    }
+    in_work = config.deferred_in_work or settings["deferred_in_work"]
+    loads = []
+    for number in dict.fromkeys((in_work, _DEFERRED_IN_WORK)):
+        service = as_it_is(config.model_copy(update={"deferred_in_work": number}), settings, gpus)
+        outcome = run(service, rate, seconds, config.deferred_share, config.seed)
+        loads.append({"rate_per_s": rate, "deferred_in_work": number, "carries": carries(outcome, rate), **outcome})
+    for share, one in carried.items():
+        print(
+            f"{config.serve_config.name} on {gpus} GPUs carries {one['pictures_per_s']:.0f} pictures/s of which "
+            f"{share:.0%} can wait; {one['first_to_be_full']} is full first",
+            flush=True,
+        )
+    print(
+        plots.table(
+            [
+                {
+                    "pictures/s": f"{rate:g}",
+                    "in work": one["deferred_in_work"],
+                    "carries": "yes" if one["carries"] else "NO",
+                    "grows /s": f"{one['growth_per_s']:.1f}",
+                    "interactive p99 s": f"{one['interactive_p50_p99_s'][1]:.2f}",
+                    "refused": f"{one['interactive_refused_share']:.1%}",
+                    "deferred p99 s": f"{one['deferred_p50_p99_s'][1]:.2f}",
+                }
+                for one in loads
+            ]
+        ),
+        flush=True,
+    )
+    return {
+        "serve_config": carried[config.deferred_share],
+        "serve_config_all_interactive": carried[0.0],
+        "serve_config_at_design_load": loads,
+    }
 
 
 def size_part(config: ScaleConfig) -> dict[str, Any]:
@@ -363,15 +423,10 @@ def size_part(config: ScaleConfig) -> dict[str, Any]:
         "bound_a_gpu_per_s": bound,
         "price_usd_h": config.price,
         "deferred_share": config.deferred_share,
+        "deferred_in_work": config.deferred_in_work or settings["deferred_in_work"],
         "sizes": sizes,
     }
-    as_it_is = most_carried(config, settings, 3, seconds)
-    result["serve_config"] = as_it_is
-    print(
-        f"{config.serve_config.name} on 3 GPUs carries {as_it_is['pictures_per_s']:.0f} pictures/s; "
-        f"{as_it_is['first_to_be_full']} is full first",
-        flush=True,
-    )
+    result |= serve_config_part(config, settings, seconds)
     if config.figures == "published":
         # the one figure that nobody has published: what if a decoder's step took half or twice as long
         result["captioner_step"] = []
@@ -472,12 +527,13 @@ def spike(
 def spike_part(config: ScaleConfig) -> dict[str, Any]:
     """Spikes of all rates and rooms; with the default of ``deferred_in_work`` as well."""
     settings = graph_settings(config.serve_config)
+    usual = config.deferred_in_work or settings["deferred_in_work"]
     rows = []
     sizes = {one["rate_per_s"]: one for one in (stored("scale_sizes") or {"sizes": []})["sizes"]}
     for rate in config.spike_rates[:1] if config.quick else config.spike_rates:
         size = sizes.get(rate) or sized(config, settings, rate, 60.0)
-        cases = [(room, config.deferred_in_work) for room in (config.room[-1:] if config.quick else config.room)]
-        cases += [(config.room[-1], 8)]
+        cases = [(room, usual) for room in (config.room[-1:] if config.quick else config.room)]
+        cases += [(config.room[-1], _DEFERRED_IN_WORK)]
         for room, in_work in cases:
             begun = time.perf_counter()
             rows.append(spike(config, settings, size, room, in_work))
@@ -488,9 +544,7 @@ def spike_part(config: ScaleConfig) -> dict[str, Any]:
         for axis, rate in zip(axes, dict.fromkeys(row["rate_per_s"] for row in rows), strict=False):
             chosen = [row for row in rows if row["rate_per_s"] == rate]
             for number, row in enumerate(chosen):
-                note = (
-                    "" if row["deferred_in_work"] == config.deferred_in_work else f", {row['deferred_in_work']} in work"
-                )
+                note = "" if row["deferred_in_work"] == usual else f", {row['deferred_in_work']} in work"
                 axis.plot(
                     [sample["t"] / 60 for sample in row["samples"]],
                     [sample["deferred"] for sample in row["samples"]],

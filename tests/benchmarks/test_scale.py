@@ -31,6 +31,7 @@ def test_the_production_configuration_is_read() -> None:
     assert settings["tagger"]["scaling"].max_ongoing == 192  # of `args.tagger`, not of a deployment
     assert settings["detector"]["batch"]["max_batch_size"] == 32
     assert settings["limits"]["max_in_flight"] == 64
+    assert settings["deferred_in_work"] == 32
 
 
 def test_the_taggers_step_gives_back_what_was_published() -> None:
@@ -108,3 +109,14 @@ def test_the_time_between_processes_is_what_the_model_lacks() -> None:
 def test_a_stand_in_says_how_long_it_takes() -> None:
     assert parse("stand-in:0.06+0.01") == (0.06, 0.01, 0.0)
     assert parse("stand-in:0.016+0.0008x23") == (0.016, 0.0008, 23.0)
+
+
+def test_the_production_configuration_carries_the_design_load_by_its_own_deferred_in_work(measured: None) -> None:
+    config = scale.ScaleConfig()
+    settings = scale.graph_settings(config.serve_config)
+    outcome = {}
+    for number in (None, 8):
+        service = scale.as_it_is(config.model_copy(update={"deferred_in_work": number}), settings, 3)
+        outcome[number] = scale.run(service, 50.0, 20.0, config.deferred_share, config.seed)
+    assert scale.carries(outcome[None], 50.0) and outcome[None]["interactive_refused_share"] == 0
+    assert not scale.carries(outcome[8], 50.0) and outcome[8]["growth_per_s"] > 3
