@@ -89,6 +89,7 @@ class Deferral:
         self._store, self._graph, self._admission = store, graph, admission
         self._timeout_s = request_timeout_s
         self._working: dict[int, asyncio.Task[None]] = {}
+        self._is_counted = True
 
     @property
     def is_possible(self) -> bool:
@@ -183,11 +184,19 @@ class Deferral:
             return _waiting(Waiting(id=place, pictures=len(found), done=done))
         return _answer(found)
 
-    async def count(self) -> int:
-        """Pictures that wait; 0 if that cannot be known."""
-        with contextlib.suppress(StoreBusy, StoreUnavailable, StoreOff):
-            return await self._store.read(deferred.count)
-        return 0
+    async def count(self) -> int | None:
+        """Pictures that wait; None if that cannot be known: a database that does not answer has no empty queue."""
+        try:
+            waiting = await self._store.read(deferred.count)
+        except StoreOff:
+            return 0  # there is no queue
+        except (StoreBusy, StoreUnavailable) as error:
+            if self._is_counted and self._store.status()["state"] != "starting":
+                _log.warning("how many pictures wait is not known until the database answers again: %r", error)
+                self._is_counted = False
+            return None
+        self._is_counted = True
+        return waiting
 
     # ---- work ---------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ Knows no HTTP and no Prometheus.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ METRICS = {
         _gauge("pictures_in_work", (), "Pictures that an ingress replica has in work"),
         _gauge("pictures_limit", (), "Pictures that an ingress replica lets in at present"),
         _gauge("requests_waiting", (), "Requests that wait for a place"),
-        _gauge("pictures_deferred", (), "Pictures in the store's queue, whose senders can wait"),
+        _gauge("pictures_deferred", (), "Pictures in the store's queue, whose senders can wait; NaN: not known"),
         _gauge("callbacks_due", (), "Call-backs that are to be made and have not been"),
         _counter(
             "callbacks",
@@ -271,9 +272,9 @@ class Metrics:
         self.record("pictures_limit", limit)
         self.record("requests_waiting", waiting)
 
-    def deferred(self, pictures: int) -> None:
-        """How many pictures wait whose senders can."""
-        self.record("pictures_deferred", pictures)
+    def deferred(self, pictures: int | None) -> None:
+        """How many pictures wait whose senders can; None: not known. A gauge that is not set keeps what it showed."""
+        self.record("pictures_deferred", math.nan if pictures is None else pictures)
 
     def stages(self, ready: Mapping[str, bool], canary_shares: Mapping[str, float]) -> None:
         """Which stages answer, and what their canaries get."""

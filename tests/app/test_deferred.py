@@ -7,6 +7,7 @@ import hashlib
 import time
 from collections.abc import Iterator
 from functools import partial
+from pathlib import Path
 
 import pytest
 from sqlalchemy import func, select
@@ -148,6 +149,22 @@ def test_the_preference_is_read_as_rfc_7240_writes_it() -> None:
     assert wants_to_wait(["respond-async"]) and wants_to_wait(["wait=10, Respond-Async; x=1"])
     assert wants_to_wait(["return=minimal", "respond-async"])
     assert not wants_to_wait([]) and not wants_to_wait(["return=respond-async", "respond-asynchronously"])
+
+
+def test_a_database_that_does_not_answer_has_no_empty_queue_and_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = StoreSettings(url=f"sqlite:///{tmp_path}/file/store.db")
+    (tmp_path / "file").write_text("")  # no folder: the database cannot be opened
+    down = Store(settings)
+    down.start()
+    deferral = Deferral(down, QuickGraph(), Admission(2, 4, 60.0), 60.0)
+    try:
+        with caplog.at_level("WARNING", logger="ray.serve"):
+            assert [asyncio.run(deferral.count()) for _ in range(3)] == [None] * 3
+    finally:
+        down.close()
+    assert sum("how many pictures wait" in record.getMessage() for record in caplog.records) == 1
 
 
 def test_only_places_that_nobody_waits_for_are_slipped_into() -> None:
