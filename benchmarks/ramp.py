@@ -101,9 +101,15 @@ class Watch:
     def now(self) -> float:
         return time.monotonic() - self.began
 
+    def last(self, stage: str) -> int | None:
+        """Replicas of a model when they were last seen; None: they have not been."""
+        return self.replicas[-1][1][stage] if self.replicas else None
+
 
 def verdict(replicas: Sequence[tuple[float, dict[str, int]]], stage: str, most: int) -> dict[str, Any]:
     """Whether a model went from one replica to ``most`` and back, and what the others did meanwhile."""
+    if not replicas:
+        raise RuntimeError(f"no replica of the {stage} was ever seen: Serve's API did not answer during its whole ramp")
     mine = [counts[stage] for _, counts in replicas]
     top = mine.index(most) if most in mine else None
     back = next((index for index in range(top, len(mine)) if mine[index] == 1), None) if top is not None else None
@@ -125,6 +131,14 @@ def running(api: ServeApi) -> dict[str, int]:
         stage: sum(replica["state"] == "RUNNING" for replica in deployments[name]["replicas"])
         for stage, name in MODELS.items()
     }
+
+
+async def look(api: ServeApi, watch: Watch, clients: int) -> None:
+    """Note the replicas and the clients of this moment; nothing when Serve does not say."""
+    with suppress(CanaryError, KeyError):
+        counts = await asyncio.to_thread(running, api)
+        watch.replicas.append((round(watch.now, 1), counts))
+        watch.clients.append((round(watch.now, 1), clients))
 
 
 async def ramp(config: RampConfig, url: str, api: ServeApi, stage: str) -> Watch:
@@ -150,32 +164,28 @@ async def ramp(config: RampConfig, url: str, api: ServeApi, stage: str) -> Watch
             watch.statuses[told] += 1
             watch.answers.append(round(watch.now, 2))
 
-    async def look() -> dict[str, int]:
-        with suppress(CanaryError, KeyError):
-            counts = await asyncio.to_thread(running, api)
-            watch.replicas.append((round(watch.now, 1), counts))
-            watch.clients.append((round(watch.now, 1), wanted))
+    async def step() -> None:
+        await look(api, watch, wanted)
         await asyncio.sleep(1)
-        return watch.replicas[-1][1]
 
     async with session(None) as http:
         clients = [asyncio.create_task(client(http, number)) for number in range(config.clients)]
         while watch.now < config.ramp_s:
             wanted = max(1, round(config.clients * watch.now / config.ramp_s))
-            await look()
+            await step()
         wanted, limit = config.clients, watch.now + config.give_up_s
-        while watch.replicas[-1][1][stage] < config.max_replicas and watch.now < limit:
-            await look()
+        while (watch.last(stage) or 0) < config.max_replicas and watch.now < limit:
+            await step()
         hold = watch.now + config.hold_s
         while watch.now < hold:
-            await look()
+            await step()
         down = watch.now
         while watch.now < down + config.ramp_s / 2:
             wanted = max(1, round(config.clients * (1 - 2 * (watch.now - down) / config.ramp_s)))
-            await look()
+            await step()
         wanted, limit = 1, watch.now + config.give_up_s
-        while watch.replicas[-1][1][stage] > 1 and watch.now < limit:
-            await look()
+        while watch.last(stage) != 1 and watch.now < limit:
+            await step()
         over = True
         await asyncio.gather(*clients)
     return watch

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 import yaml
 
+from app.canary_config import ServeApi
 from app.config import MODELS, read_serve_config
-from benchmarks.ramp import RampConfig, configuration, verdict
+from benchmarks.ramp import RampConfig, Watch, configuration, look, verdict
 
 
 def seen(*counts: int, other: int = 1) -> list[tuple[float, dict[str, int]]]:
@@ -36,3 +38,11 @@ def test_all_models_scale_by_one_policy_on_a_configuration_that_is_read_strictly
     scaling = {one["name"]: one.get("autoscaling_config") for one in application["deployments"]}
     assert {scaling[name]["max_replicas"] for name in MODELS.values()} == {config.max_replicas}
     assert config.clients > config.target_ongoing_requests * (config.max_replicas - 1), "enough for the last replica"
+
+
+def test_a_look_that_fails_ends_nothing_and_a_ramp_that_nobody_saw_is_said() -> None:
+    watch = Watch()
+    asyncio.run(look(ServeApi("http://127.0.0.1:9", "token"), watch, 1))  # nobody listens there
+    assert watch.replicas == watch.clients == [] and watch.last("detector") is None
+    with pytest.raises(RuntimeError, match="did not answer"):
+        verdict(watch.replicas, "detector", 3)
