@@ -27,7 +27,7 @@ _CODE, _KEYS = "/opt/deeptrust", "/etc/deeptrust-keys"
 _NOT_CARRIED = (
     *("HEAD_", "WORKER_", "OBJECT_STORE_", "SPILL_", "RAY_FOLDER", "GCS_PORT", "METRICS_PORT", "DASHBOARD_PORT"),
     *("RAY_AUTH_", "RAY_METRICS_GRAFANA_", "RAY_PROMETHEUS_HOST", "RAY_GRAFANA_HOST", "PYTHONPATH", "PATH"),
-    *("DEEPTRUST_CACHE", "RAY_enable_autoscaler_v2", VARIABLE),
+    *("DEEPTRUST_CACHE", "RAY_enable_autoscaler_v2", "MLFLOW_TRACKING_URI", VARIABLE),
 )
 
 
@@ -40,6 +40,11 @@ class KubeRaySettings(BaseModel):
     cluster: Path = Field(_ROOT / "cluster.yaml", description="Ray's cluster file")
     serve: Path = Field(_ROOT / "serve_config.yaml", description="Serve's configuration")
     name: str = Field("deeptrust", pattern=r"^[a-z]([a-z0-9-]{0,40}[a-z0-9])?$")
+    mlflow: str = Field(
+        "http://mlflow:5000",
+        pattern=r"^[a-z0-9+]+://\S+$",
+        description="MLflow as pods reach it: the service `mlflow` of the same namespace, unless said otherwise",
+    )
     cpus: int = Field(16, ge=1, description="processors of a worker pod")
     memory: str = Field("96Gi", pattern=r"^\d+(Mi|Gi)$", description="memory of a worker pod, object store included")
 
@@ -140,6 +145,7 @@ def _pod(settings: KubeRaySettings, carried: dict[str, str], resources: dict[str
     own = {
         "PYTHONPATH": _CODE,
         "DEEPTRUST_CACHE": "/var/cache/deeptrust",
+        "MLFLOW_TRACKING_URI": settings.mlflow,
         VARIABLE: f"{_KEYS}/keys.json",
     }
     return {

@@ -85,3 +85,18 @@ def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"metadata\.environment exports nothing"):
         (tmp_path / "empty.yaml").write_text("metadata: {environment: 'true'}")
         main(["--image", IMAGE, "--cluster", str(tmp_path / "empty.yaml")])
+
+
+def test_mlflow_is_a_service_of_the_cluster_and_no_address_of_the_bare_metal_site_is_carried() -> None:
+    def addresses(settings: KubeRaySettings) -> set[str]:
+        return {
+            entry["value"]
+            for container in containers(manifest(settings))
+            for entry in container["env"]
+            if entry["name"] == "MLFLOW_TRACKING_URI"
+        }
+
+    settings = KubeRaySettings(image=IMAGE)
+    assert addresses(settings) == {"http://mlflow:5000"}
+    assert "10.0.0." not in str(manifest(settings))
+    assert addresses(settings.model_copy(update={"mlflow": "http://mlflow.ml:80"})) == {"http://mlflow.ml:80"}
