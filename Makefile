@@ -86,7 +86,7 @@ $(VENV)-review/.done: requirements/review.txt
 review: setup $(VENV)-review/.done  ## Label Studio for reviewers, until Ctrl-C (python -m app.review push fills it)
 	$(PY) -m app.review start --program $(VENV)-review/bin/label-studio
 
-stop:  ## end it: no process and no port is left
+stop:  ## end it: accepted requests first, at once when asked again; no process and no port is left
 	@test -x $(PY) && $(PY) -m app.stop || true
 
 test: dev  ## all tests, the end-to-end ones against the real application
