@@ -3,8 +3,9 @@
 A version is a checkpoint folder among the artifacts of an MLflow run. Its aliases say how far it has come:
 ``candidate`` (registered last), ``staging``, ``canary``, ``production``; ``models:/detector@production`` is a
 checkpoint URI that the application serves. Nothing moves beyond ``candidate`` unless the report of its evaluation
-passes the gate **as the gate stands now**, and the report is of exactly these files. ``rollback`` gives an alias back
-to the version that had it before.
+passes the gate **as the gate stands now**, is of exactly these files and of the whole test split, and compares them
+with what is in production **now**; the first version has nothing to be compared with. ``rollback`` gives an alias back
+to the version that had it before, and asks for no report.
 
 In: a checkpoint URI, or a model and a version or alias. Out: tables for people; exit status 1 and a reason where
 something is refused. Knows no model class, no HTTP and no data.
@@ -133,22 +134,16 @@ def promote(
     """Give ``to`` to a version whose evaluation passes the gate; returns it and the version that had the alias.
 
     Raises:
-        RegistryError: no such version, never evaluated, evaluated as other files, or a check fails.
+        RegistryError: no such version, never evaluated, its report says nothing about it or nothing about production
+            (``objection``), or a check fails.
         GateError: the rules cannot be read.
     """
     chosen = find_version(client, model, version)
     name = f"{model} {chosen.version}"
     report = read_report(client, chosen)
-    if report is None:
-        raise RegistryError(
-            f"{name} has not been evaluated; run "
-            f"`python -m train.evaluate {model} --checkpoint models:/{model}/{chosen.version} …`"
-        )
-    evaluated = report["model"]["revision"]
-    if evaluated != chosen.tags.get(REVISION_TAG):
-        raise RegistryError(
-            f"{name} has the files {chosen.tags.get(REVISION_TAG)}, but its report is about {evaluated}; evaluate it"
-        )
+    if (reason := objection(client, model, chosen, report)) is not None:
+        raise RegistryError(f"{name} {reason}")
+    assert report is not None
     judgement = judge(report, read_rules(rules))
     if not judgement.passed:
         lines = "\n  ".join(judgement.failures)
@@ -163,6 +158,32 @@ def promote(
     _write_history(client, model, to, history)
     client.set_registered_model_alias(model, to, chosen.version)
     return chosen, before
+
+
+def objection(client: MlflowClient, model: Kind, version: ModelVersion, report: dict[str, Any] | None) -> str | None:
+    """Why the last report of a version is no ground for promoting it today, and the command that makes one that is;
+    None: it is. A comparison with what was in production once shows nothing: between that and the candidate may lie a
+    better model."""
+    command = f"`python -m train.evaluate {model} --checkpoint models:/{model}/{version.version} --data …`"
+    if report is None:
+        return f"has not been evaluated; run {command}"
+    revision, evaluated = version.tags.get(REVISION_TAG), report["model"]["revision"]
+    if evaluated != revision:
+        return f"has the files {revision}, but its report is about {evaluated}; run {command}"
+    if limit := report.get("settings", {}).get("limit"):
+        return f"was evaluated on {limit} test pictures only (--limit); run {command} on all of them"
+    number = aliases_of(client, model).get("production")
+    if number is None or number == str(version.version):
+        return None
+    production = find_version(client, model, number).tags.get(REVISION_TAG)
+    compared = report.get("comparison", {}).get("with")
+    # registered twice, the same files have nothing to be compared with
+    if production == revision or (compared and compared.rpartition("#")[2] == production):
+        return None
+    return (
+        f"was compared with {compared or 'no other model'}, and {model} {number} ({production}) is in production now; "
+        f"run {command}, which compares with it, and promote again"
+    )
 
 
 def rollback(client: MlflowClient, model: Kind, alias: Stage = "production") -> tuple[str, str]:
@@ -224,6 +245,8 @@ def describe(client: MlflowClient, model: Kind, version: str, rules: Path = RULE
         lines.append("  never evaluated")
     else:
         lines += [f"  {check}" for check in judge(report, read_rules(rules)).checks]
+        if (reason := objection(client, model, chosen, report)) is not None:
+            lines.append(f"  may not be promoted: {reason}")
     aliases = aliases_of(client, model)
     for alias in ALIASES:
         if alias in aliases:

@@ -228,7 +228,9 @@ class Retraining:
         return {"version": str(version.version), "uri": uri, "told": f"{uri}, alias candidate"}
 
     def _judge(self) -> dict[str, Any]:
-        place, uri, base = self.done["data"]["place"], self.done["register"]["uri"], self.done["base"]["uri"]
+        place, uri = self.done["data"]["place"], self.done["register"]["uri"]
+        # not what training started from, hours ago: promotion wants a comparison with what is in production now
+        base = pinned(f"models:/{MODEL}@production")
         settings: dict[str, Any] = {
             "data": place,
             "checkpoint": uri,
@@ -249,15 +251,19 @@ class Retraining:
             self._old_ids(),
             self.config.gate,
         )
+        client, failures = self.run.client, judgement.failures
+        version = registry.find_version(client, MODEL, self.done["register"]["version"])
+        if (reason := registry.objection(client, MODEL, version, report)) is not None:  # e.g. settings with a limit
+            failures = [f"{uri} {reason}", *failures]
         checks = [str(check) for check in judgement.checks]
-        passed = judgement.passed and all(each.passed for each in shown)
+        passed = not failures and all(each.passed for each in shown)
         told = "; ".join(f"{each.rule}: {'yes' if each.passed else 'NO'}, {each.text}" for each in shown)
         gate = f"gate: {len(judgement.checks) - len(judgement.failures)} of {len(checks)} checks"
         return {
             "passed": passed,
             "evaluation": report["run"],
             "shown": [each.model_dump() for each in shown],
-            "failures": judgement.failures[:5],
+            "failures": failures[:5],
             "told": f"{'passed' if passed else 'REFUSED'}: {told}; {gate}",
         }
 

@@ -50,6 +50,7 @@ def test_a_figure_is_found_by_its_path(path: str, value: float | None) -> None:
         ({"figure": "tiers.768_q60.roc_auc.low", "at_least": 0.1}, False),  # not a number
         ({"figure": "comparison.clean", "at_least": -1}, False),  # not there
         ({"figure": "comparison.clean", "at_least": -1, "optional": True}, True),
+        ({"figure": "tiers.claen.roc_auc.low", "at_least": -1, "optional": True}, False),  # a slip of the pen
     ],
 )
 def test_a_rule_holds_or_fails(rule: dict[str, object], passed: bool) -> None:

@@ -52,23 +52,34 @@ def rules(tmp_path: Path) -> Path:
     return tmp_path / "gate.yaml"
 
 
-def add(store: TrackingConfig, folder: Path, quality: float | None, revision: str | None = None) -> str:
-    """Another detector in the registry, evaluated unless ``quality`` is None; its number."""
+def add(store: TrackingConfig, folder: Path, quality: float | None, revision: str | None = None, **part: object) -> str:
+    """Another detector in the registry, evaluated (``evaluated``) unless ``quality`` is None; its number."""
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     (folder / "card.json").write_text(json.dumps({"task": "detection", "labels": ["human", "ai"]}))
     save_file({"weight": torch.tensor(list(folder.name.encode()))}, folder / "model.safetensors")
     with tracking.run(store, "detector", folder.name) as run:
         version = registry.register(run, "detector", folder)
-        if quality is not None:
-            report = {
-                "kind": "detector",
-                "quality": quality,
-                "model": {"revision": revision or version.tags[registry.REVISION_TAG]},
-            }
-            run.text(registry.REPORT, json.dumps(report))
-            registry.record_evaluation(run.client, version, run.run_id, Judgement(passed=True, checks=[]))
+    if quality is not None:
+        evaluated(store, str(version.version), quality=quality, revision=revision, **part)
     return str(version.version)
+
+
+def evaluated(store: TrackingConfig, number: str, revision: str | None = None, **part: object) -> None:
+    """A report of a version as ``train.evaluate`` ties it on: beside what is in production now, unless told."""
+    with tracking.run(store, "evaluation", number) as run:
+        version = registry.find_version(run.client, "detector", number)
+        report: dict[str, object] = {
+            "kind": "detector",
+            "quality": 0.9,
+            "model": {"revision": revision or version.tags[registry.REVISION_TAG]},
+        }
+        if (production := registry.aliases_of(run.client, "detector").get("production")) is not None:
+            theirs = registry.find_version(run.client, "detector", production).tags[registry.REVISION_TAG]
+            report["comparison"] = {"with": f"models:/detector@production#{theirs}"}
+        report |= part
+        run.text(registry.REPORT, json.dumps(report))
+        registry.record_evaluation(run.client, version, run.run_id, Judgement(passed=True, checks=[]))
 
 
 def test_a_registered_model_is_a_checkpoint_uri(store: TrackingConfig, client: MlflowClient, tmp_path: Path) -> None:
@@ -110,9 +121,10 @@ def test_the_way_back(store: TrackingConfig, client: MlflowClient, tmp_path: Pat
     with pytest.raises(RegistryError, match="nothing in production"):
         rollback(client, "detector")
     assert revision_in_production(client) is None
-    numbers = [add(store, tmp_path / name, 0.9) for name in "abc"]
-    for number in numbers:
-        promote(client, "detector", number, "production", rules)
+    numbers = []
+    for name in "abc":
+        numbers.append(add(store, tmp_path / name, 0.9))
+        promote(client, "detector", numbers[-1], "production", rules)
     promote(client, "detector", numbers[-1], "production", rules)  # again: changes nothing
     assert rollback(client, "detector") == (numbers[1], numbers[2])
     promote(client, "detector", numbers[2], "production", rules)
@@ -123,6 +135,46 @@ def test_the_way_back(store: TrackingConfig, client: MlflowClient, tmp_path: Pat
     assert registry.aliases_of(client, "detector")["production"] == numbers[0]
     # as the application's metrics name it, and so alerts
     assert revision_in_production(client) == resolve("models:/detector@production").revision
+
+
+def test_promotion_wants_a_comparison_with_what_is_in_production_now(
+    store: TrackingConfig, client: MlflowClient, tmp_path: Path, rules: Path
+) -> None:
+    first = add(store, tmp_path / "first", 0.9)
+    promote(client, "detector", first, "production", rules)  # nothing to be compared with
+    alone = add(store, tmp_path / "alone", 0.9, comparison={})
+    command = rf"train\.evaluate detector --checkpoint models:/detector/{alone} --data"
+    for stage in ("staging", "production"):
+        with pytest.raises(
+            RegistryError, match=rf"no other model, and detector {first} .* in production now.*{command}"
+        ):
+            promote(client, "detector", alone, stage, rules)
+    evaluated(store, alone)
+    second, third = (add(store, tmp_path / name, 0.9) for name in ("second", "third"))
+    promote(client, "detector", third, "staging", rules)
+    promote(client, "detector", third, "production", rules)
+    promote(client, "detector", third, "canary", rules)  # what is in production needs no comparison with itself
+    for number in (alone, second):
+        with pytest.raises(
+            RegistryError, match=rf"compared with models:/detector@production#\w+, and detector {third}"
+        ):
+            promote(client, "detector", number, "production", rules)
+    assert "may not be promoted: was compared with" in registry.describe(client, "detector", second, rules)
+    evaluated(store, second)
+    promote(client, "detector", second, "production", rules)
+    assert rollback(client, "detector") == (third, second)
+    assert rollback(client, "detector") == (first, third)
+    promote(client, "detector", alone, "production", rules)  # it was compared with just this one
+
+
+def test_a_report_of_a_part_of_the_pictures_promotes_nothing(
+    store: TrackingConfig, client: MlflowClient, tmp_path: Path, rules: Path
+) -> None:
+    number = add(store, tmp_path / "first", 0.9, settings={"limit": 10})
+    with pytest.raises(RegistryError, match=r"10 test pictures only \(--limit\); run .*--data .* on all of them"):
+        promote(client, "detector", number, "staging", rules)
+    evaluated(store, number, settings={"limit": None})
+    promote(client, "detector", number, "production", rules)
 
 
 def test_the_way_back_passes_over_versions_that_are_gone(
