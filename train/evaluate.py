@@ -87,6 +87,11 @@ def evaluate(config: DetectorEvaluation | CaptionerEvaluation) -> tuple[dict[str
         TrackingError, GateError, CheckpointError, DataError, EvaluationError: before anything is measured; what is
             wrong with anything but MLflow is on record as a failed run.
     """
+    with registry.meant(config.tracking):  # candidate and production are of the registry that gets the report
+        return _evaluate(config)
+
+
+def _evaluate(config: DetectorEvaluation | CaptionerEvaluation) -> tuple[dict[str, Any], Judgement]:
     kind: Kind = "detector" if isinstance(config, DetectorEvaluation) else "captioner"
     started = time.monotonic()
     client = tracking.connect(config.tracking)

@@ -19,18 +19,20 @@ something is refused. Knows no model class, no HTTP and no data.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
+import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_settings import CliPositionalArg, CliSubCommand
 
-from deployments.checkpoints import Checkpoint, CheckpointError, open_checkpoint, resolve
+from deployments.checkpoints import Checkpoint, CheckpointError, mlflow_uri, open_checkpoint, resolve
 from train import tracking
 from train.gate import RULES, GateError, Judgement, Kind, judge, read_rules
 from train.tracking import Run, TrackingConfig, TrackingError
@@ -50,6 +52,21 @@ REPORT = "report.json"
 
 class RegistryError(RuntimeError):
     """The registry refuses; the message says why and what to do."""
+
+
+@contextlib.contextmanager
+def meant(config: TrackingConfig) -> Iterator[None]:
+    """For the length of the block ``models:/`` is the registry that these settings name: ``resolve`` knows no settings
+    and reads the environment, and would fetch a version of the same number from another registry."""
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    os.environ["MLFLOW_TRACKING_URI"] = config.uri or mlflow_uri()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["MLFLOW_TRACKING_URI"]
+        else:
+            os.environ["MLFLOW_TRACKING_URI"] = before
 
 
 def register(run: Run, model: Kind, folder: Path, source: str | None = None) -> ModelVersion:
@@ -320,7 +337,8 @@ class RegisterCommand(_Command):
 
     def run(self) -> str:
         """What is printed."""
-        found: Checkpoint = resolve(self.checkpoint)
+        with meant(self.tracking):
+            found: Checkpoint = resolve(self.checkpoint)
         card = found.card.model_dump(mode="json", exclude={"metrics"})
         with tracking.run(
             self.tracking, "registered", f"register {self.checkpoint}", parameters={"checkpoint": self.checkpoint}

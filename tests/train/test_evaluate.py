@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,19 @@ def test_what_was_evaluated_is_what_is_served(folder: Path, report: dict[str, An
     views = np.stack([render(noise(number), DetectorModel(served).views) for number in range(8)])
     difference = DetectorModel(served).logits(views) - DetectorModel(trained).logits(views)
     assert np.abs(difference).max() <= 1e-4
+
+
+def test_the_registry_that_is_named_is_the_one_that_is_read(
+    folder: Path, report: dict[str, Any], tmp_path: Path
+) -> None:
+    shutil.copyfile(folder / "mlflow.db", tmp_path / "mlflow.db")
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    tracking.connect(TrackingConfig(uri=uri)).set_registered_model_alias("detector", "staging", "1")
+    asked = ["detector", f"--data={folder}/nothing", "--checkpoint=models:/detector@staging"]
+    with pytest.raises(SystemExit, match="no prepared data set"):  # the checkpoint was found
+        main([*asked, f"--tracking.uri={uri}"])
+    with pytest.raises(SystemExit, match="staging"):  # and the environment's registry has none, before and after
+        main(asked)
 
 
 def test_mlflow_has_the_report_and_its_numbers(report: dict[str, Any]) -> None:
