@@ -15,7 +15,7 @@ import math
 import re
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import pytorch_lightning as pl
@@ -26,9 +26,11 @@ from torch import nn
 from deployments.pixels import Normalisation
 from train.strategies import gather, is_sharded, shard
 
-#: ``layer.3.``, ``layers.3.``, ``blocks.3.``, ``stages.3.``: where a parameter says how deep it lies.
-_DEPTH = re.compile(r"(?:layers?|blocks?|stages?|h)\.(\d+)\.")
-_EMBEDDINGS = re.compile(r"embed|patch|cls_token|mask_token|pos_")
+#: Where a parameter says how deep it lies: ``layer.3.``, or within a stage ``layers.2.blocks.0.`` (Swin) and
+#: ``stages.2.layers.0.`` (RegNet, ResNet, ConvNeXt). Numbers further in count the parts of a block.
+_DEPTH = re.compile(r"(?:^|\.)(?:layers?|blocks?|stages?|h)\.(\d+)\.(?:(?:blocks|layers)\.(\d+)\.)?")
+#: What lies before the first block; CLIP's first norm is spelt like that.
+_EMBEDDINGS = re.compile(r"embed|patch|cls_token|mask_token|pos_|pre_layrnorm|pre_layernorm")
 
 
 class TrainingError(RuntimeError):
@@ -126,6 +128,20 @@ class TrainedModule(pl.LightningModule):
 
     # -------------------------------------------------------------------------------------------------- the model
 
+    def train(self, mode: bool = True) -> Self:
+        """As everywhere, but batch normalisation (RegNet, ResNet) goes on with the statistics that the checkpoint
+        brought, and trains its scale and offset alone.
+
+        A worker's share of a batch is a few pictures of two kinds: their statistics are noise, differ from worker to
+        worker, and would be other ones than the exported model judges with. Held still they cost no communication, and
+        weights mean the same on every worker, for any number of workers.
+        """
+        super().train(mode)
+        for part in self.modules():
+            if isinstance(part, nn.modules.batchnorm._BatchNorm) and part.track_running_stats:
+                part.eval()
+        return self
+
     @property
     def trained(self) -> nn.Module:
         """The part that forward and backward go through: what a strategy shards."""
@@ -138,7 +154,8 @@ class TrainedModule(pl.LightningModule):
         return scaled if scaled.shape[1] > 1 else scaled[:, 0]
 
     def freeze_unreached(self, batch: dict[str, torch.Tensor]) -> None:
-        """Take parameters that the loss never reaches out of training: DDP would wait for their gradients for ever."""
+        """Take parameters that the loss never reaches out of training: DDP would wait for their gradients for ever.
+        Nothing else changes: whatever the batch shows, no buffer takes it in."""
         self.train()
         self.loss(batch).backward()
         for parameter in self.parameters():
@@ -237,11 +254,28 @@ class TrainedModule(pl.LightningModule):
         return self.config.final_rate + (1 - self.config.final_rate) * 0.5 * (1 + math.cos(math.pi * place))
 
 
+def block_depths(names: Iterable[str]) -> dict[str, int]:
+    """How many whole blocks lie before that of each parameter, through the stages in their order. What belongs to a
+    stage and to no block of it (Swin's merging of patches) goes with the block before it."""
+    latest: dict[tuple[str, int], int] = {}
+    places: dict[str, tuple[str, int, int]] = {}
+    for name in names:
+        if found := _DEPTH.search(name):
+            tower, stage = name[: found.start()], int(found[1])
+            if found[2]:
+                latest[tower, stage] = int(found[2])
+            places[name] = tower, stage, latest.get((tower, stage), 0)
+    blocks: dict[str, list[tuple[int, int]]] = {}
+    for tower, *block in sorted(set(places.values())):
+        blocks.setdefault(tower, []).append((block[0], block[1]))
+    return {name: blocks[tower].index((stage, block)) for name, (tower, stage, block) in places.items()}
+
+
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: Optimisation) -> list[dict[str, Any]]:
     """AdamW's groups: matrices decay, the rest does not; with ``layer_decay`` each depth has a rate of its own
     (Clark et al. 2020, BEiT)."""
     named = list(named)
-    depths = {name: int(found[-1]) for name, _ in named if (found := _DEPTH.findall(name))}
+    depths = block_depths([name for name, _ in named])
     top = max(depths.values(), default=-1) + 2
     groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in named:

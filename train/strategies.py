@@ -70,7 +70,7 @@ def ray_strategy(name: StrategyName) -> Strategy:
         return RayFullyShardStrategy()
     from ray.train.lightning import RayDDPStrategy
 
-    # no buffer here changes while training, and sending them all before each step costs
+    # no buffer changes while training (train.module holds batch normalisation's), and sending them all costs each step
     return RayDDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
