@@ -251,19 +251,9 @@ def ray_trainer(config: TrainCommand, job: Job, place: Location, callbacks: Sequ
             # it asks the dashboard, which an own Ray does not have, and an own Ray dies with this process anyway
             return [one for one in found if not isinstance(one, PlacementGroupCleanerCallback)]
 
-    resources, most = ray.cluster_resources(), config.num_workers
-    gpus = config.gpus_per_worker
-    if gpus < 0:
-        gpus = 1.0 if resources.get("GPU", 0) >= most else 0.0
-    reserved = {"CPU": config.cpus_per_worker, **({"GPU": gpus} if gpus else {})}
-    loading = 0 if job.in_process() else config.loader_cpus
-    if most * config.cpus_per_worker + loading > resources.get("CPU", 0):
-        raise TrainingError(
-            f"{most} workers of {config.cpus_per_worker} CPUs and a loader of {loading} do not fit into "
-            f"the {resources.get('CPU', 0):g} "
-            "CPUs of this Ray: lower --num-workers or --cpus-per-worker (a reservation; --threads says "
-            "how many are used)"
-        )
+    most = config.num_workers
+    reserved = reservation(config, ray.cluster_resources(), 0 if job.in_process() else config.loader_cpus)
+    gpus = reserved.get("GPU", 0)
     storage: dict[str, Any] = {"storage_path": place.path}
     if not place.is_local:
         storage["storage_filesystem"] = place.arrow_filesystem
@@ -284,6 +274,36 @@ def ray_trainer(config: TrainCommand, job: Job, place: Location, callbacks: Sequ
             **storage,
         ),
     )
+
+
+def reservation(config: TrainCommand, resources: Mapping[str, float], loading: float) -> dict[str, float]:
+    """What Ray reserves for each worker. Those that must be there to begin are ``min_workers``, if that is given: the
+    others join when their nodes do.
+
+    Args:
+        resources: of the whole cluster, as it is now.
+        loading: CPUs of a loader.
+
+    Raises:
+        TrainingError: so many do not fit, or there are GPUs and too few of them: that is no reason to train on CPUs.
+    """
+    least, gpus = config.min_workers or config.num_workers, config.gpus_per_worker
+    here = resources.get("GPU", 0)
+    if gpus < 0:
+        gpus = 1.0 if here else 0.0
+        if 0 < here < least:
+            raise TrainingError(
+                f"{least} workers want a GPU each and this Ray has {here:g}: lower --num-workers, or let --min-workers "
+                "begin with fewer; --gpus-per-worker 0 trains on CPUs, a fraction shares a GPU"
+            )
+    if least * config.cpus_per_worker + loading > resources.get("CPU", 0):
+        raise TrainingError(
+            f"{least} workers of {config.cpus_per_worker} CPUs and a loader of {loading} do not fit into the "
+            f"{resources.get('CPU', 0):g} CPUs of this Ray: lower "
+            f"{'--min-workers' if config.min_workers else '--num-workers'} or --cpus-per-worker (a reservation; "
+            "--threads says how many are used)"
+        )
+    return {"CPU": config.cpus_per_worker, **({"GPU": gpus} if gpus else {})}
 
 
 def _on_a_cluster() -> bool:

@@ -71,7 +71,7 @@ class LoopConfig(Optimisation):
         "32-true", description="of the computation; `true` stores weights in it too"
     )
     gpus_per_worker: float = Field(
-        -1, ge=-1, description="-1: one if the cluster has enough GPUs for all workers, else none"
+        -1, ge=-1, description="-1: one where the cluster has GPUs (too few for the workers is an error), else none"
     )
     cpus_per_worker: float = Field(0.5, gt=0, description="that Ray reserves for a worker; the rest is for loaders")
     threads: int = Field(0, ge=0, description="CPU threads of a worker; 0: the machine's cores over the workers")
