@@ -1,8 +1,11 @@
 """``make starter``: the starter models' trained halves, made again from raw data by the commands that everybody uses.
 
 In: the two raw data sets. Out: ``deployments/starter_weights/detector`` and ``captioner`` (weights, configuration,
-card) and their reports under ``--work``. Every step resumes or does nothing when it is done, so the same command goes
-on after a kill.
+card) and their reports under ``--work``. Preparation and training resume, or do nothing when they are done, and reports
+are made again, so the same command goes on after a kill.
+
+What is committed is written last, both halves together: the cards tell the commit that the models were trained by, and
+a file of the repository that had changed by then would make it ``-dirty``. ``--only`` one of the two from a clean tree.
 
     python -m train.starter --labelled aivshuman-mini --captioned flickr8k-224 --work ~/starter
 """
@@ -55,6 +58,7 @@ def steps(config: Starter) -> Iterator[list[str]]:
     prepared, models, reports = work / "prepared", work / "models", work / "reports"
     common = ["--storage", str(work / "runs"), "--cache", str(work / "features"), "--threads", str(config.threads)]
     chosen = config.only.split(",")
+    extracts = []
     if "detector" in chosen:
         data, head = str(prepared / "aivshuman"), str(models / "detector")
         yield _prepare("aivshuman", config.labelled, prepared)
@@ -64,7 +68,7 @@ def steps(config: Starter) -> Iterator[list[str]]:
             *("--result", str(reports / "detector.json")),
         ]
         yield ["train.drift_reference", "--checkpoint", head, "--data", data, "--threads", str(config.threads)]
-        yield _extract(head, "detector")
+        extracts.append(_extract(head, "detector"))
     if "captioner" in chosen:
         data, first, best = str(prepared / "flickr30k"), str(models / "likelihood"), str(models / "captioner")
         yield _prepare("flickr30k", config.captioned, prepared)
@@ -73,7 +77,12 @@ def steps(config: Starter) -> Iterator[list[str]]:
             *("train.captioner", "--data", data, "--model", first, "--output", best, "--name", "captioner-cider"),
             *(*shlex.split(REWARDED), *common),
         ]
-        yield _extract(best, "captioner")
+        yield [
+            *("train.evaluate", "captioner", "--data", data, "--checkpoint", best, "--against", ""),
+            *("--output", str(reports / "captioner")),
+        ]
+        extracts.append(_extract(best, "captioner"))
+    yield from extracts
 
 
 def _prepare(name: str, raw: str, prepared: Path) -> list[str]:
