@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from deployments.checkpoints import mlflow_uri, open_checkpoint, with_driver
+from train.source import describe_trees
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -352,7 +353,7 @@ def start(
             client.update_run(run_id, status="RUNNING")
             client.set_tag(run_id, FAILURE_TAG, "")
         else:
-            all_tags = {"mlflow.runName": name, COMMIT_TAG: code_commit() or "unknown", **(tags or {})}
+            all_tags = {"mlflow.runName": name, COMMIT_TAG: code_commit(), **(tags or {})}
             if key:
                 all_tags[KEY_TAG] = key
             if parent:
@@ -413,19 +414,22 @@ def attach(reference: RunReference) -> Run:
     return attached
 
 
-def code_commit() -> str | None:
-    """The commit that this code stands at, ``-dirty`` when files differ from it; ``DEEPTRUST_COMMIT`` where the code
-    came without its repository (a Ray job's working directory), None when nobody knows."""
+def code_commit() -> str:
+    """The commit that this code stands at, ``-dirty`` when files differ from it. Where the code came without its
+    repository (a Ray job's working directory, an image): ``DEEPTRUST_COMMIT``, or the git trees that it is."""
     if named := os.environ.get("DEEPTRUST_COMMIT"):
         return named
-    result = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return result.stdout.strip() if result.returncode == 0 else None
+    try:
+        result = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    except FileNotFoundError:  # an image without git
+        return describe_trees()
+    return result.stdout.strip() if result.returncode == 0 else describe_trees()
 
 
 def describe(error: BaseException) -> str:
