@@ -62,8 +62,8 @@ class CaptionerTraining(TrainCommand):
 
     model: str = Field(
         "",
-        description="checkpoint to start from, or `new`; unset: Salesforce/blip-image-captioning-base where there is a "
-        "GPU, starter:captioner elsewhere",
+        description="checkpoint to start from, or `new`; unset: Salesforce/blip-image-captioning-base where this "
+        "command itself sees a GPU for its workers, starter:captioner elsewhere; to a cluster elsewhere name it",
     )
     new: NewDecoder = Field(NewDecoder(), description="the decoder of `--model new`")
     name: str = Field("captioner", description="name of the run; the same name in the same storage goes on with it")
@@ -101,9 +101,8 @@ class CaptionerTraining(TrainCommand):
     )
 
     def start_from(self) -> str:
-        return self.model or (
-            "Salesforce/blip-image-captioning-base" if torch.cuda.is_available() else "starter:captioner"
-        )
+        gpu = self.gpus_per_worker != 0 and torch.cuda.is_available()
+        return self.model or ("Salesforce/blip-image-captioning-base" if gpu else "starter:captioner")
 
 
 def load_captioner(checkpoint: Checkpoint, dropout: float | None = None) -> Any:
@@ -559,6 +558,8 @@ def prepare_job(
         )
     if (config.freeze == "tower" or config.objective == "cider") and config.strategy != "ddp":
         raise TrainingError("--freeze tower and --objective cider go through the decoder alone: use --strategy ddp")
+    if config.freeze == "tower" and config.precision == "bf16-true":
+        raise TrainingError("--freeze tower trains on float32 features: use --precision bf16-mixed")
     if config.gradient_checkpointing and not model.supports_gradient_checkpointing:
         raise TrainingError(
             f"{type(model).__name__} has no gradient checkpointing: leave --gradient-checkpointing away"

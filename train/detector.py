@@ -60,7 +60,8 @@ class DetectorTraining(TrainCommand):
     model: str = Field(
         "",
         description="checkpoint to start from: folder, s3://, models:/, starter:detector, hub id; unset: "
-        "google/vit-base-patch16-224 where there is a GPU, starter:detector elsewhere",
+        "google/vit-base-patch16-224 where this command itself sees a GPU for its workers, starter:detector elsewhere; "
+        "to a cluster elsewhere name it",
     )
     name: str = Field("detector", description="name of the run; the same name in the same storage goes on with it")
     head: Literal["auto", "keep", "new"] = Field(
@@ -106,7 +107,8 @@ class DetectorTraining(TrainCommand):
     )
 
     def start_from(self) -> str:
-        return self.model or ("google/vit-base-patch16-224" if torch.cuda.is_available() else "starter:detector")
+        gpu = self.gpus_per_worker != 0 and torch.cuda.is_available()
+        return self.model or ("google/vit-base-patch16-224" if gpu else "starter:detector")
 
 
 # ------------------------------------------------------------------------------------------------------- the model
@@ -605,6 +607,8 @@ def prepare_job(
         head_of(model)
         if config.strategy != "ddp" or config.ema:
             raise TrainingError("--freeze tower trains a small head: use --strategy ddp and no --ema")
+        if config.precision == "bf16-true":
+            raise TrainingError("--freeze tower trains a small head on float32 features: leave --precision away")
     job = DetectorJob(config, version, absolute(checkpoint.uri), labels, new_head, views, float("inf"), None)
     return job, sum(parameter.numel() for parameter in model.parameters())
 

@@ -30,6 +30,7 @@ from PIL import Image, ImageFilter
 from pydantic import BaseModel, ConfigDict, Field
 from sklearn.metrics import roc_auc_score
 
+from data.errors import DataError
 from deployments.checkpoints import Checkpoint
 from deployments.detector import DetectorModel, verdict
 from deployments.heat_map import combine, render_png
@@ -420,9 +421,22 @@ def generator_figures(
     return result
 
 
+def pictures_below(folder: Path) -> list[Path]:
+    """Files of pictures in a folder and in those below it.
+
+    Raises:
+        DataError: there is no such folder, or no picture in it.
+    """
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
+    if not paths:
+        what = "has no JPEG, PNG or WebP file in it" if folder.is_dir() else "is no folder"
+        raise DataError(f"--extra {folder} {what}: correct the path, or leave it away")
+    return paths
+
+
 def one_by_one(model: DetectorModel, folder: Path, batch_size: int) -> tuple[dict[str, Any], list[Picture]]:
     """Probability of AI of each picture of a folder and of those below it, in each tier, and its heat map."""
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
+    paths = pictures_below(folder)
     examples = [Example(path.name, path.name, path.read_bytes, "ai") for path in paths]
     chances, _ = score(model, examples, list(TIERS), batch_size)
     figures = {

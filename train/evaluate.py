@@ -103,6 +103,9 @@ def _evaluate(config: DetectorEvaluation | CaptionerEvaluation) -> tuple[dict[st
         version = _version(client, uri, kind)
         against = _against(client, config.against, kind, checkpoint)
         examples = read_examples(config.data, kind, config.limit)
+        if isinstance(config, DetectorEvaluation):
+            for folder in config.extra:
+                detector_report.pictures_below(folder)
     except Exception as error:
         tracking.refused(config.tracking, "evaluation", f"evaluate {uri}", error, {"model": uri} | settings)
         raise

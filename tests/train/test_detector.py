@@ -65,6 +65,7 @@ def arguments(version: Path, vit: Path, folder: Path, **changes: object) -> list
         ({"num_workers": 3, "batch_size": 12, "min_workers": 2}, "multiple of 2"),
         ({"ema": 0.9, "strategy": "fsdp"}, "--ema"),
         ({"blend": 0.5, "head": "new"}, "--head keep"),
+        ({"freeze": "tower", "precision": "bf16-true"}, "--precision"),
         ({"time_limit": "soon"}, "no duration"),
     ],
 )
@@ -134,6 +135,16 @@ def test_data_that_do_not_fit_the_task_are_told(vit: Path, tmp_path: Path) -> No
         prepare_job(config, captions)
 
 
+def test_the_default_model_follows_the_devices_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    for gpu, gpus, model in (
+        (False, -1, "starter:detector"),
+        (True, -1, "google/vit-base-patch16-224"),
+        (True, 0, "starter:detector"),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        assert DetectorTraining(data="x", output="x", gpus_per_worker=gpus).start_from() == model
+
+
 # ------------------------------------------------------------------------------------------------------------ heads
 
 
@@ -195,7 +206,8 @@ def test_validation_pictures_come_in_every_tier(version: Path, vit: Path) -> Non
         int(row): pixels
         for block in source.load(0, np.array([3, 19]))
         for row, pixels in zip(block["row"], block["pixels"], strict=True)
-    }  # fmt: skip assert set(blocks) == {3, 19} and not np.array_equal(blocks[3], blocks[19])
+    }
+    assert set(blocks) == {3, 19} and not np.array_equal(blocks[3], blocks[19])
     assert np.abs(blocks[3].astype(int) - blocks[19]).mean() < 30  # the same picture
     labels, _ = read_annotations(open_version(version), "val", ("human", "ai"), 0.5).of(np.array([3, 19]))
     assert labels[0] == labels[1]

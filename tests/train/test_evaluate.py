@@ -173,6 +173,11 @@ def test_a_gate_that_is_not_passed_refuses_promotion(folder: Path, capsys: pytes
         (["detector", "--data", "DIR/nothing", "--checkpoint", "DIR/detector"], "no prepared data set"),
         (["detector", "--data", "DIR/pictures", "--checkpoint", "DIR/captioner"], "for captioning, not a detector"),
         (["detector", "--data", "DIR/pictures", "--checkpoint", "models:/detector@staging"], "staging"),
+        (["detector", "--data", "DIR/pictures", "--checkpoint", "DIR/detector", '--extra=["DIR/x"]'], "is no folder"),
+        (
+            ["detector", "--data", "DIR/pictures", "--checkpoint", "DIR/detector", '--extra=["DIR/production"]'],
+            "no JPEG",
+        ),
         (["captioner", "--data", "DIR/captions", "--checkpoint", "DIR/captioner", "--rules", "x.yaml"], "no gate"),
     ],
 )
