@@ -20,22 +20,33 @@ def calibrate(scores: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> tu
     2017).
 
     The bias goes into the head; detectors drift to one side on other data, which a temperature cannot repair.
+
+    Scores that part the labels without an error, or that rank them the wrong way round, have no best pair: both numbers
+    stay within bounds that are counted in the scores' own deviations.
     """
     z, y, w = (torch.from_numpy(np.asarray(values, dtype=np.float64)) for values in (scores, labels, weights))
+    mean, deviation = float(z.mean()), float(z.std(correction=0)) or 1.0
+    z = (z - mean) / deviation
     log_scale, bias = (
         torch.zeros((), dtype=torch.float64, requires_grad=True),
         torch.zeros((), dtype=torch.float64, requires_grad=True),
     )
     optimizer = torch.optim.LBFGS([log_scale, bias], max_iter=200, line_search_fn="strong_wolfe")
 
+    def scale() -> torch.Tensor:
+        return log_scale.clamp(-5, 7).exp()
+
+    def shift() -> torch.Tensor:
+        return bias.clamp(-10, 10)
+
     def closure() -> torch.Tensor:
         optimizer.zero_grad()
-        loss = functional.binary_cross_entropy_with_logits((z + bias) * log_scale.exp(), y, weight=w)
+        loss = functional.binary_cross_entropy_with_logits((z + shift()) * scale(), y, weight=w)
         loss.backward()
         return loss
 
     optimizer.step(closure)
-    return float((-log_scale.detach()).exp()), float(bias.detach())
+    return deviation / float(scale().detach()), deviation * float(shift().detach()) - mean
 
 
 def balanced_weights(labels: np.ndarray, strata: Sequence[Hashable], power: float) -> np.ndarray:

@@ -22,6 +22,22 @@ def test_calibration_undoes_a_known_scale_and_shift() -> None:
     assert bias == pytest.approx(1.5, abs=0.15)
 
 
+@pytest.mark.parametrize("spread", [1e-4, 1.0, 1e3])
+@pytest.mark.parametrize("rank", ["perfect", "reversed", "none", "constant"])
+def test_scores_without_a_best_calibration_have_a_valid_one(rank: str, spread: float) -> None:
+    """A card takes no temperature of nought, and an infinite bias would go into the head unseen."""
+    labels = np.repeat([0, 1], 8)
+    values = np.arange(16.0) - 7.5
+    values = {"perfect": values, "reversed": -values, "none": np.tile([-1.0, 1.0], 8), "constant": values * 0 + 3}[rank]
+    temperature, bias = calibrate(values * spread, labels, np.ones(16))
+    assert 0 < temperature < np.inf and np.isfinite(bias)
+    chances = sigmoid((values * spread + bias) / temperature)
+    if rank == "perfect":
+        assert ((chances > 0.5) == labels).all()
+    elif rank != "constant":
+        assert chances.mean() == pytest.approx(0.5, abs=0.05)
+
+
 def test_thresholds_keep_their_promises_and_their_order() -> None:
     random = np.random.default_rng(0)
     labels = np.repeat([0, 1], 500)
