@@ -11,6 +11,8 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +23,12 @@ from deployments.images import ImageLimits, decode
 from deployments.views import render
 from train.examples import Example
 
+_DEPLOYMENTS = Path(captioner.__file__).parent
+#: What tags depend on besides code.
+_TAG_DATA = ("tag_lexicon.json", "tag_prompt.yaml")
+#: Captions given to the tagger's engine together, and then kept.
+_TAGGED_AT_ONCE = 100
+
 
 def caption_all(checkpoint: Checkpoint, examples: Sequence[Example], batch_size: int) -> list[str]:
     """A caption for each example, by the class that serves.
@@ -28,7 +36,8 @@ def caption_all(checkpoint: Checkpoint, examples: Sequence[Example], batch_size:
     What was captioned is kept in the cache, so that a killed evaluation goes on and a second one need not caption
     again. The key is everything that a caption depends on: the checkpoint's files, the picture's bytes, the code.
     """
-    kept = _Kept(cache_root() / "captions" / f"{checkpoint.revision}-{_code_digest()}.jsonl")
+    code = _code_digest(captioner, images, pixels, views)
+    kept = _Kept(cache_root() / "captions" / f"{checkpoint.revision}-{code}.jsonl")
     keys = [hashlib.sha256(example.read()).hexdigest()[:24] for example in examples]
     missing = [place for place, key in enumerate(keys) if key not in kept.values]
     model = CaptionerModel(checkpoint) if missing else None
@@ -46,17 +55,17 @@ def caption_all(checkpoint: Checkpoint, examples: Sequence[Example], batch_size:
 
 
 class _Kept:
-    """A file of key and text, one pair a line, that is only added to; a line that was cut off is ignored."""
+    """A file of key and value, one pair a line, that is only added to; a line that was cut off is ignored."""
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self.values: dict[str, str] = {}
+        self.values: dict[str, Any] = {}
         for line in file.read_text().splitlines() if file.is_file() else ():
             with contextlib.suppress(ValueError):
                 key, text = json.loads(line)
                 self.values[key] = text
 
-    def add(self, values: Mapping[str, str]) -> None:
+    def add(self, values: Mapping[str, Any]) -> None:
         self._file.parent.mkdir(parents=True, exist_ok=True)
         with self._file.open("a") as file:
             # begins with a line break: whatever a kill left behind ends there
@@ -64,22 +73,35 @@ class _Kept:
         self.values.update(values)
 
 
-def _code_digest() -> str:
-    """Of the modules that a caption depends on."""
+def _code_digest(*modules: ModuleType) -> str:
+    """Of the modules that a caption or tags depend on."""
     digest = hashlib.sha256()
-    for module in (captioner, images, pixels, views):
+    for module in modules:
         digest.update(Path(str(module.__file__)).read_bytes())
     return digest.hexdigest()[:12]
 
 
 def tag_all(checkpoint: Checkpoint, captions: Sequence[str]) -> list[list[str]]:
-    """Tags of each caption, by the tagger's own engine settings, offline."""
-    from deployments.offline_tagger import OfflineTagger
+    """Tags of each caption, by the tagger's own engine settings, offline.
 
-    # the same caption gets the same tags: asked once
-    distinct = sorted(set(captions))
-    answers = dict(zip(distinct, OfflineTagger(checkpoint).tag(distinct), strict=True))
-    return [answers[caption]["tags"] for caption in captions]
+    The same caption gets the same tags: it is asked once, and what was tagged is kept in the cache as captions are. The
+    key is the caption, the checkpoint's files, prompt, rules and code.
+    """
+    from deployments import offline_tagger, tag_lexicon, tag_rules, tagger
+
+    code = _code_digest(offline_tagger, tag_lexicon, tag_rules, tagger)
+    data = hashlib.sha256(b"".join((_DEPLOYMENTS / name).read_bytes() for name in _TAG_DATA)).hexdigest()[:12]
+    kept = _Kept(cache_root() / "tags" / f"{checkpoint.revision}-{code}-{data}.jsonl")
+    missing = sorted(set(captions) - set(kept.values))
+    engine = offline_tagger.OfflineTagger(checkpoint) if missing else None
+    started = time.monotonic()
+    for first in range(0, len(missing), _TAGGED_AT_ONCE):
+        assert engine is not None
+        part = missing[first : first + _TAGGED_AT_ONCE]
+        kept.add({caption: answer["tags"] for caption, answer in zip(part, engine.tag(part), strict=True)})
+        done = first + len(part)
+        print(f"tagged {done}/{len(missing)}, {done / (time.monotonic() - started):.1f}/s", flush=True)
+    return [kept.values[caption] for caption in captions]
 
 
 def view_of(model: CaptionerModel, example: Example) -> np.ndarray:

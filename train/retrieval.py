@@ -4,7 +4,7 @@ A picture's generated caption (with or without its tags) is a document, people's
 BM25 ranks. Out: recall at 1 and 10 (the share of queries whose own picture is the first, among the first ten) with
 95 % bootstrap intervals over photos, for captions alone, captions with tags, and human captions as documents (one
 other person's sentence, and all the others together: what perfect captioning would reach). The paired difference says
-whether tags help.
+whether tags help; ``of_one_person`` is the captions' recall over that of one person's sentence.
 
 In: ``[{"id", "caption", "tags", "references": [...]}]``, or a data set and checkpoints. Knows no HTTP and no store.
 
@@ -17,6 +17,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,11 @@ def retrieval(rows: Sequence[Mapping[str, Any]], resamples: int = 2000, seed: in
         "queries": sum(map(len, references)),
         "systems": {name: figures(values) for name, values in systems.items()},
     }
+    one = systems["human_caption"].mean(0)
+    result["of_one_person"] = {  # says the same of a hundred photos as of a thousand, as recall itself does not
+        f"recall_at_{cut}": round(float(systems["captions"][:, place].mean() / max(one[place], 1e-9)), 4)
+        for place, cut in enumerate(CUTS)
+    }
     if "captions_and_tags" in systems:
         result["tags_add"] = figures(systems["captions_and_tags"] - systems["captions"])
     return result
@@ -155,12 +161,14 @@ def main(arguments: list[str] | None = None) -> None:
     from deployments.checkpoints import resolve
     from train.examples import read_examples
     from train.generate import caption_all, tag_all
+    from train.tracking import code_commit
 
     config = CliApp.run(RetrievalConfig, cli_args=arguments)
     if config.rows and config.rows.is_file():
-        rows = json.loads(config.rows.read_text())
+        rows, data = json.loads(config.rows.read_text()), Path(config.data).name
     else:
         examples = read_examples(config.data, "captioner", config.photos)
+        data = f"{examples.name} {examples.version}"
         captions = caption_all(resolve(config.captioner), examples.examples, config.batch_size)
         tags = tag_all(resolve(config.tagger), captions) if config.tagger else [None] * len(captions)
         rows = [
@@ -172,7 +180,9 @@ def main(arguments: list[str] | None = None) -> None:
     result = {
         "captioner": resolve(config.captioner).name,
         "tagger": resolve(config.tagger).name if config.tagger else None,
-        "data": Path(config.data).name,
+        "data": data,
+        "code_commit": code_commit(),
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
     } | retrieval(rows, config.resamples, config.seed)
     config.output.parent.mkdir(parents=True, exist_ok=True)
     config.output.write_text(json.dumps(result, indent=1) + "\n")
