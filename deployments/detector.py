@@ -63,9 +63,11 @@ class DetectorModel:
     Args:
         engine: use the fastest engine that the card admits for this device; PyTorch otherwise. Heat maps are PyTorch's
             in any case.
+        positive: the label whose probability is asked for; what is served tells `ai` from the rest, evaluation asks a
+            classifier of sources for `platform`.
     """
 
-    def __init__(self, checkpoint: Checkpoint, engine: bool = True) -> None:
+    def __init__(self, checkpoint: Checkpoint, engine: bool = True, positive: str = "ai") -> None:
         self.checkpoint = checkpoint
         card = checkpoint.card
         self.views = ViewSpec.from_processor(checkpoint.folder)
@@ -80,9 +82,10 @@ class DetectorModel:
         self._model.to(self.device, dtype).eval()
         labels = card.labels or [name for _, name in sorted(self._model.config.id2label.items())]
         names = [label.lower() for label in labels]
-        if "ai" not in names:
-            raise CheckpointError(f"{checkpoint.uri}: none of its labels {labels} is `ai`: not a detector")
-        self._ai = names.index("ai")
+        if positive not in names:
+            what = "a detector" if positive == "ai" else f"a classifier that knows {positive}"
+            raise CheckpointError(f"{checkpoint.uri}: none of its labels {labels} is `{positive}`: not {what}")
+        self._ai = names.index(positive)
         self.last_layer = last_layer(self._model, len(names))
         self.reference: Reference | None = read_reference(checkpoint.folder)
         self.engine = open_engine(checkpoint, self.device) if engine else None

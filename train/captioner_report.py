@@ -12,6 +12,7 @@ and sample pictures.
 * ``made_up``: nouns that no person used of the picture (``train.tag_quality``).
 * ``tags``, ``retrieval``: what a tagger makes of the captions, and whether pictures are found by them.
 * ``comparison``: difference to another model on the same photos, paired bootstrap.
+* ``not_measured``: what is missing from the above, and how to have it.
 
 Knows no MLflow and no HTML.
 """
@@ -84,13 +85,25 @@ CHANGES = {
 }
 
 
+#: Parts of a report that may be missing, and what to do about it.
+_WANTED = {
+    "templates": "changed words and synonyms: --templates is 0, or no human caption has a word to change",
+    "made_up": "objects that nobody else saw: Debian's wordnet-base and nltk are needed",
+    "tags": "tags: give a tagger by --tagger (wordnet-base and nltk are needed besides)",
+    "retrieval": "whether pictures are found: every photo needs two human captions",
+    "comparison": "the difference to production: nothing else is there to compare with",
+}
+
+
 class CaptionerSettings(BaseModel):
     """What is examined, beyond the scores."""
 
     model_config = ConfigDict(extra="forbid")
 
     templates: int = Field(100, ge=0, description="human captions that are changed by a word; 0: none")
-    tagger: str = Field("", description="checkpoint of a tagger, e.g. starter:tagger; empty: no tags")
+    tagger: str = Field(
+        "auto", description="checkpoint of a tagger; auto: starter:tagger where it can be had; empty: no tags"
+    )
     samples: int = Field(24, ge=0, le=200, description="pictures shown with their captions")
 
 
@@ -278,11 +291,15 @@ def made_up_figures(captions: Sequence[str], examples: Sequence[Example], judge:
         judge.made_up(example.captions[0], example.captions[1:]) for example in examples if len(example.captions) > 1
     ]
     said = [judge.noun_lemmas(example.captions[0]) for example in examples if len(example.captions) > 1]
+    ours, theirs = (
+        sum(map(len, wrong)) / max(sum(map(len, every)), 1) for wrong, every in ((invented, nouns), (people, said))
+    )
     return {
         "nouns": sum(map(len, nouns)),
-        "made_up_share": round(sum(map(len, invented)) / max(sum(map(len, nouns)), 1), 4),
+        "made_up_share": round(ours, 4),
         "captions_with_one": round(share(bool(words) for words in invented), 4),
-        "people_made_up_share": round(sum(map(len, people)) / max(sum(map(len, said)), 1), 4),
+        "people_made_up_share": round(theirs, 4),
+        "above_people": round(ours - theirs, 4),
         "most": Counter(word for words in invented for word in words).most_common(12),
     }
 
@@ -326,7 +343,9 @@ def examine(
     else:
         figures["made_up"] = made_up_figures(texts, examples, judge)
     if settings.templates:
-        figures["templates"] = template_figures(CaptionerModel(checkpoint), examples, settings.templates, batch_size)
+        changed = template_figures(CaptionerModel(checkpoint), examples, settings.templates, batch_size)
+        if changed is not None:
+            figures["templates"] = changed
     rows: list[dict[str, Any]] = [
         {"id": example.id, "caption": text, "references": list(example.captions)}
         for example, text in zip(examples, texts, strict=True)
@@ -339,6 +358,8 @@ def examine(
             figures["tags"] = {"tagger": tagger.name} | measure_tags(rows, tags, judge)
     if all(len(example.captions) > 1 for example in examples):
         figures["retrieval"] = retrieval(rows, seed=seed)
+        if tagger is not None:  # a part of its own: the gate lets whole parts be missing
+            figures["tags_add"] = figures["retrieval"]["tags_add"]
     if against is not None:
         theirs = score_captions(sides[1], references)
         comparison: dict[str, Interval | str] = {"with": against.name}
@@ -346,6 +367,9 @@ def examine(
             comparison[name] = described(scores[name] - theirs[name], drawn[0][name] - drawn[1][name])
         figures["comparison"] = comparison
     figures["captions"] = rows
+    figures["not_measured"] = [told for part, told in _WANTED.items() if not figures.get(part)]
+    if "retrieval" in figures and tagger is None:
+        figures["not_measured"].append("whether tags help to find pictures: captions are searched alone")
     shown = [
         Picture(f"{text} — people: {example.captions[0]}", decode(example.read()).image)
         for example, text in list(zip(examples, texts, strict=True))[: settings.samples]

@@ -8,9 +8,16 @@ pictures.
 * ``damages``: the same pictures after single injuries (JPEG qualities, halving, blur, WebP, a screenshot).
 * ``generators``: each generator against all real photos; those that the card's training data do not name are
   ``unseen``, and their mean is the figure that counts.
-* ``slices``: size, compression, source, with and without people (by captions of a captioner, if one is given).
+* ``slices``: size, compression, source, with and without people (by captions of a captioner, if one is given), near to
+  and far from the training pictures (by a classifier of sources, if one is given).
 * ``leakage``: how well a classifier that sees no pixel does. If it is good, the data are confounded.
+* ``source_leakage``: how well such a classifier tells the sources of *real* photos apart. Where it does and sources are
+  not of both classes alike, a source is a short cut to the class.
+* ``distance``: a classifier of sources (``train.detector`` on the data set ``source``) gives the probability that a
+  picture is a platform's upload and not one of the stock photos that detectors are trained on: how far each lies from
+  the training distribution.
 * ``comparison``: the difference to another model on the same pictures, by paired bootstrap.
+* ``not_measured``: what is missing from the above, and how to have it.
 
 Knows no MLflow and no HTML.
 """
@@ -19,7 +26,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -60,6 +67,9 @@ PEOPLE = frozenset(
 )
 #: Below this many pictures of a class, a slice says nothing.
 _FEWEST = 5
+#: Below this many real photos, a source is not told from the others.
+_FEWEST_OF_SOURCE = 10
+THIRDS = ("a third nearest to the training pictures", "the third between", "the third farthest from them")
 
 
 def _screenshot(image: Image.Image) -> Image.Image:
@@ -90,11 +100,34 @@ class DetectorSettings(BaseModel):
 
     damages: bool = Field(True, description="also score every picture after eight single injuries")
     people_by: str = Field(
-        "", description="checkpoint of a captioner whose captions tell pictures with people; empty: not told apart"
+        "auto",
+        description="checkpoint of a captioner whose captions tell pictures with people; auto: starter:captioner where "
+        "it can be had; empty: not told apart",
     )
-    extra: list[Path] = Field([], description="folders of AI pictures that are scored one by one")
+    source_classifier: str = Field(
+        "",
+        description="checkpoint of a classifier of sources (python -m train.detector on the data set `source`): "
+        "how far pictures lie from the training distribution; empty: not told",
+    )
+    extra: list[Path] | None = Field(
+        None,
+        description="folders of AI pictures that are scored one by one; unset: the folder `ghibli` beside the data set "
+        "or its versions, if there is one",
+    )
     heat_maps: int = Field(8, ge=0, le=64, description="heat maps of the worst errors")
     worst: int = Field(16, ge=0, le=64, description="worst errors shown as pictures")
+
+
+#: Parts of a report that may be missing, and what to do about it.
+_WANTED = {
+    "unseen": "generators that training did not see: the test split has none that the card's training data do not name",
+    "damages": "single injuries: leave --no-damages away",
+    "leakage": "the leakage probe: a class has too few pictures or groups",
+    "source_leakage": f"the leakage probe of real sources: fewer than two have {_FEWEST_OF_SOURCE} test photos",
+    "distance": "distance from the training distribution: give a classifier of sources by --source-classifier",
+    "extra": "styles one by one (Ghibli): give folders of such pictures by --extra",
+    "comparison": "the difference to production: nothing else is there to compare with",
+}
 
 
 @dataclass
@@ -194,22 +227,73 @@ TRAITS: dict[str, tuple[str, ...]] = {
 def leakage(facts: Sequence[dict[str, float]], labels: np.ndarray, groups: Sequence[str]) -> dict[str, float]:
     """ROC AUC of classifiers that see ``file_traits`` alone, all of them or some, by five-fold cross-validation over
     the test pictures; pictures of one ``group`` stay in one fold."""
+    found = {name: _told_apart(facts, chosen, labels, groups) for name, chosen in TRAITS.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def source_leakage(
+    facts: Sequence[dict[str, float]], labels: np.ndarray, sources: Sequence[str], groups: Sequence[str]
+) -> dict[str, Any]:
+    """The same for the sources of real photos: ROC AUC of each source with enough of them against all others, and their
+    mean; empty where fewer than two have enough."""
+    real = np.flatnonzero(labels == 0)
+    own, kept = np.array(sources)[real], [groups[row] for row in real]
+    traits = [facts[row] for row in real]
+    names = [name for name, count in sorted(Counter(own.tolist()).items()) if count >= _FEWEST_OF_SOURCE]
+    found: dict[str, dict[str, Any]] = {}
+    for name in names if len(names) > 1 else ():
+        value = _told_apart(traits, TRAITS["all"], (own == name).astype(int), kept)
+        if value is not None:
+            found[name] = {"pictures": int((own == name).sum()), "roc_auc": value}
+    if not found:
+        return {}
+    return {"mean": round(float(np.mean([row["roc_auc"] for row in found.values()])), 4), "by_source": found}
+
+
+def _told_apart(
+    facts: Sequence[dict[str, float]], chosen: Sequence[str], labels: np.ndarray, groups: Sequence[str]
+) -> float | None:
+    """ROC AUC of a forest on some traits, out of fold; None where a class has too few pictures or groups."""
     from sklearn.ensemble import RandomForestClassifier
     from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 
-    folds = min(5, int(np.bincount(labels).min()))
+    folds = min(5, *(len({group for group, own in zip(groups, labels, strict=True) if own == each}) for each in (0, 1)))
     if folds < 2:
-        return {}
-    result = {}
-    for name, chosen in TRAITS.items():
-        traits = np.array([[row[key] for key in chosen] for row in facts])
-        forest = RandomForestClassifier(60, min_samples_leaf=2, class_weight="balanced", random_state=0)
-        splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=0)
-        chances = cross_val_predict(
-            forest, traits, labels, groups=np.array(groups), cv=splitter, method="predict_proba"
-        )[:, 1]
-        result[name] = round(float(roc_auc_score(labels, chances)), 4)
-    return result
+        return None
+    traits = np.array([[row[key] for key in chosen] for row in facts])
+    forest = RandomForestClassifier(60, min_samples_leaf=2, class_weight="balanced", random_state=0)
+    splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=0)
+    chances = cross_val_predict(forest, traits, labels, groups=np.array(groups), cv=splitter, method="predict_proba")
+    return round(float(roc_auc_score(labels, chances[:, 1])), 4)
+
+
+def distance(
+    classifier: DetectorModel, examples: Sequence[Example], labels: np.ndarray, batch_size: int
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """How far pictures lie from the training distribution: figures, and the rows of each third.
+
+    The thirds are by rank: a classifier that is sure of all pictures still orders them.
+    """
+    chances = score(classifier, examples, ["clean"], batch_size)[0][:, 0]
+    thirds = np.array_split(np.argsort(chances, kind="stable"), 3)
+    rows = {name: np.isin(np.arange(len(chances)), third) for name, third in zip(THIRDS, thirds, strict=True)}
+    deciles = [round(place / 10, 1) for place in range(11)]
+    figures = {
+        "classifier": classifier.checkpoint.name,
+        "meaning": "probability that the picture is a platform's upload and not a stock photo as in training",
+        "quantiles": {
+            truth: [round(float(value), 4) for value in np.quantile(chances[labels == number], deciles)]
+            for number, truth in enumerate(("human", "ai"))
+        },
+        "share_called_platform": round(float((chances >= 0.5).mean()), 4),
+        "thirds": {
+            name: [round(float(chances[third].min()), 4), round(float(chances[third].max()), 4)]
+            for name, third in rows.items()
+            if third.any()
+        },
+        "probabilities": {example.id: round(float(value), 6) for example, value in zip(examples, chances, strict=True)},
+    }
+    return figures, rows
 
 
 def trained_on(checkpoint: Checkpoint) -> set[str] | None:
@@ -239,11 +323,12 @@ def slices(
     chances: np.ndarray,
     labels: np.ndarray,
     above: float,
-    people: Sequence[bool] | None,
+    further: Mapping[str, np.ndarray],
     resamples: int,
     seed: int,
 ) -> dict[str, dict[str, Any]]:
-    """Figures of parts of the pictures: by size, compression, file format, source, people."""
+    """Figures of parts of the pictures: by size, compression, file format, source, and whatever else tells them
+    apart."""
     long_side = np.array([max(fact["width"], fact["height"]) for fact in facts])
     density = np.array([fact["bytes_per_pixel"] for fact in facts])
     parts: dict[str, np.ndarray] = {
@@ -258,9 +343,7 @@ def slices(
     }
     for source in sorted({example.source for example in examples}):
         parts[f"source {source}"] = np.array([example.source == source for example in examples])
-    if people is not None:
-        parts["with people"] = np.array(people)
-        parts["without people"] = ~np.array(people)
+    parts |= further
     result = {}
     for name, rows in parts.items():
         ai, real = chances[rows & (labels == 1)], chances[rows & (labels == 0)]
@@ -310,13 +393,16 @@ def examine(
     batch_size: int,
     seed: int,
     captioner: Checkpoint | None = None,
+    classifier: Checkpoint | None = None,
 ) -> Body:
     """All figures of a detector on test examples.
 
     Raises:
         ValueError: only one class is among the examples.
+        deployments.checkpoints.CheckpointError: the classifier of sources does not know `platform`.
     """
     model = DetectorModel(checkpoint)
+    sources = DetectorModel(classifier, positive="platform") if classifier is not None else None
     thresholds = checkpoint.card.thresholds
     labels = np.array([int(example.label == "ai") for example in examples])
     tiers: list[Tier] = list(TIERS)
@@ -324,6 +410,7 @@ def examine(
     chances, facts = score(model, examples, versions, batch_size)
     column = {version: place for place, version in enumerate(versions)}
     borders = thresholds.model_dump()
+    groups = [example.group or example.id for example in examples]
     figures: dict[str, Any] = {
         "tiers": {tier: verdict_figures(chances[:, column[tier]], labels, borders, resamples, seed) for tier in tiers},
         "damages": {
@@ -346,14 +433,19 @@ def examine(
             for place, tier in enumerate(tiers)
         },
         "reliability": {tier: reliability(chances[:, column[tier]], labels) for tier in tiers},
-        "leakage": leakage(facts, labels, [example.group or example.id for example in examples]),
+        "leakage": leakage(facts, labels, groups),
+        "source_leakage": source_leakage(facts, labels, [example.source for example in examples], groups),
     }
     families = [family(example.generator or "unknown") if example.label == "ai" else "photo" for example in examples]
     figures |= generator_figures(families, chances[:, : len(tiers)], tiers, checkpoint, resamples, seed)
-    people = None
+    further: dict[str, np.ndarray] = {}
     if captioner is not None:
-        people = [has_people(caption) for caption in caption_all(captioner, examples, batch_size)]
-    figures["slices"] = slices(examples, facts, chances[:, 0], labels, thresholds.ai_above, people, resamples, seed)
+        people = np.array([has_people(caption) for caption in caption_all(captioner, examples, batch_size)])
+        further = {"with people": people, "without people": ~people}
+    if sources is not None:
+        figures["distance"], thirds = distance(sources, examples, labels, batch_size)
+        further |= thirds
+    figures["slices"] = slices(examples, facts, chances[:, 0], labels, thresholds.ai_above, further, resamples, seed)
     figures["labels"] = {example.id: example.label for example in examples}
     figures["probabilities"] = {
         example.id: [round(float(value), 6) for value in row[: len(tiers)]]
@@ -375,9 +467,12 @@ def examine(
         }
     body = Body(figures)
     figures["extra"] = {}
-    for folder in settings.extra:
+    for folder in settings.extra or ():
         figures["extra"][folder.name], body.pictures[f"extra: {folder.name}"] = one_by_one(model, folder, batch_size)
     _show_errors(body, model, examples, chances[:, 0], labels, settings)
+    figures["not_measured"] = [told for part, told in _WANTED.items() if not figures.get(part)]
+    if captioner is None:
+        figures["not_measured"].append("pictures with people and without: give a captioner by --people-by")
     return body
 
 

@@ -5,15 +5,19 @@ gate's verdict, in a folder and as artifacts of a run of the experiment ``evalua
 of the registry (``models:/detector@candidate``), the report is tied to that version, and ``train.registry promote``
 reads it. The model in production, if there is one, is compared with on the same pictures.
 
-What is measured: ``train.detector_report`` and ``train.captioner_report``. Knows no training.
+What is measured: ``train.detector_report``, ``train.captioner_report`` and ``train.tagger_report``. What cannot be
+measured here (no tagger, no WordNet, nothing in production) is said on the page, in the JSON (``not_measured``) and on
+the command line. Knows no training.
 
     python -m train.evaluate detector --data DATA/aivshuman --checkpoint models:/detector@candidate
-    python -m train.evaluate captioner --data DATA/flickr30k --checkpoint starter:captioner --tagger starter:tagger
+    python -m train.evaluate captioner --data DATA/flickr30k --checkpoint starter:captioner
+    python -m train.evaluate tagger --data DATA/flickr30k --checkpoint starter:tagger
 """
 
 from __future__ import annotations
 
 import datetime
+import importlib.util
 import json
 import platform
 import re
@@ -28,20 +32,25 @@ from pydantic_settings import CliSubCommand
 
 from data.errors import DataError
 from deployments.checkpoints import Checkpoint, CheckpointError, resolve
-from train import captioner_report, detector_report, registry, tracking
+from train import captioner_report, detector_report, registry, tagger_report, tracking
 from train.captioner_report import CaptionerSettings
 from train.detector_report import Body, DetectorSettings
 from train.evaluation_page import render_page
 from train.examples import ExampleSet, read_examples
-from train.gate import RULES, GateError, Judgement, Kind, judge, read_rules
+from train.gate import RULES, GateError, Judged, Judgement, judge, read_rules
 from train.registry import REPORT, TASKS
+from train.tagger_report import TaggerSettings
 from train.tracking import DatasetInput, TrackingConfig, TrackingError
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 #: Parts of a report whose numbers become metrics of the run.
-_METRICS = ("tiers", "damages", "unseen", "scores", "length", "templates", "made_up", "tags", "retrieval", "comparison")
+_METRICS = (
+    *("tiers", "damages", "unseen", "leakage", "source_leakage", "scores", "length", "templates", "made_up", "tags"),
+    *("retrieval", "comparison"),
+)
+_TASKS = {**TASKS, "tagger": "tagging"}
 
 
 class EvaluationError(RuntimeError):
@@ -80,7 +89,21 @@ class CaptionerEvaluation(EvaluationConfig, CaptionerSettings):
     seed: int = 7
 
 
-def evaluate(config: DetectorEvaluation | CaptionerEvaluation) -> tuple[dict[str, Any], Judgement]:
+class TaggerEvaluation(EvaluationConfig, TaggerSettings):
+    """Evaluate a tagger."""
+
+    batch_size: int = Field(16, ge=1, description="of the captioner, if one writes the captions")
+
+
+Evaluation = DetectorEvaluation | CaptionerEvaluation | TaggerEvaluation
+_KINDS: dict[type[EvaluationConfig], Judged] = {
+    DetectorEvaluation: "detector",
+    CaptionerEvaluation: "captioner",
+    TaggerEvaluation: "tagger",
+}
+
+
+def evaluate(config: Evaluation) -> tuple[dict[str, Any], Judgement]:
     """Measure, judge, write and record.
 
     Raises:
@@ -91,20 +114,21 @@ def evaluate(config: DetectorEvaluation | CaptionerEvaluation) -> tuple[dict[str
         return _evaluate(config)
 
 
-def _evaluate(config: DetectorEvaluation | CaptionerEvaluation) -> tuple[dict[str, Any], Judgement]:
-    kind: Kind = "detector" if isinstance(config, DetectorEvaluation) else "captioner"
+def _evaluate(config: Evaluation) -> tuple[dict[str, Any], Judgement]:
+    kind = _KINDS[type(config)]
     started = time.monotonic()
     client = tracking.connect(config.tracking)
-    uri = config.checkpoint or f"models:/{kind}@candidate"
+    uri = config.checkpoint or ("starter:tagger" if kind == "tagger" else f"models:/{kind}@candidate")
     settings = config.model_dump(mode="json", exclude={"tracking", "output"})
     try:
         rules = read_rules(config.rules)
+        rules.of(kind)
         checkpoint = _resolve(uri, kind)
         version = _version(client, uri, kind)
         against = _against(client, config.against, kind, checkpoint)
         examples = read_examples(config.data, kind, config.limit)
         if isinstance(config, DetectorEvaluation):
-            for folder in config.extra:
+            for folder in config.extra or ():
                 detector_report.pictures_below(folder)
     except Exception as error:
         tracking.refused(config.tracking, "evaluation", f"evaluate {uri}", error, {"model": uri} | settings)
@@ -152,17 +176,52 @@ def _evaluate(config: DetectorEvaluation | CaptionerEvaluation) -> tuple[dict[st
 
 
 def _examine(
-    config: DetectorEvaluation | CaptionerEvaluation,
+    config: Evaluation,
     checkpoint: Checkpoint,
     examples: ExampleSet,
     against: Checkpoint | None,
 ) -> Body:
     options = {"resamples": config.resamples, "batch_size": config.batch_size, "seed": config.seed}
     if isinstance(config, DetectorEvaluation):
-        captioner = resolve(config.people_by) if config.people_by else None
-        return detector_report.examine(checkpoint, examples.examples, config, against, captioner=captioner, **options)
-    tagger = resolve(config.tagger) if config.tagger else None
-    return captioner_report.examine(checkpoint, examples.examples, config, against, tagger=tagger, **options)
+        captioner, missing = _helper(config.people_by, "captioner")
+        classifier = resolve(config.source_classifier) if config.source_classifier else None
+        if config.extra is None:
+            config = config.model_copy(update={"extra": _styles(config.data)})
+        body = detector_report.examine(
+            checkpoint, examples.examples, config, against, captioner=captioner, classifier=classifier, **options
+        )
+    elif isinstance(config, CaptionerEvaluation):
+        tagger, missing = _helper(config.tagger, "tagger")
+        body = captioner_report.examine(checkpoint, examples.examples, config, against, tagger=tagger, **options)
+    else:
+        captioner, missing = (resolve(config.captions_by) if config.captions_by else None), []
+        body = tagger_report.examine(checkpoint, examples.examples, captioner, **options)
+    body.figures["not_measured"] = [*missing, *body.figures["not_measured"]]
+    return body
+
+
+def _helper(uri: str, starter: str) -> tuple[Checkpoint | None, list[str]]:
+    """The model that a part of a report needs, and why it is missing; ``auto``: the starter model where it can be had.
+
+    Raises:
+        CheckpointError: one was named and is not there.
+    """
+    if uri != "auto":
+        return (resolve(uri) if uri else None), []
+    if starter == "tagger" and importlib.util.find_spec("vllm") is None:
+        return None, ["starter:tagger, which writes the tags, cannot run: vLLM is not installed"]
+    try:
+        return resolve(f"starter:{starter}"), []
+    except CheckpointError as error:
+        return None, [f"starter:{starter} cannot be had: {error}"]
+
+
+def _styles(data: str) -> list[Path]:
+    """The folder ``ghibli`` beside a data set or its versions, if there is one."""
+    if "://" in data:
+        return []
+    beside = [folder / "ghibli" for folder in Path(data).expanduser().absolute().parents[:3]]
+    return [folder for folder in beside if folder.is_dir()][:1]
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -181,14 +240,14 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _resolve(uri: str, kind: Kind) -> Checkpoint:
+def _resolve(uri: str, kind: Judged) -> Checkpoint:
     checkpoint = resolve(uri)
-    if checkpoint.card.task not in (TASKS[kind], "unknown"):
+    if checkpoint.card.task not in (_TASKS[kind], "unknown"):
         raise EvaluationError(f"{uri} is a checkpoint for {checkpoint.card.task}, not a {kind}")
     return checkpoint
 
 
-def _version(client: Any, uri: str, kind: Kind) -> ModelVersion | None:
+def _version(client: Any, uri: str, kind: Judged) -> ModelVersion | None:
     """The registry's version that a URI names, None for any other URI."""
     if not uri.startswith("models:/"):
         return None
@@ -198,7 +257,11 @@ def _version(client: Any, uri: str, kind: Kind) -> ModelVersion | None:
     return registry.find_version(client, model, which)
 
 
-def _against(client: Any, named: str, kind: Kind, checkpoint: Checkpoint) -> Checkpoint | None:
+def _against(client: Any, named: str, kind: Judged, checkpoint: Checkpoint) -> Checkpoint | None:
+    if kind == "tagger":
+        if named not in ("", "production"):
+            raise EvaluationError("taggers are not compared: evaluate each and hold the reports side by side")
+        return None
     if named == "production":
         if "production" not in registry.aliases_of(client, kind):
             return None
@@ -232,6 +295,7 @@ class EvaluateCommands(BaseModel):
 
     detector: CliSubCommand[DetectorEvaluation]
     captioner: CliSubCommand[CaptionerEvaluation]
+    tagger: CliSubCommand[TaggerEvaluation]
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -244,6 +308,8 @@ def main(arguments: list[str] | None = None) -> None:
     except (TrackingError, GateError, CheckpointError, DataError, EvaluationError, registry.RegistryError) as error:
         sys.exit(f"error: {error}")
     print("\n".join(map(str, judgement.checks)))
+    for told in report["not_measured"]:
+        print(f"NOT MEASURED {told}")
     print(f"gate {'passed' if judgement.passed else 'NOT passed'}; report: run {report['run']}", end="")
     print(f", {config.output / 'report.html'}" if config.output else "")
     if config.strict and not judgement.passed:

@@ -22,7 +22,7 @@ TEMPLATES = Path(__file__).parent / "pages"
 
 def render_page(report: Mapping[str, Any], pictures: Mapping[str, Sequence[Picture]]) -> str:
     """The page of a report."""
-    plots = (_detector_plots if report["kind"] == "detector" else _captioner_plots)(report)
+    plots = (_detector_plots if report["kind"] == "detector" else _text_plots)(report)
     sheets = {
         name: pages.contact_sheet((each.image, each.title) for each in group)
         for name, group in pictures.items()
@@ -80,7 +80,15 @@ def _detector_plots(report: Mapping[str, Any]) -> dict[str, Markup]:
     chances: dict[str, list[float]] = {"human": [], "ai": []}
     for id_, row in report["probabilities"].items():
         chances[report["labels"][id_]].append(row[0])
-    return {
+    plots: dict[str, Markup] = {}
+    if "distance" in report:
+        far: dict[str, list[float]] = {"human": [], "ai": []}
+        for id_, chance in report["distance"]["probabilities"].items():
+            far[report["labels"][id_]].append(chance)
+        plots["distance"] = pages.histogram(
+            "Distance from the training pictures", far, "probability of a platform's upload", "pictures", bins=25
+        )
+    return plots | {
         "reliability": pages.chart(
             "Reliability (area: pictures)",
             reliability,
@@ -100,9 +108,11 @@ def _detector_plots(report: Mapping[str, Any]) -> dict[str, Markup]:
     }
 
 
-def _captioner_plots(report: Mapping[str, Any]) -> dict[str, Markup]:
-    lengths = [int(words) for words, count in report["length"]["histogram"].items() for _ in range(count)]
-    plots = {"lengths": pages.histogram("Words in a caption", {"": lengths}, "words", "captions", height=2.6)}
+def _text_plots(report: Mapping[str, Any]) -> dict[str, Markup]:
+    plots: dict[str, Markup] = {}
+    if "length" in report:
+        lengths = [int(words) for words, count in report["length"]["histogram"].items() for _ in range(count)]
+        plots["lengths"] = pages.histogram("Words in a caption", {"": lengths}, "words", "captions", height=2.6)
     if "retrieval" in report:
         systems = report["retrieval"]["systems"]
         series = {

@@ -14,7 +14,7 @@ from typing import Any
 
 from data.errors import DataError
 from data.versions import DataVersion, open_version
-from train.gate import Kind
+from train.gate import Judged
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class ExampleSet:
         return {"name": self.name, "version": self.version, "uri": self.uri, "split": "test"}
 
 
-def read_examples(place: str, kind: Kind, limit: int | None = None) -> ExampleSet:
+def read_examples(place: str, kind: Judged, limit: int | None = None) -> ExampleSet:
     """The test examples at a place, the first ``limit`` by id (of captions in the Kaggle layout: of the fixed split).
 
     Raises:
@@ -62,8 +62,8 @@ def read_examples(place: str, kind: Kind, limit: int | None = None) -> ExampleSe
         raise DataError(f"{place} has no test pictures: prepare it with a share for test")
     if kind == "detector" and any(example.label not in ("human", "ai") for example in found.examples):
         raise DataError(f"{place} is not labelled human and ai: a detector is evaluated on the aivshuman data set")
-    if kind == "captioner" and not all(example.captions for example in found.examples):
-        raise DataError(f"{place} has no captions: a captioner is evaluated on the flickr30k data set")
+    if kind != "detector" and not all(example.captions for example in found.examples):
+        raise DataError(f"{place} has no captions: a {kind} is evaluated on the flickr30k data set")
     return ExampleSet(found.name, found.version, found.uri, found.examples[:limit])
 
 

@@ -4,7 +4,8 @@ In: a report (``train.evaluate``) and rules in YAML, one list for each kind of m
 found, and whether all hold. A figure is named by its path in the report, with dots:
 ``tiers.clean.roc_auc.low`` is the lower end of an interval. A figure that is not in the report is a failure, unless
 the rule says ``optional`` and the whole part of the report is missing (there is no comparison before something is in
-production; whether one may be missing is for ``train.registry`` to say, which knows what is).
+production; whether one may be missing is for ``train.registry`` to say, which knows what is; no tags where no tagger
+runs): such a check is `absent`, and the report says why under ``not_measured``.
 
 Knows no model and no MLflow.
 
@@ -26,6 +27,8 @@ from pydantic_settings import CliPositionalArg
 RULES = Path(__file__).parent / "gate.yaml"
 
 Kind = Literal["detector", "captioner"]
+#: What reports are of: the registry's models, and the tagger, which is prompted and not trained.
+Judged = Literal["detector", "captioner", "tagger"]
 
 
 class GateError(ValueError):
@@ -57,6 +60,20 @@ class Rules(BaseModel):
 
     detector: list[Rule] = Field(min_length=1)
     captioner: list[Rule] = Field(min_length=1)
+    tagger: list[Rule] = Field([], description="not in the registry: without rules taggers are not evaluated")
+
+    def of(self, kind: Any) -> list[Rule]:
+        """The rules of a kind of model.
+
+        Raises:
+            GateError: there are none.
+        """
+        if kind not in type(self).model_fields:
+            raise GateError(f"the report is of kind {kind!r}; there are rules for {', '.join(type(self).model_fields)}")
+        found: list[Rule] = getattr(self, kind)
+        if not found:
+            raise GateError(f"the file of rules has none for a {kind}: add some, or name another with --rules")
+        return found
 
 
 class Check(BaseModel):
@@ -71,7 +88,8 @@ class Check(BaseModel):
         borders = [f">= {rule.at_least}"] if rule.at_least is not None else []
         borders += [f"<= {rule.at_most}"] if rule.at_most is not None else []
         found = "not in the report" if self.found is None else f"{self.found:.4g}"
-        return f"{'ok    ' if self.passed else 'FAILED'} {rule.figure} {' and '.join(borders)}: {found} ({rule.why})"
+        verdict = "absent" if self.found is None and self.passed else "ok    " if self.passed else "FAILED"
+        return f"{verdict} {rule.figure} {' and '.join(borders)}: {found} ({rule.why})"
 
 
 class Judgement(BaseModel):
@@ -119,13 +137,10 @@ def judge(report: dict[str, Any], rules: Rules) -> Judgement:
     """Hold a report against the rules of its kind.
 
     Raises:
-        GateError: the report is of no known kind.
+        GateError: the report is of no known kind, or of one without rules.
     """
-    kind = report.get("kind")
-    if kind not in Rules.model_fields:
-        raise GateError(f"the report is of kind {kind!r}; there are rules for {', '.join(Rules.model_fields)}")
     checks = []
-    for rule in getattr(rules, kind):
+    for rule in rules.of(report.get("kind")):
         found = find(report, rule.figure)
         if found is None:
             passed = rule.optional and not any(rule.figure.startswith(f"{part}.") for part in report)

@@ -239,6 +239,7 @@ class Retraining:
             "output": self.folder / "evaluation",
             "tracking": self.config.tracking,
             "damages": False,
+            "people_by": "",
         }
         chosen = DetectorEvaluation.model_validate(settings | self.config.evaluation)
         report, judgement = evaluate(chosen)

@@ -20,15 +20,18 @@ from deployments.views import render
 from tests.train.small_models import captioned_folder, labelled_folder, noise, small_captioner, small_detector
 from train import registry, tracking
 from train.captioner_report import exchange, length_figures, meteor, repetitive
-from train.detector_report import DAMAGES, file_traits, has_people, trained_on
+from train.detector_report import DAMAGES, THIRDS, TRAITS, file_traits, has_people, source_leakage, trained_on
 from train.evaluate import main
 from train.examples import read_examples
-from train.tag_quality import open_judge
+from train.generate import tag_all
+from train.tag_quality import Judge, open_judge
+from train.tagger_report import tagger_figures
 from train.tracking import TrackingConfig
 
 EASY = """
 detector: [{figure: tiers.clean.roc_auc.value, at_least: 0.0, why: anything goes}]
 captioner: [{figure: scores.bleu1, at_least: 0.0, why: anything goes}]
+tagger: [{figure: tags.satisfy_rules, at_least: 0.0, why: anything goes}]
 """
 
 
@@ -41,6 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("DEEPTRUST_CACHE", str(folder / "cache"))
         small_detector(folder / "detector")
         small_detector(folder / "production", seed=1)
+        small_detector(folder / "sources", seed=2, labels=["stock", "platform"])
         small_captioner(folder / "captioner")
         labelled_folder(folder / "pictures")
         captioned_folder(folder / "captions")
@@ -57,13 +61,13 @@ def report(folder: Path) -> dict[str, Any]:
     rules = ("--rules", str(folder / "easy.yaml"))
     data = ("--data", str(folder / "pictures"), "--resamples", "50")
     registry.main(["register", "detector", "--checkpoint", str(folder / "production")])
-    main(["detector", *data, *rules, "--no-damages"])
+    main(["detector", *data, *rules, "--no-damages", "--people-by="])
     registry.main(["promote", "detector", "--to", "production", *rules])
     registry.main(["register", "detector", "--checkpoint", str(folder / "detector")])
     main(
         [
             *("detector", *data, *rules, "--output", str(folder / "report")),
-            *("--extra", json.dumps([str(folder / "ghibli")]), "--people-by", str(folder / "captioner")),
+            *("--source-classifier", str(folder / "sources"), "--people-by", str(folder / "captioner")),
         ]
     )
     return json.loads((folder / "report" / "report.json").read_text())
@@ -107,7 +111,48 @@ def test_slices_and_pictures_one_by_one(report: dict[str, Any]) -> None:
     pictures = report["dataset"]["pictures"]
     parts = [report["slices"].get(name) for name in ("with people", "without people")]
     assert sum(part["ai"] + part["real"] for part in parts if part) == pictures
-    assert set(report["extra"]["ghibli"]) == {"0.jpg", "1.jpg"}
+    assert set(report["extra"]["ghibli"]) == {"0.jpg", "1.jpg"}  # it lies beside the data: nobody named it
+
+
+def test_distance_from_the_training_pictures_is_the_source_classifiers(folder: Path, report: dict[str, Any]) -> None:
+    model = DetectorModel(resolve(str(folder / "sources")), positive="platform")
+    examples = read_examples(str(folder / "pictures"), "detector").examples
+    views = np.stack([render(decode(example.read()).image, model.views) for example in examples])
+    found = np.array([report["distance"]["probabilities"][example.id] for example in examples])
+    assert np.allclose(found, model.detect(views), atol=1e-4)
+    assert np.allclose(
+        found, 1 - DetectorModel(resolve(str(folder / "sources")), positive="stock").detect(views), atol=1e-4
+    )
+    thirds = [report["slices"][name] for name in THIRDS]
+    assert sum(part["ai"] + part["real"] for part in thirds) == len(examples)
+    low, middle, high = (report["distance"]["thirds"][name] for name in THIRDS)
+    assert low[1] <= middle[0] <= middle[1] <= high[0] and found.min() == pytest.approx(low[0], abs=1e-3)
+    # a slice's figure is the detector's on exactly the pictures of that third
+    for part, rows in zip(thirds, np.array_split(np.argsort(found, kind="stable"), 3), strict=True):
+        ids = [examples[row].id for row in rows]
+        real = [report["probabilities"][id_][0] < 0.6 for id_ in ids if report["labels"][id_] == "human"]
+        assert part["real"] == len(real)
+        assert part["real_accuracy"] == (pytest.approx(np.mean(real), abs=1e-4) if real else None)
+
+
+def test_what_is_missing_is_said(folder: Path, report: dict[str, Any]) -> None:
+    missing = {told.split(":")[0] for told in report["not_measured"]}
+    assert missing == {"the leakage probe of real sources"}  # its real photos are all of one source
+    assert "the leakage probe of real sources" in (folder / "report" / "report.html").read_text()
+
+
+def test_sources_of_real_photos_that_files_give_away_are_found() -> None:
+    random = np.random.default_rng(0)
+    sources = ["a", "b"] * 20 + ["ai lab"] * 10
+    labels = np.array([0] * 40 + [1] * 10)
+    plain = dict.fromkeys(TRAITS["all"], 1.0)
+    facts = [plain | {"width": random.normal() + (9 if source == "a" else 0)} for source in sources]
+    groups = [str(row) for row in range(50)]
+    found = source_leakage(facts, labels, sources, groups)
+    assert set(found["by_source"]) == {"a", "b"}
+    assert found["by_source"]["a"]["pictures"] == 20 and found["mean"] > 0.99
+    # one source alone is not told from anything
+    assert source_leakage(facts, labels, ["a"] * 50, groups) == {}
 
 
 def test_the_page_stands_alone_and_shows_everything(folder: Path, report: dict[str, Any]) -> None:
@@ -115,7 +160,7 @@ def test_the_page_stands_alone_and_shows_everything(folder: Path, report: dict[s
     assert not re.search(r'(src|href)="(?!data:|#)', page)
     for words in ("Gate", "Calibration", "Generators", "Worst errors", "Ghibli, one by one", "new-generator"):
         assert words in page
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4
     assert page.count("data:image/jpeg") >= 2 + len(report["worst"])
 
 
@@ -156,11 +201,13 @@ def test_a_gate_that_is_not_passed_refuses_promotion(folder: Path, capsys: pytes
         main(
             [
                 *("detector", "--data", str(folder / "pictures"), "--resamples", "20", "--no-damages"),
-                *(*rules, "--strict"),
+                *(*rules, "--strict", "--people-by="),
             ]
         )
     assert ended.value.code == 1
-    assert "gate NOT passed" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "gate NOT passed" in told
+    assert "NOT MEASURED pictures with people and without" in told
     with pytest.raises(SystemExit, match="does not pass the gate"):
         registry.main(["promote", "detector", "--to", "canary", *rules])
 
@@ -179,6 +226,14 @@ def test_a_gate_that_is_not_passed_refuses_promotion(folder: Path, capsys: pytes
             "no JPEG",
         ),
         (["captioner", "--data", "DIR/captions", "--checkpoint", "DIR/captioner", "--rules", "x.yaml"], "no gate"),
+        (["tagger", "--data", "DIR/captions", "--checkpoint", "DIR/captioner"], "for captioning, not a tagger"),
+        (
+            [
+                *("detector", "--data", "DIR/pictures", "--checkpoint", "DIR/detector", "--people-by="),
+                *("--source-classifier", "DIR/production"),
+            ],
+            "not a classifier that knows platform",
+        ),
     ],
 )
 def test_what_cannot_be_evaluated_is_said_before_anything_is(
@@ -194,6 +249,7 @@ def test_a_captioner_is_reported_from_end_to_end(folder: Path) -> None:
         [
             *("captioner", "--data", str(folder / "captions"), "--checkpoint", str(folder / "captioner")),
             *("--resamples", "10", "--templates", "6", "--output", str(output), "--rules", str(folder / "easy.yaml")),
+            "--tagger=",
         ]
     )
     report = json.loads((output / "report.json").read_text())
@@ -206,8 +262,62 @@ def test_a_captioner_is_reported_from_end_to_end(folder: Path) -> None:
     assert report["templates"]["cases"] == 6 and report["templates"]["synonyms"] == 6
     assert report["retrieval"]["photos"] == len(examples)
     assert report["length"]["words_longest"] <= 8
+    assert any(told.startswith("tags: give a tagger") for told in report["not_measured"])
     page = (output / "report.html").read_text()
     assert "Are pictures found?" in page and page.count("<svg") == 2
+
+
+@pytest.fixture(scope="module")
+def wordnet() -> Judge:
+    found = open_judge()
+    if found is None:
+        pytest.skip("no wordnet-base here")
+    return found
+
+
+def test_a_taggers_figures_are_those_of_its_answers(wordnet: Judge) -> None:
+    rows = [
+        {
+            "caption": f"a dog in the {place}",
+            "tags": tags,
+            "references": [f"the dog plays in {place}", f"a dog and a ball, {place}"],
+        }
+        for place, tags in (("snow", ["dog", "snow", "animal"]), ("grass", ["dog", "grass"]))
+    ]
+    figures = tagger_figures(rows, wordnet, 20, 0)
+    assert figures["tags"]["satisfy_rules"] == 0.5  # two tags are too few
+    assert figures["tags"]["supported"] == 1 and figures["tags"]["recall"] == 1
+    assert figures["retrieval"]["photos"] == 2 and "tags_add" in figures["retrieval"]
+    assert figures["not_measured"] == []
+    alone = tagger_figures([row | {"references": row["references"][:1]} for row in rows], None, 20, 0)
+    assert len(alone["not_measured"]) == 2 and "tags" not in alone
+
+
+@pytest.mark.proof
+def test_tagger_and_captioner_with_tags_are_reported_from_end_to_end(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common = ("--data", str(folder / "captions"), "--rules", str(folder / "easy.yaml"))
+    main(["tagger", *common, "--resamples", "20", "--output", str(folder / "tagger-report")])
+    report = json.loads((folder / "tagger-report" / "report.json").read_text())
+    assert report["kind"] == "tagger" and report["gate"]["passed"]
+    assert report["tags"]["satisfy_rules"] == 1 and report["tags"]["supported"] > 0.9
+    assert {"captions", "captions_and_tags", "human_caption"} <= set(report["retrieval"]["systems"])
+    page = (folder / "tagger-report" / "report.html").read_text()
+    assert "Are pictures found?" in page and "Samples" in page
+    # the documented command, without a word about taggers, has tags and what they add
+    output = folder / "with-tags"
+    given = ("--checkpoint", str(folder / "captioner"), "--resamples", "10", "--templates", "6")
+    main(["captioner", *common, *given, "--output", str(output)])
+    report = json.loads((output / "report.json").read_text())
+    assert report["tags"]["satisfy_rules"] == 1 and "tags_add" in report["retrieval"]
+    assert not any("tag" in told for told in report["not_measured"])
+    # what was tagged is not tagged again
+    from deployments import offline_tagger
+
+    monkeypatch.delattr(offline_tagger, "OfflineTagger")
+    said = [row["caption"] for row in report["captions"]]
+    assert tag_all(resolve("starter:tagger"), said) == [row["tags"] for row in report["captions"]]
 
 
 def test_a_caption_fits_by_the_sum_of_its_words(folder: Path) -> None:
@@ -257,10 +367,8 @@ def test_people_stuttering_and_exchanged_words() -> None:
     assert (figures["distinct"], figures["empty"], figures["repetitive"]) == (3, 0.25, 0.25)
 
 
-def test_inventions_and_meteor_need_wordnet() -> None:
-    judge = open_judge()
-    if judge is None:
-        pytest.skip("no wordnet-base here")
+def test_inventions_and_meteor_need_wordnet(wordnet: Judge) -> None:
+    judge = wordnet
     assert judge.made_up("a puppy with a frisbee", ["a dog runs", "the animal plays"]) == ["frisbee"]
     assert judge.made_up("a dog", ["a puppy sleeps"]) == []
     same = meteor({"1": "a dog runs on grass"}, {"1": ["a dog runs on grass"]}, judge)

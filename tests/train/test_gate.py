@@ -24,6 +24,15 @@ def rules(*detector: dict[str, object]) -> Rules:
 def test_the_projects_own_rules_are_valid() -> None:
     read = read_rules()
     assert {rule.figure for rule in read.detector} >= {"tiers.clean.roc_auc.low", "tiers.512_q40.roc_auc.low"}
+    # every part of a report that may be missing has a rule, which then refuses nothing
+    optional = {rule.figure.split(".")[0] for rule in read.detector + read.captioner if rule.optional}
+    assert optional == {"unseen", "comparison", "templates", "made_up", "tags", "tags_add", "retrieval"}
+    assert {rule.figure for rule in read.tagger if not rule.optional} >= {"tags.satisfy_rules", "tags.supported"}
+
+
+def test_what_was_not_measured_is_no_success_either() -> None:
+    judgement = judge(REPORT, rules({"figure": "unseen.clean", "at_least": 0.5, "optional": True}))
+    assert judgement.passed and str(judgement.checks[0]).startswith("absent unseen.clean >= 0.5: not in the report")
 
 
 @pytest.mark.parametrize(
@@ -65,7 +74,9 @@ def test_one_failure_is_enough() -> None:
 
 
 def test_a_report_of_no_kind_is_refused() -> None:
-    with pytest.raises(GateError, match="tagger"):
+    with pytest.raises(GateError, match="of kind 'poet'"):
+        judge({"kind": "poet"}, rules({"figure": "x", "at_least": 0}))
+    with pytest.raises(GateError, match="none for a tagger"):
         judge({"kind": "tagger"}, rules({"figure": "x", "at_least": 0}))
 
 
