@@ -29,6 +29,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
+from safetensors.torch import load_file
 
 from benchmarks.report import RESULTS, write_result
 from data.session import RaySettings, ray_session
@@ -352,13 +353,16 @@ def detector_part(config: TrainedIsServed, folder: Path) -> dict[str, Any]:
     seconds = time.monotonic() - began
     found = commands("detector", folder, config.pictures, ["--no-damages", "--people-by="])
 
-    _, judged = last_words(settings)
+    best, judged = last_words(settings)
     uri = "models:/detector@candidate"
     served = DetectorModel(resolve(uri))
     count = min(config.compared, version.manifest.counts["val"])
     views = views_of(version, count, served.views)
     # rows below the split's size are its pictures in the first tier of delivery, as uploaded
     trained = np.array([judged[row] for row in range(count)])
+    # calibration moves the last layer's bias for `ai`, and nothing else, when the checkpoint is written
+    moved = served.network.classifier.bias.detach().numpy() - load_file(best)["classifier.bias"].numpy()
+    trained = trained + moved
     logits = np.concatenate([served.logits(views[first : first + 8]) for first in range(0, count, 8)])
     told = np.array([row["ai_probability"] for row in replica_answers("detector", uri, views, served.views)])
     return {
@@ -371,6 +375,7 @@ def detector_part(config: TrainedIsServed, folder: Path) -> dict[str, Any]:
         "promotion_refused": found["refused"].splitlines()[:1],
         "revision_evaluated_is_served": found["report"]["model"]["revision"] == served.checkpoint.revision,
         "compared": count,
+        "bias_by_calibration": [round(float(value), 6) for value in moved],
         "spread_of_logits": round(float(np.ptp(trained[:, 1] - trained[:, 0])), 4),
         "largest_logit_difference": float(np.abs(logits - trained).max()),
         # the replica's answers are rounded to four places

@@ -40,4 +40,5 @@ def test_what_is_trained_from_nothing_is_what_is_served(shared_data: Path, tmp_p
         assert model["largest_logit_difference"] <= 1e-4
     assert blip["registry_captions_as_in_training"] == blip["replica_captions_as_in_training"] == blip["compared"]
     assert vit["largest_probability_difference_of_replica"] <= 1e-4
+    assert vit["bias_by_calibration"][0] == 0  # the one step between training and serving that is meant
     assert vit["spread_of_logits"] > 1e-2  # a model that says the same of everything would prove nothing
