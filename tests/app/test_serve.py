@@ -37,7 +37,11 @@ def daemons(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, subprocess.Po
     """Processes that stand for Ray's own, by name."""
     program = [sys.executable, "-c", "import time; time.sleep(60)"]
     processes = {name: subprocess.Popen(program) for name in ("gcs_server", "raylet")}
-    monkeypatch.setattr(cluster, "daemons", lambda port: [Daemon(one.pid, name) for name, one in processes.items()])
+
+    def living(port: int) -> list[Daemon]:
+        return [Daemon(one.pid, name) for name, one in processes.items() if one.poll() is None]
+
+    monkeypatch.setattr(cluster, "daemons", living)
     yield processes
     for process in processes.values():
         process.kill()
