@@ -32,6 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file
 
 from benchmarks.report import RESULTS, write_result
+from benchmarks.training import random_vit
 from data.session import RaySettings, ray_session
 from data.versions import DataVersion, open_version
 from deployments.captioner import Captioner, CaptionerModel
@@ -127,27 +128,12 @@ def new_blip(config: TrainedIsServed, captions: Sequence[str], folder: Path) -> 
 
 def new_vit(config: TrainedIsServed, folder: Path) -> int:
     """A small ViT with random weights that tells human and ai apart; returns how many parameters it has."""
-    from transformers import ViTConfig, ViTForImageClassification
-
-    torch.manual_seed(0)
-    model = ViTForImageClassification(
-        ViTConfig(
-            hidden_size=config.width,
-            intermediate_size=4 * config.width,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.width // 64,
-            image_size=_SIDE_PX,
-            patch_size=config.patch_px,
-            id2label={0: "human", 1: "ai"},
-            label2id={"human": 0, "ai": 1},
-        )
-    )
-    model.save_pretrained(folder)
+    parameters = random_vit(folder, config.width, config.layers, _SIDE_PX, config.patch_px)
     write_processor(folder)
     (folder / "card.json").write_text(
-        json.dumps({"task": "detection", "architecture": type(model).__name__, "labels": ["human", "ai"]})
+        json.dumps({"task": "detection", "architecture": "ViTForImageClassification", "labels": ["human", "ai"]})
     )
-    return sum(parameter.numel() for parameter in model.parameters())
+    return parameters
 
 
 # ------------------------------------------------------------------------------------------- through every command

@@ -51,8 +51,8 @@ class TrainingBenchmark(BaseModel):
     )
 
 
-def vit(folder: Path, width: int, layers: int, size_px: int) -> Path:
-    """A ViT with random weights, without dropout."""
+def random_vit(folder: Path, width: int, layers: int, size_px: int, patch_px: int = 16) -> int:
+    """A ViT with random weights, without dropout, that tells human and ai apart; returns how many parameters it has."""
     from transformers import ViTConfig, ViTForImageClassification
 
     torch.manual_seed(0)
@@ -62,15 +62,16 @@ def vit(folder: Path, width: int, layers: int, size_px: int) -> Path:
         num_hidden_layers=layers,
         num_attention_heads=max(1, width // 64),
         image_size=size_px,
-        patch_size=16,
+        patch_size=patch_px,
         id2label={0: "human", 1: "ai"},
         label2id={"human": 0, "ai": 1},
     )
-    ViTForImageClassification(config).save_pretrained(folder)
+    model = ViTForImageClassification(config)
+    model.save_pretrained(folder)
     size = {"height": size_px, "width": size_px}
     processor = {"do_resize": True, "size": size, "resample": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    return folder
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def settings(config: TrainingBenchmark, model: Path, folder: Path, **changes: Any) -> DetectorTraining:
@@ -89,7 +90,8 @@ def settings(config: TrainingBenchmark, model: Path, folder: Path, **changes: An
 
 def overhead(config: TrainingBenchmark, folder: Path) -> dict[str, Any]:
     """Samples a second with and without Ray."""
-    model = vit(folder / "vit", 192, 6, 160)
+    model = folder / "vit"
+    random_vit(model, 192, 6, 160)
     version = open_version(config.data)
     measured: dict[str, list[float]] = {"ray": [], "without": []}
     with ray_session(RaySettings(num_cpus=config.cpus)):
@@ -124,7 +126,8 @@ def overhead(config: TrainingBenchmark, folder: Path) -> dict[str, Any]:
 
 def workers(config: TrainingBenchmark, folder: Path) -> dict[str, Any]:
     """Largest relative difference of losses between one worker and two."""
-    model = vit(folder / "small", 64, 2, 64)
+    model = folder / "small"
+    random_vit(model, 64, 2, 64)
     common = {
         "max_steps": config.compared,
         "epochs": 1000,
@@ -233,7 +236,8 @@ class Driver:
 
 def kills(config: TrainingBenchmark, folder: Path) -> dict[str, Any]:
     """An undisturbed run, one whose worker is killed and one whose driver is killed."""
-    model = vit(folder / "killed", 64, 4, 64)
+    model = folder / "killed"
+    random_vit(model, 64, 4, 64)
     common: dict[str, Any] = {
         "epochs": 4,
         "batch_size": 16,
