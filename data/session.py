@@ -32,12 +32,16 @@ class RaySettings(BaseModel):
 
 
 @contextmanager
-def ray_session(settings: RaySettings | None = None) -> Iterator[int]:
+def ray_session(settings: RaySettings | None = None, state_api: bool = False) -> Iterator[int]:
     """Ray for the block, and how many CPUs it has.
 
     A Ray that this process is connected to already is used and left alone. Inside a job, or where ``RAY_ADDRESS`` is
     set, it connects to that cluster and only disconnects at the end. Else it starts one that listens on loopback,
     without dashboard, and stops it.
+
+    Args:
+        state_api: an own Ray answers questions about its actors, which its dashboard does: Ray Train asks them to give
+            back what a run had reserved whose controller was killed, as Tune does to the trials that it stops.
     """
     # read once, when Ray is imported: without it 127.0.0.1 is taken for the machine's own address, open to everybody
     if os.environ.get("RAY_ADDRESS", "local") == "local":
@@ -56,7 +60,7 @@ def ray_session(settings: RaySettings | None = None) -> Iterator[int]:
             defaults = {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_IMPORT_WARNING": "1"}
             os.environ.update({name: value for name, value in defaults.items() if name not in os.environ})
             os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
-            _start(settings, common)
+            _start(settings, common, state_api)
     try:
         cpus = max(1, math.floor(ray.cluster_resources().get("CPU", 1)))
         with _data_context(cpus):
@@ -66,7 +70,7 @@ def ray_session(settings: RaySettings | None = None) -> Iterator[int]:
             ray.shutdown()
 
 
-def _start(settings: RaySettings, common: dict[str, Any]) -> None:
+def _start(settings: RaySettings, common: dict[str, Any], dashboard: bool) -> None:
     """Start an own Ray; again if it does not come up.
 
     Its node waits 15 seconds for agents of its own, a fixed time (ray-project/ray#65983), and ends without them: what
@@ -83,7 +87,7 @@ def _start(settings: RaySettings, common: dict[str, Any]) -> None:
                 address="local",
                 num_cpus=settings.num_cpus,
                 object_store_memory=settings.object_store_bytes,
-                include_dashboard=False,
+                include_dashboard=dashboard,
                 _node_ip_address="127.0.0.1",
                 **common,
             )

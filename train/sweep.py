@@ -293,7 +293,9 @@ def _tune(
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.optuna import OptunaSearch
 
-    with ray_session(RaySettings(num_cpus=config.num_cpus, object_store_bytes=config.object_store_bytes)):
+    own = RaySettings(num_cpus=config.num_cpus, object_store_bytes=config.object_store_bytes)
+    # or every trial that is stopped early would keep the CPUs of its workers, until there are none for the next
+    with ray_session(own, state_api=True):
         trainable = tune.with_resources(
             tune.with_parameters(
                 run_trial,
