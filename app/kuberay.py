@@ -28,6 +28,8 @@ _NOT_CARRIED = (
     *("HEAD_", "WORKER_", "OBJECT_STORE_", "SPILL_", "RAY_FOLDER", "GCS_PORT", "METRICS_PORT", "DASHBOARD_PORT"),
     *("RAY_AUTH_", "RAY_METRICS_GRAFANA_", "RAY_PROMETHEUS_HOST", "RAY_GRAFANA_HOST", "PYTHONPATH", "PATH"),
     *("DEEPTRUST_CACHE", "RAY_enable_autoscaler_v2", "MLFLOW_TRACKING_URI", VARIABLE),
+    *("RAY_SERVE_HAPROXY_CONFIG_", "RAY_SERVE_HAPROXY_SOCKET_", "RAY_SERVE_HAPROXY_METRICS_"),
+    *("RAY_SERVE_HAPROXY_SERVER_STATE_",),
 )
 
 
@@ -144,6 +146,7 @@ def _pod(settings: KubeRaySettings, carried: dict[str, str], resources: dict[str
     """A pod of one Ray container, ``shared`` memory for the object store, and the file of API keys."""
     own = {
         "PYTHONPATH": _CODE,
+        "RAY_SERVE_HAPROXY_BINARY_PATH": f"{_CODE}/app/front/haproxy",
         "DEEPTRUST_CACHE": "/var/cache/deeptrust",
         "MLFLOW_TRACKING_URI": settings.mlflow,
         VARIABLE: f"{_KEYS}/keys.json",

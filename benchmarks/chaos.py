@@ -3,7 +3,8 @@
 Clients send one picture after another, each under an ``Idempotency-Key``, and send it again on resets, 5xx and 429
 (when ``Retry-After`` says), until it is answered. Together they send ``share`` of what the service answered them
 without pauses at the start. Under this load each kind of process is killed with SIGKILL, several times: a replica of
-each model, the tagger's engine, the ingress, the HTTP proxy, Serve's controller, the worker of a task of plain Ray,
+each model, the tagger's engine, the ingress, HAProxy and what manages it, Serve's controller, the worker of a task of
+plain Ray,
 the raylet of a second node on which a replica of the detector runs (it is started again after a second, as an
 operating system's supervisor does), and on the head the raylet, the GCS, and all of Ray at once, which
 ``python -m app.serve`` starts again. Beside the clients each route of a single stage is asked once a second, without a
@@ -59,17 +60,19 @@ ROUTES = {
     "tag": frozenset({"captioner", "tagger", "engine"}),
 }
 #: Without these there is no HTTP.
-_ALL_STAGES = frozenset({"ingress", "proxy", "head"})
+_ALL_STAGES = frozenset({"ingress", "proxy", "haproxy", "head"})
 _RAY_TITLES = {
     "detector": r"deeptrust[#:]Detector(?![A-Za-z])",
     "captioner": r"deeptrust[#:]Captioner(?![A-Za-z])",
     "tagger": r"deeptrust[#:]Tagger(?![A-Za-z])",
     "ingress": r"deeptrust[#:]Ingress(?![A-Za-z])",
-    "proxy": r"^ray::ProxyActor",
+    "proxy": r"^ray::HAProxyManager",
     "controller": r"^ray::ServeController",
     "worker": r"^ray::bystander",
 }
-KINDS = (*_RAY_TITLES, "engine", "node", "head")
+#: Those that do not bear a title of Ray's, and how their names begin.
+_NAMES = {"haproxy": "haproxy", "engine": "VLLM"}
+KINDS = (*_RAY_TITLES, *_NAMES, "node", "head")
 
 
 class ChaosConfig(BaseModel):
@@ -299,8 +302,8 @@ def processes_of(port: int, kind: str) -> list[psutil.Process]:
     for process in cluster.processes(port):
         with suppress(psutil.Error, IndexError):
             line = process.cmdline()
-            if kind == "engine":
-                fits = process.name().startswith("VLLM")
+            if kind in _NAMES:
+                fits = process.name().startswith(_NAMES[kind])
             elif kind == "node":
                 fits = process.name() == "raylet" and "--head" not in line
             else:

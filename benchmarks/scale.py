@@ -140,7 +140,7 @@ def ingress_times(threads: int) -> tuple[IngressTimes, dict[str, str]]:
         origin["proxy and ingress"] = "scale_routers"
     elif overload:
         spent = overload["phases"][0]["cpu_seconds_per_answer"]
-        proxy_s = spent["ray::ProxyActor"]
+        proxy_s = sum(value for name, value in spent.items() if "proxy" in name.lower())
         loop_s = max(0.001, spent["ray::ServeReplica:deeptrust:Ingress"] - decode_s)
         origin["proxy and ingress"] = (
             "serving_overload, at less than a picture a second: what they cost at rest counts too"

@@ -398,7 +398,7 @@ def overheads(port: int, photos: Sequence[bytes], idle_s: float = 10.0) -> dict[
 def _ingress(cost: dict[str, Any], models_s: float, decode_spread: float, hops_s: tuple[float, ...]) -> IngressTimes:
     """What ``overheads`` says of proxy, ingress and the rest; ``models_s`` is the models' own work for a picture."""
     each: dict[str, float] = cost["each_s"]
-    proxy_s = sum(value for name, value in each.items() if "ProxyActor" in name)
+    proxy_s = sum(value for name, value in each.items() if "proxy" in name.lower())
     ingress_s = sum(value for name, value in each.items() if "Ingress" in name)
     return IngressTimes(
         proxy_s,
@@ -568,7 +568,7 @@ def routers(counts: Sequence[int], rate: float, seconds: float, floor_bytes: int
                     "to_a_replica_and_back_p50_s": quantile([s["detector"] / 1000 for s in seen.stages], 0.5) - alone_s,
                     "controller_cores_at_rest": sum(v for n, v in idle.items() if "Controller" in n),
                     "all_cores_at_rest": sum(v for n, v in idle.items() if n != "client"),
-                    "proxy_s_each": _each("ProxyActor", spent, idle, took, count),
+                    "proxy_s_each": _each("haproxy", spent, idle, took, count),
                     "ingress_s_each": _each("Ingress", spent, idle, took, count),
                     "controller_s_each": _each("Controller", spent, idle, took, count),
                     "memory_mb": memory_bytes(instance.port) / 2**20,

@@ -108,10 +108,15 @@ def test_it_serves_with_the_flags_of_make_serve(home: Path) -> None:
     # the instance's own, and what is said only to a machine that is alone
     alone = {"DEEPTRUST_INSTANCE", "PYTHONPATH", "RAY_AUTH_TOKEN_PATH", "RAY_DISABLE_IMPORT_WARNING"}
     alone |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR", "RAY_PROMETHEUS_HOST"}
+    # where HAProxy is and keeps its files, and how many threads it has
+    alone |= {
+        key for key in ours if key.startswith(("RAY_SERVE_HAPROXY_", "DEEPTRUST_HAPROXY")) and "TIMEOUT" not in key
+    }
     shared = {key: value for key, value in ours.items() if key not in alone}
     assert "RAY_worker_niceness" in shared
     found = environment(home)
     assert {key: found.get(key) for key in shared} == shared
+    assert {key for key in ours if key.startswith("RAY_SERVE_HAPROXY_")} <= set(found)
     assert "OMP_NUM_THREADS" not in found, "the launcher's 1 would be every worker's"
 
 

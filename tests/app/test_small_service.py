@@ -105,15 +105,13 @@ def test_every_stage_answers(service: SmallService) -> None:
 
 
 def logged(service: SmallService, request_id: str, expected: set[tuple[str, str]]) -> list[dict[str, Any]]:
-    """Lines of all logs of the proxies and replicas that bear a request's id, once what is expected is among them."""
+    """Lines of all logs of the replicas that bear a request's id, once what is expected is among them."""
     folder = cluster.instance_folder(service.port) / "ray" / "session_latest" / "logs" / "serve"
     limit = time.monotonic() + 60
     while True:
         texts = [line for file in folder.glob("*.log") for line in file.read_text().splitlines() if request_id in line]
         lines = [json.loads(text) for text in texts]
         for line in lines:
-            if "deployment" not in line:  # Serve's own: "POST /v1/analyze 200 35.1ms"
-                line["deployment"], line["message"] = line["component_name"], line["message"].split()[0]
             line["deployment"] = line["deployment"].removeprefix("deeptrust_")
         missing = expected - {(line["deployment"], line["message"]) for line in lines}
         if not missing:
@@ -128,7 +126,6 @@ def test_a_requests_id_finds_its_lines_in_every_replicas_log(service: SmallServi
     assert answer.headers["x-request-id"] == "upload-70.a"
     stages = {"detector", "captioner", "tagger"}
     expected = {("Ingress", "request"), ("Ingress", "picture"), *((stage.capitalize(), "stage") for stage in stages)}
-    expected |= {("proxy", "POST")}
     lines = logged(service, "upload-70.a", expected)
     assert {line["request_id"] for line in lines} == {"upload-70.a"}
     found = {(line["deployment"], line["message"]): line for line in lines}
@@ -169,7 +166,7 @@ def test_a_request_whose_sender_wants_it_is_one_trace_across_all_replicas(servic
     wanted |= {f"replica_handle_request {name}" for name in ("Detector detect", "Captioner caption", "Tagger tag")}
     wanted |= {f"route_to_replica {name}" for name in ("Detector detect", "Captioner caption", "Tagger tag")}
     limit, spans = time.monotonic() + 60, []
-    while not wanted <= {span["name"] for span in spans} or not any("proxy" in span["name"] for span in spans):
+    while not wanted <= {span["name"] for span in spans}:
         assert time.monotonic() < limit, sorted(span["name"] for span in spans)
         time.sleep(0.5)
         files = list((service.folder / "traces").glob("*.jsonl"))
@@ -186,13 +183,13 @@ def test_a_request_whose_sender_wants_it_is_one_trace_across_all_replicas(servic
         return names
 
     ways = [way(span) for span in spans]
-    assert {names[-1].split()[0] for names in ways} == {"proxy_http_request"}
+    assert {" ".join(names[-1].split()[:2]) for names in ways} == {"replica_handle_request Ingress"}, ways
     for stage, call in (("detector", "Detector detect"), ("captioner", "Captioner caption")):
         steps = ["compute a batch", f"replica_handle_request {call}", f"route_to_replica {call}", f"stage {stage}"]
         assert any(names[:4] == steps for names in ways), ways
     assert any(names[:2] == ["generate", "replica_handle_request Tagger tag"] for names in ways)
     pids = {span["resource"]["attributes"]["process.pid"] for span in spans}
-    assert len(pids) == 5, "proxy, ingress and three models"
+    assert len(pids) == 4, "ingress and three models"
     (line,) = (line for line in logged(service, "traced-71", {("Ingress", "request")}) if line["message"] == "request")
     assert line["trace_id"] == trace
 
