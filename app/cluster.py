@@ -113,8 +113,8 @@ def environment(port: int) -> dict[str, str]:
         "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",
         # a proxy that died is started again after three looks: half a minute without HTTP, at every ten seconds
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
-        # HAProxy before the ingress, which answers HTTP itself: Serve's own proxy reads and sends each picture once more,
-        # in Python. On one thread, which is more than the ingress behind it can use
+        # HAProxy before the ingress, which answers HTTP itself: Serve's own proxy reads and sends each picture once
+        # more, in Python. On one thread, which is more than the ingress behind it can use
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(_ROOT / "app" / "front" / "haproxy"),
         HAPROXY: haproxy_program(),
@@ -128,9 +128,9 @@ def environment(port: int) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(2**16),
         # who says nothing for so long is hung up on: an hour, otherwise
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "75",
-        # how long an ingress that is to end stays where HAProxy may still send requests: it hears of it within a second
+        # how long an ingress that is to end stays, where HAProxy may still send requests: it hears within a second
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
-        # replicas ask each other by gRPC, without Ray's store and its bookkeeping; views of a picture are in the message
+        # replicas ask each other by gRPC, without Ray's store and its bookkeeping; a picture's views are in the message
         "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
         "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(64 * 2**20),
         # what a replica has loaded is not looked through for garbage again and again
@@ -182,11 +182,13 @@ def start(port: int, num_cpus: int, object_store_bytes: int) -> Instance:
         f"--ray-client-server-port={free_port()}",
         *(f"--object-store-memory={object_store_bytes}", "--disable-usage-stats"),
     ]
+    # Serve's own proxy, to which HAProxy turns while there is no ingress: another instance's would answer for this one
+    own = environment(port) | {"RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port(8500))}
     log = folder / "ray-start.log"
     with log.open("w") as output:
         try:
             ended = subprocess.run(
-                command, env=environment(port), cwd=_ROOT, stdout=output, stderr=output, timeout=_START_S, check=False
+                command, env=own, cwd=_ROOT, stdout=output, stderr=output, timeout=_START_S, check=False
             )
             reason = f"exit {ended.returncode}" if ended.returncode else ""
         except subprocess.TimeoutExpired:

@@ -1,10 +1,10 @@
 """What one request leaves behind in every process that it goes through: lines of log with its id, spans of its trace.
 
 Serve hands a request's id (its ``X-Request-ID``) from replica to replica, puts it on every line that is logged while
-the request is worked on, and, where tracing is on, makes spans of its own: the proxy's, one for the wait for a replica
-and one for a replica's work, for each call. Here is what it leaves open: lines with figures in fields of their own
-(``note``), spans inside a replica (``span``, ``past_span``), where spans go (``processors``) and which requests are
-traced (``AtTheDoor``).
+the request is worked on, and, where tracing is on, makes spans of its own: one for the wait for a replica and one for
+a replica's work, for each call; the first is the ingress's. Here is what it leaves open: lines with figures in fields
+of their own (``note``), spans inside a replica (``span``, ``past_span``), where spans go (``processors``) and which
+requests are traced (``AtTheDoor``).
 
 Never noted: what a client sent or a model said. Knows no HTTP.
 
@@ -41,9 +41,9 @@ VARIABLE = "DEEPTRUST_TRACES"
 #: What Ray Serve reads, and what it is to find there.
 EXPORTER_VARIABLE, EXPORTER = "RAY_SERVE_TRACING_EXPORTER_IMPORT_PATH", "deployments.telemetry:processors"
 RATIO_VARIABLE, RATIO = "RAY_SERVE_TRACING_SAMPLING_RATIO", 0.01
-#: Spans with which a trace may begin: the proxy's, and work on pictures whose sender did not wait.
-DEFERRED = "deferred"
-_FIRST = frozenset(("proxy_http_request", DEFERRED))
+#: Spans with which a trace may begin: the ingress's, and work on pictures whose sender did not wait.
+INGRESS, DEFERRED = "replica_handle_request Ingress __call__", "deferred"
+_FIRST = frozenset((INGRESS, DEFERRED))
 #: Places of results and names of pictures stay out of traces: who knows a place has the answer.
 _NAMES = re.compile(r"(/v1/(?:results|pictures)/)[^\s?]+")
 _TRACER = "deeptrust"
@@ -168,7 +168,7 @@ def environment(values: Mapping[str, str]) -> dict[str, str]:
 
 
 def processors() -> list[SpanProcessor]:
-    """Serve's call in each proxy and replica when tracing is on: where its spans go, from a bounded queue.
+    """Serve's call in each replica when tracing is on: where its spans go, from a bounded queue.
 
     The provider of spans is set here, before Serve sets its own, for the sake of the sampler.
     """
@@ -201,7 +201,7 @@ def _exporter(target: str) -> SpanExporter:
 
 
 def _without_names(exporter: SpanExporter) -> SpanExporter:
-    """The exporter behind a filter: Serve's proxy puts whole paths into its spans."""
+    """The exporter behind a filter: Serve puts whole paths into its spans."""
     from opentelemetry.sdk.trace import ReadableSpan
     from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 

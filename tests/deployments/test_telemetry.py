@@ -24,15 +24,15 @@ def sampled(ratio: float, name: str, traceparent: str = "") -> bool:
     return tracer.start_span(name, context=context).get_span_context().trace_flags.sampled
 
 
-def test_a_trace_begins_at_the_proxy_by_chance_and_nowhere_else() -> None:
+def test_a_trace_begins_at_the_ingress_by_chance_and_nowhere_else() -> None:
     tracer = TracerProvider(sampler=telemetry.at_the_door(0.1)).get_tracer("test")
-    begun = [tracer.start_span("proxy_http_request").get_span_context().trace_flags.sampled for _ in range(3000)]
+    begun = [tracer.start_span(telemetry.INGRESS).get_span_context().trace_flags.sampled for _ in range(3000)]
     assert 200 < sum(begun) < 400
-    assert sampled(1.0, "proxy_http_request") and sampled(1.0, "deferred") and not sampled(0.0, "proxy_http_request")
+    assert sampled(1.0, telemetry.INGRESS) and sampled(1.0, "deferred") and not sampled(0.0, telemetry.INGRESS)
     assert not sampled(1.0, "route_to_replica") and not sampled(1.0, "replica_handle_request Detector detect")
 
 
-@pytest.mark.parametrize("name", ["proxy_http_request", "route_to_replica", "stage detector"])
+@pytest.mark.parametrize("name", [telemetry.INGRESS, "route_to_replica", "stage detector"])
 def test_a_sender_decides_for_its_own_trace(name: str) -> None:
     assert sampled(0.0, name, SENT.format(1)) and not sampled(1.0, name, SENT.format(0))
 
