@@ -246,7 +246,7 @@ def ray_trainer(config: TrainCommand, job: Job, place: Location, callbacks: Sequ
     class Trainer(TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:
             found = super()._create_default_callbacks()
-            if _on_a_cluster():
+            if callbacks or _on_a_cluster():  # a sweep listens: it also stops trials, and its own Ray has a dashboard
                 return found
             # it asks the dashboard, which an own Ray does not have, and an own Ray dies with this process anyway
             return [one for one in found if not isinstance(one, PlacementGroupCleanerCallback)]
