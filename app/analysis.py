@@ -338,8 +338,8 @@ class Graph:
     ) -> tuple[Any, tuple[str, str] | None]:
         """A model's answer, or None and why there is none: code and detail.
 
-        It is asked again when a replica dies under the request, once, and when it has just taken a revision into
-        service that reads other views: with several replicas that may happen more than once.
+        It is asked again when a replica dies under the request, with growing pauses for a few seconds, and when it has
+        just taken a revision into service that reads other views: with several replicas that may happen more than once.
         """
         route = self.routes[stage]
         for attempt in range(_MOST_ATTEMPTS):
@@ -357,15 +357,18 @@ class Graph:
                 await asyncio.sleep(0.05 * attempt)
                 await self.refresh(stage)
             except (RayActorError, DeploymentUnavailableError):
-                if attempt or role == "candidate" or time.time() >= deadline:
-                    return None, ("unavailable", "the model's replica went away")
+                pause_s = min(1.0, 0.1 * 2**attempt)
+                if role == "candidate" or time.time() + pause_s >= deadline:
+                    break
+                # another replica takes it at once; where there is none, Serve starts one in a few seconds
+                await asyncio.sleep(pause_s)
             except ModelFailed as error:
                 return None, ("failed", f"the model failed: {error.args[0]}")
             except RayTaskError as error:
                 return None, ("failed", f"the model failed: {type(error.cause).__name__}")
             except Exception as error:
                 return None, ("failed", f"the stage failed: {type(error).__name__}")
-        return None, ("unavailable", "the model is being exchanged")
+        return None, ("unavailable", "the model is being exchanged, or its replica went away")
 
     # ---- trials -------------------------------------------------------------------------------------------------
 

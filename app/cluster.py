@@ -130,9 +130,8 @@ def environment(port: int) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_TIMEOUT_CLIENT_S": "75",
         # how long an ingress that is to end stays, where HAProxy may still send requests: it hears within a second
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
-        # replicas ask each other by gRPC, without Ray's store and its bookkeeping; a picture's views are in the message
-        "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
-        "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(64 * 2**20),
+        # views of a picture (150 kB each) travel in the request itself and not by way of the object store
+        "RAY_max_direct_call_object_size": str(2**20),
         # what a replica has loaded is not looked through for garbage again and again
         "RAY_SERVE_FREEZE_GC_ON_STARTUP": "1",
         # a replica's requests, its routers and its health checks on one event loop: nothing computes on it (batches and

@@ -471,7 +471,10 @@ def trial(service: SmallService) -> Iterator[None]:
 def test_every_panel_shows_something_and_every_rule_is_evaluated(
     service: SmallService, hook: Hook, trial: None
 ) -> None:
-    told(service, hook, 64, "told-64")  # what has never happened is not counted
+    # what has never happened is not counted
+    told(service, hook, 64, "told-64")
+    feedback = {"id": post(service, 65).json()["id"], "part": "verdict", "right": True}
+    assert HTTP.post(f"{service.url}/v1/feedback", json=feedback).status_code == 201
     port = cluster.free_port()
     command = [sys.executable, "-m", "app.monitoring", "--listen", f"127.0.0.1:{port}"]
     prometheus = subprocess.Popen(command, env=os.environ | {"PORT": str(service.port)}, cwd=ROOT)
