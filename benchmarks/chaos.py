@@ -4,9 +4,8 @@ Clients send one picture after another, each under an ``Idempotency-Key``, and s
 (when ``Retry-After`` says), until it is answered. Together they send ``share`` of what the service answered them
 without pauses at the start. Under this load each kind of process is killed with SIGKILL, several times: a replica of
 each model, the tagger's engine, the ingress, HAProxy and what manages it, Serve's controller, the worker of a task of
-plain Ray,
-the raylet of a second node on which a replica of the detector runs (it is started again after a second, as an
-operating system's supervisor does), and on the head the raylet, the GCS, and all of Ray at once, which
+plain Ray, the raylet of a second node on which a replica of the detector runs (it is started again after a second, as
+an operating system's supervisor does), and on the head the raylet, the GCS, and all of Ray at once, which
 ``python -m app.serve`` starts again. Beside the clients each route of a single stage is asked once a second, without a
 second try: whether the others answer while one is away.
 

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -74,7 +75,7 @@ class Front:
         self.manager = subprocess.Popen(
             # a parent of its own, as Ray's actor is: it starts HAProxy and waits
             [
-                *("python3", "-c", "import subprocess, sys; subprocess.run(sys.argv[1:])"),
+                *(sys.executable, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:])"),
                 *(str(FRONT / "haproxy"), "-db", "-f", str(self.file), "-dR"),
             ],
             env=os.environ | {cluster.HAPROXY: cluster.haproxy_program()},
