@@ -332,8 +332,18 @@ def sized(config: ScaleConfig, settings: dict[str, Any], rate: float, seconds: f
 
 
 def as_it_is(config: ScaleConfig, settings: dict[str, Any], gpus: int) -> Service:
-    """The configuration with all replicas that it allows running."""
-    replicas = {name: (settings[name]["scaling"].max_replicas,) * 2 for name in ("ingress", *MODELS)}
+    """The configuration with as many replicas running as it allows and the GPUs hold, the first model growing first."""
+    scaling: dict[str, Scaling] = {name: settings[name]["scaling"] for name in ("ingress", *MODELS)}
+    running = {name: scaling[name].min_replicas for name in MODELS}
+    left = gpus - sum(running[name] * scaling[name].gpu_share for name in MODELS)
+    for name in MODELS:
+        more = scaling[name].max_replicas - running[name]
+        if share := scaling[name].gpu_share:
+            more = min(more, int(left / share))
+        running[name] += more
+        left -= more * share
+    running["ingress"] = scaling["ingress"].max_replicas
+    replicas = {name: (count, count) for name, count in running.items()}
     return service_of(config, settings, replicas, gpus, proxies=2)
 
 

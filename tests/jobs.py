@@ -52,6 +52,13 @@ class Jobs:
         """What `ray job status` says, in small letters."""
         return self.run("status", name).stdout.lower()
 
+    def wait_for(self, name: str, text: str, timeout_s: float = 600) -> None:
+        """Until a running job has printed something."""
+        limit = time.monotonic() + timeout_s
+        while text not in (told := self.run("logs", name).stdout):
+            assert time.monotonic() < limit and self.status(name).count("failed") == 0, told[-4000:]
+            time.sleep(1)
+
     def stop_when(self, name: str, condition: Callable[[], bool], timeout_s: float = 600) -> None:
         """Stop a running job at a moment."""
         limit = time.monotonic() + timeout_s

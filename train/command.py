@@ -33,6 +33,7 @@ from data.session import RaySettings, ray_session
 from data.versions import DataVersion, open_version
 from deployments.checkpoints import Checkpoint, CheckpointError, pinned, resolve
 from train.features import OutOfTime
+from train.giving_way import Resource, wait_for_room
 from train.loop import Job, LoopConfig, Outcome, quieten, share_of_batch, work
 from train.module import TrainingError
 from train.tracking import DatasetInput, Run, TrackingConfig, TrackingError, describe, refused, start
@@ -43,7 +44,7 @@ logger = logging.getLogger(__name__)
 _FREE = {
     *("output", "time_limit", "num_workers", "min_workers", "gpus_per_worker", "cpus_per_worker", "threads", "loaders"),
     *("loader_cpus", "checkpoint_every", "keep", "max_failures", "record", "tracking", "num_cpus", "storage", "cache"),
-    *("object_store_bytes", "patience"),
+    *("object_store_bytes", "patience", "give_way_s"),
 }
 _DURATION = re.compile(r"^(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?:in)?)?(?:(\d+(?:\.\d+)?)s?)?$")
 
@@ -188,8 +189,18 @@ def _fit(config: TrainCommand, make_job: Callable[[], Job], place: Location, cal
         try:
             job = make_job()
         except OutOfTime:
-            return Outcome("stopped", 0, 0)
-        return Outcome(**ray_trainer(config, job, place, callbacks).fit().return_value)
+            return Outcome("stopped", 0, 0, reason="time")
+        while True:
+            outcome = Outcome(**ray_trainer(config, job, place, callbacks).fit().return_value)
+            if outcome.reason != "way":
+                return outcome
+            resource, amount = _held(config, job)
+            found = wait_for_room(resource, amount, job.deadline)
+            if found == "time":
+                return replace(outcome, reason="time")
+            if found == "no help":
+                print("serving did not take the room: this run goes on, and keeps what it has from now on", flush=True)
+                config = config.model_copy(update={"give_way_s": 0.0})
 
 
 def reported(folder: Location) -> list[str]:
@@ -252,14 +263,16 @@ def ray_trainer(config: TrainCommand, job: Job, place: Location, callbacks: Sequ
             return [one for one in found if not isinstance(one, PlacementGroupCleanerCallback)]
 
     most = config.num_workers
-    reserved = reservation(config, ray.cluster_resources(), 0 if job.in_process() else config.loader_cpus)
+    reserved = reservation(config, ray.cluster_resources(), _loading(config, job))
     gpus = reserved.get("GPU", 0)
+    # an own Ray has nobody to give way to, and but for a sweep's no dashboard to ask
+    gives_way = config.give_way_s > 0 and (bool(callbacks) or _on_a_cluster())
     storage: dict[str, Any] = {"storage_path": place.path}
     if not place.is_local:
         storage["storage_filesystem"] = place.arrow_filesystem
     return Trainer(
         work,
-        train_loop_config={"job": job},
+        train_loop_config={"job": job, "holds": ("GPU" if gpus else "CPU") if gives_way else None},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=(config.min_workers, most) if config.min_workers else most,
@@ -274,6 +287,21 @@ def ray_trainer(config: TrainCommand, job: Job, place: Location, callbacks: Sequ
             **storage,
         ),
     )
+
+
+def _loading(config: TrainCommand, job: Job) -> float:
+    return 0.0 if job.in_process() else config.loader_cpus
+
+
+def _held(config: TrainCommand, job: Job) -> tuple[Resource, float]:
+    """What a run holds that a replica of Serve may want, all workers together."""
+    import ray
+
+    reserved = reservation(config, ray.cluster_resources(), _loading(config, job))
+    workers = config.min_workers or config.num_workers
+    if gpus := reserved.get("GPU", 0.0):
+        return "GPU", workers * gpus
+    return "CPU", workers * reserved["CPU"] + _loading(config, job)
 
 
 def reservation(config: TrainCommand, resources: Mapping[str, float], loading: float) -> dict[str, float]:

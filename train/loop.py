@@ -24,6 +24,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -36,6 +37,7 @@ from safetensors.torch import load_file, save_file
 
 from data.versions import DataVersion
 from train.gauges import Gauges
+from train.giving_way import GiveWay
 from train.module import NonFinite, Optimisation, TrainedModule, TrainingError
 from train.order import Order
 from train.strategies import StrategyName, local_strategy, ray_strategy
@@ -44,6 +46,8 @@ from train.tracking import Run, RunReference, attach
 
 #: Losses are compared and the clock is looked at about this often.
 _SYNC_S, _MOST_STEPS_BETWEEN = 2.0, 50
+#: Why a run ends before its last step, to go on from there: its time is over, or serving wants what it holds.
+_ENDS = ("", "time", "way")
 
 
 class LoopConfig(Optimisation):
@@ -82,6 +86,12 @@ class LoopConfig(Optimisation):
     )
     keep: int = Field(2, ge=1, description="checkpoints that are kept for resuming")
     max_failures: int = Field(3, ge=-1, description="deaths of workers that a run survives; -1: any number")
+    give_way_s: float = Field(
+        30.0,
+        ge=0,
+        description="on a cluster: when a replica of Serve has waited as long for what the run holds, the run stops "
+        "with a checkpoint, lets it have that, and goes on when there is room again; 0: never",
+    )
     seed: int = 20260101
 
     @property
@@ -168,6 +178,7 @@ class Watch(pl.Callback):
         report: hands a checkpoint to whoever keeps them; None keeps none.
         run: the MLflow run, on the first worker.
         gauges: what operators see, on the first worker.
+        give_way: whether serving wants what the run holds, on the first worker.
     """
 
     def __init__(
@@ -180,8 +191,9 @@ class Watch(pl.Callback):
         run: Run | None = None,
         say: Callable[[str], None] = lambda line: print(line, flush=True),
         gauges: Gauges | None = None,
+        give_way: GiveWay | None = None,
     ) -> None:
-        self.gauges = gauges
+        self.gauges, self.give_way = gauges, give_way
         self.config, self.steps_per_epoch, self.scratch = config, steps_per_epoch, scratch
         self.deadline, self.report, self.run, self.say = deadline, report, run, say
         self.best, self.bad, self.best_metrics = -float("inf"), 0, dict[str, float]()
@@ -238,7 +250,7 @@ class Watch(pl.Callback):
             [value for _, value in self._pending]
             + [
                 torch.tensor(value, device=module.device)
-                for value in (float(first and time.time() > self.deadline), float(first and interval))
+                for value in (float(first and self._ends()), float(first and interval))
             ]
         )
         world = trainer.world_size
@@ -258,12 +270,18 @@ class Watch(pl.Callback):
                 )
         # after the last step there is nothing to go on with: the run ends as it would have
         if values[-2] and not trainer.should_stop and steps[-1] < trainer.max_steps:
-            self.stopped = "time"
+            self.stopped = _ENDS[int(values[-2])]
             trainer.should_stop = True
             if steps[-1] % (self.config.validate_every or self.steps_per_epoch):
                 trainer.limit_val_batches = 0  # Lightning would validate before it stops
         if first:
             self._tell(trainer, steps, means)
+
+    def _ends(self) -> int:
+        """Which of ``_ENDS`` has come, by the first worker's clock and what it has been told."""
+        if time.time() > self.deadline:
+            return _ENDS.index("time")
+        return _ENDS.index("way") if self.give_way is not None and self.give_way.to else 0
 
     def _tell(self, trainer: pl.Trainer, steps: list[int], means: list[float]) -> None:
         step, total = steps[-1], int(trainer.max_steps)
@@ -501,7 +519,7 @@ def outcome_of(config: LoopConfig, watch: Watch, total_steps: int) -> Outcome:
     """How training went."""
     done = watch.step - watch.began_step
     return Outcome(
-        "stopped" if watch.stopped == "time" else "finished",
+        "stopped" if watch.stopped in _ENDS[1:] else "finished",
         watch.step,
         total_steps,
         watch.best_metrics,
@@ -511,14 +529,18 @@ def outcome_of(config: LoopConfig, watch: Watch, total_steps: int) -> Outcome:
     )
 
 
-def work(settings: dict[str, Job]) -> dict[str, Any]:
-    """What each Ray Train worker runs; the first one's answer is the run's."""
+def work(settings: dict[str, Any]) -> dict[str, Any]:
+    """What each Ray Train worker runs; the first one's answer is the run's.
+
+    Args:
+        settings: `job`, and as `holds` what serving may want of it (None: it keeps what it has).
+    """
     import ray.train
     from ray.train import Checkpoint
     from ray.train.lightning import RayLightningEnvironment
     from ray.train.v2.api.report_config import CheckpointUploadMode
 
-    job = settings["job"]
+    job: Job = settings["job"]
     config, context = job.config, ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(threads_of(config))
@@ -533,7 +555,7 @@ def work(settings: dict[str, Job]) -> dict[str, Any]:
             delete_local_checkpoint_after_upload=True,
         )
 
-    with tempfile.TemporaryDirectory(prefix="training-") as scratch_name:
+    with tempfile.TemporaryDirectory(prefix="training-") as scratch_name, ExitStack() as stack:
         scratch = Path(scratch_name)
         resume = None
         if checkpoint := ray.train.get_checkpoint():
@@ -542,11 +564,13 @@ def work(settings: dict[str, Job]) -> dict[str, Any]:
             if (resume / "export").is_dir():
                 return json.loads((resume / "progress.json").read_text())["outcome"]
         run = attach(job.run) if rank == 0 and job.run is not None else None
-        gauges = None
+        gauges = give_way = None
         if rank == 0:
+            if settings["holds"] is not None:
+                give_way = stack.enter_context(GiveWay(settings["holds"], config.give_way_s))
             manifest = job.version.manifest
             gauges = Gauges(context.get_experiment_name(), f"{manifest.name} {manifest.version}")
-        watch = Watch(config, order.steps, scratch, job.deadline, report, run, gauges=gauges)
+        watch = Watch(config, order.steps, scratch, job.deadline, report, run, gauges=gauges, give_way=give_way)
         try:
             module = train_steps(
                 job,
@@ -559,6 +583,8 @@ def work(settings: dict[str, Job]) -> dict[str, Any]:
                 "here" if job.in_process() else "ray",
             )
             outcome = outcome_of(config, watch, total_steps)
+            if outcome.reason == "way" and give_way is not None:
+                watch.say(f"stopped after step {outcome.steps} of {total_steps}: serving wants room for {give_way.to}")
             return vars(outcome) if outcome.status == "stopped" else _finish(job, module, watch, outcome, report, rank)
         except NonFinite as error:
             # not raised: Ray would start the workers again, and they would come to the same point

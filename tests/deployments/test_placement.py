@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from ray.cluster_utils import Cluster
 from ray.serve.context import _get_global_client
 from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 
+from app.cluster import free_port
 from app.config import read_serve_config
 from tests.deployments.stand_ins import StandIn
+from train.giving_way import waiting_replicas
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parents[2]
@@ -39,7 +41,8 @@ def nodes() -> Iterator[dict[str, str]]:
             head_node_args={
                 **common,
                 "num_gpus": 2,
-                "include_dashboard": False,
+                "include_dashboard": True,  # it says which replicas wait
+                "dashboard_port": free_port(8270),
                 "labels": {"deeptrust.io/serve": "first"},
             },
         )
@@ -77,6 +80,19 @@ def run(config: dict[str, Any], timeout_s: float = 240) -> None:
     raise AssertionError(f"not placed after {timeout_s:.0f} s: {serve.status()}")
 
 
+def states(name: str) -> dict[str, int]:
+    """How many replicas of a deployment are in which state."""
+    deployments = serve.status().applications["deeptrust"].deployments
+    return {str(state): count for state, count in deployments[name].replica_states.items()}
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
+    limit = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < limit, serve.status()
+        time.sleep(0.5)
+
+
 def place(name: str) -> tuple[str, str]:
     """Node and GPUs of the only replica of a deployment."""
     node, gpus = serve.get_deployment_handle(name, "deeptrust").place.remote().result().split(":")
@@ -107,9 +123,22 @@ def test_at_their_most_replicas_they_still_fit(nodes: dict[str, str], config: di
         autoscaling = deployment(config, name)["autoscaling_config"]
         autoscaling["min_replicas"] = autoscaling["max_replicas"]
     run(config)
-    counts = {
-        name: status.replica_states for name, status in serve.status().applications["deeptrust"].deployments.items()
-    }
     for name in ("Detector", "Captioner"):
-        assert counts[name] == {"RUNNING": deployment(config, name)["autoscaling_config"]["max_replicas"]}
-    assert counts["Tagger"] == {"RUNNING": 1}
+        assert states(name) == {"RUNNING": deployment(config, name)["autoscaling_config"]["max_replicas"]}
+    assert states("Tagger") == {"RUNNING": 1}
+
+
+def test_a_tagger_more_waits_for_the_gpu_of_training_which_sees_that(
+    nodes: dict[str, str], config: dict[str, Any]
+) -> None:
+    run(config)
+    training = ray.remote(num_gpus=1)(StandIn).remote()
+    held = ray.get(training.place.remote(), timeout=60)
+    assert waiting_replicas("GPU") == {}
+    config["applications"][0]["args"]["tagger"]["min_replicas"] = 2
+    _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config))
+    until(lambda: list(waiting_replicas("GPU").values()) == ["Tagger"])
+    assert list(waiting_replicas("CPU").values()) == ["Tagger"], "it wants CPUs as well"
+    ray.kill(training)
+    until(lambda: states("Tagger") == {"RUNNING": 2})
+    assert held.split(":")[0] in nodes and waiting_replicas("GPU") == {}
