@@ -28,7 +28,7 @@ from pydantic import (
 )
 
 from app.idempotency import event_key
-from app.keys import caller_of
+from app.keys import caller_of, is_operator
 from app.problems import Problem, responses
 from app.store.database import StoreUnavailable
 from app.store.events import Event, KeyConflict, UnknownAnswer
@@ -370,9 +370,14 @@ def router(store_of: Callable[[], Awaitable[Store]], judged: Judged | None = Non
         return SearchPage(items=items, next=None if following is None else str(following))
 
     @routes.get("/v1/store", tags=["operate"])
-    async def status(store: Store = given) -> StoreStatus:
-        """Whether answers are kept, how many wait and how many were dropped, in the process that answers."""
-        return StoreStatus(**store.status())
+    async def status(request: Request, store: Store = given) -> StoreStatus:
+        """Whether answers are kept, how many wait and how many were dropped, in the process that answers; with a key of
+        scope `admin`, or where there are no keys, in the words of what keeps them from being kept.
+        """
+        found = StoreStatus(**store.status())
+        if found.state == "unavailable" and not is_operator(request.scope):  # its own words name hosts and files
+            found.message = "the store does not answer at the moment; the service's log says why"
+        return found
 
     return routes
 

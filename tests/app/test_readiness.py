@@ -53,6 +53,12 @@ def test_a_replicas_words_are_for_operators_and_stand_in_the_log(
         for headers in (read, admin):
             models = (await client.get("/v1/models", headers=headers)).json()
             assert (INSIDE in models["detector"]["message"]) == (headers is admin)
+        with monkeypatch.context() as patch:
+            patch.setattr(service.store, "_message", f"no connection: {INSIDE}")
+            for headers in (read, admin):
+                store = (await client.get("/v1/store", headers=headers)).json()
+                assert store["state"] == "unavailable" and store["message"]
+                assert (INSIDE in store["message"]) == (headers is admin)
         partial = await client.post("/v1/analyze", content=picture(1), headers=read)
         (error,) = partial.json()["errors"]
         assert (error["stage"], error["code"]) == ("detector", "unavailable")
