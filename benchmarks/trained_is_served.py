@@ -76,7 +76,7 @@ class TrainedIsServed(BaseModel):
 
 
 def write_processor(folder: Path) -> None:
-    """How both models read a picture."""
+    """How BLIP reads a picture."""
     settings = {
         "do_resize": True,
         "size": {"height": _SIDE_PX, "width": _SIDE_PX},
@@ -130,7 +130,6 @@ def new_blip(config: TrainedIsServed, captions: Sequence[str], folder: Path) -> 
 def new_vit(config: TrainedIsServed, folder: Path) -> int:
     """A small ViT with random weights that tells human and ai apart; returns how many parameters it has."""
     parameters = random_vit(folder, config.width, config.layers, _SIDE_PX, config.patch_px)
-    write_processor(folder)
     (folder / "card.json").write_text(
         json.dumps({"task": "detection", "architecture": "ViTForImageClassification", "labels": ["human", "ai"]})
     )
