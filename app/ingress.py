@@ -37,6 +37,7 @@ from app.feedback import router
 from app.keys import RequireKey, caller_of, check_exposure, is_operator
 from app.openapi import ANALYZE_BODY, ANALYZE_RESPONSES, CALLBACKS, use_local_docs
 from app.problems import Problem, install, responses
+from app.store import key_uses
 from app.store.settings import StoreSettings
 from app.store.store import Store
 from app.uploads import Upload, UploadLimits, read_uploads
@@ -99,8 +100,14 @@ def _gate() -> Gate:
     return serve.get_replica_context().servable_object.gate
 
 
+async def _share(day: int, uses: Mapping[str, int]) -> Mapping[str, int]:
+    """What keys come to on a day, in all replicas, by way of the store."""
+    store: Store = serve.get_replica_context().servable_object.store
+    return await store.commit(partial(key_uses.add, day=day, uses=uses))
+
+
 api.add_middleware(Closing, gate=_gate)
-api.add_middleware(RequireKey)
+api.add_middleware(RequireKey, share=_share)
 api.add_middleware(SecurityHeaders)
 api.add_middleware(RequestLines)
 install(api)

@@ -6,12 +6,14 @@ has changed: a key that is revoked ends within a second, without a restart. Whil
 ask for everything, and the application listens on loopback only.
 
 A key comes as ``Authorization: Bearer KEY``, or as the password of HTTP Basic under any user name, which is how a
-browser asks for it. Rate limits and quotas hold for each ingress replica, quotas until it ends. Knows no route's
-meaning beyond its scope.
+browser asks for it. Rate limits hold for each ingress replica. Quotas of a day hold for all of them together, give or
+take what comes in a few seconds, where something keeps their counts (``Share``), otherwise for each until it ends.
+Knows no route's meaning beyond its scope.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import contextlib
@@ -27,7 +29,7 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Literal, get_args
 from urllib.parse import urlsplit
@@ -48,6 +50,8 @@ _ANNOTATING = frozenset(("/v1/analyze", "/v1/detect", "/v1/caption", "/v1/tag"))
 LOOPBACK = frozenset(("127.0.0.1", "localhost", "::1"))
 #: How long a change of the file may go unnoticed.
 _LOOK_S = 1.0
+#: How often replicas tell each other of the day's requests.
+_SHARE_S = 2.0
 #: `dt_`, eight characters that name the key, and 256 random bits: no dictionary helps, a plain hash is enough.
 _KEY = re.compile(r"dt_([0-9a-f]{8})_([A-Za-z0-9_-]{43})")
 #: Answered to everybody: whoever watches over the application has no key.
@@ -196,20 +200,31 @@ _DAY_S = 24 * 3600
 
 
 class Quota:
-    """Requests of a UTC day."""
+    """Requests of a UTC day: those that all replicas have been told of, and those of this one since."""
 
     def __init__(self) -> None:
-        self._day, self._used = 0, 0
+        self.day, self.unshared = 0, 0
+        self._shared = 0
 
     def take(self, per_day: int, now_s: float) -> float:
         """Take one: 0, or the seconds until midnight if there is none left."""
         day = int(now_s // _DAY_S)
-        if day != self._day:
-            self._day, self._used = day, 0
-        if self._used >= per_day:
+        if day != self.day:
+            self.day, self.unshared, self._shared = day, 0, 0
+        if self._shared + self.unshared >= per_day:
             return (day + 1) * _DAY_S - now_s
-        self._used += 1
+        self.unshared += 1
         return 0.0
+
+    def heard(self, day: int, told: int, total: int) -> None:
+        """What a day comes to in all replicas, with ``told`` of this one's."""
+        if day == self.day:
+            self.unshared -= told
+            self._shared = total
+
+
+#: Adds uses of keys (by id) on a day since 1970 to those of all replicas; returns what each of them comes to.
+Share = Callable[[int, Mapping[str, int]], Awaitable[Mapping[str, int]]]
 
 
 class KeyRing:
@@ -247,6 +262,22 @@ class KeyRing:
         if key.per_day is None:
             return 0.0
         return self._quotas.setdefault(key.id, Quota()).take(key.per_day, time.time())
+
+    async def share_uses(self, share: Share) -> None:
+        """Tell all replicas what keys with a quota were used for since the last time, and hear what they come to.
+
+        Raises:
+            Exception: whatever ``share`` raises; nothing was told then.
+        """
+        days: dict[int, dict[str, int]] = {}
+        for identity, quota in self._quotas.items():
+            if quota.unshared:
+                days.setdefault(quota.day, {})[identity] = quota.unshared
+        for day, uses in days.items():
+            totals = await share(day, uses)
+            for identity, told in uses.items():
+                if identity in self._quotas:  # it may have been revoked meanwhile
+                    self._quotas[identity].heard(day, told, totals[identity])
 
     def _look(self) -> None:
         now = time.monotonic()
@@ -296,12 +327,20 @@ def scope_of(method: str, path: str) -> KeyScope:
 
 
 class RequireKey:
-    """ASGI middleware: nothing but health is answered without a key, once ``DEEPTRUST_KEYS`` names a file."""
+    """ASGI middleware: nothing but health is answered without a key, once ``DEEPTRUST_KEYS`` names a file.
 
-    def __init__(self, app: ASGIApp) -> None:
+    Args:
+        share: keeps the counts that quotas go by for all replicas.
+    """
+
+    def __init__(self, app: ASGIApp, share: Share | None = None) -> None:
         self.app = app
         path = os.environ.get(VARIABLE)
         self.ring = KeyRing(Path(path)) if path else None
+        self._share = share
+        self._sharing: asyncio.Task[None] | None = None
+        self._shared_at = -math.inf
+        self._why_not = ""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
@@ -313,9 +352,30 @@ class RequireKey:
                 except Problem as problem:
                     await problem.to_response(scope)(scope, receive, send)
                     return
+            if key is not None and key.per_day is not None:
+                self._share_soon()
             state["caller"] = key.caller if key is not None else ""
             state["operator"] = self.ring is None or (key is not None and "admin" in key.scopes)
         await self.app(scope, receive, send)
+
+    def _share_soon(self) -> None:
+        """Have counts shared beside the requests, now and then."""
+        running = self._sharing is not None and not self._sharing.done()
+        if self._share is None or running or time.monotonic() - self._shared_at < _SHARE_S:
+            return
+        self._shared_at = time.monotonic()
+        self._sharing = asyncio.get_running_loop().create_task(self._share_uses(self._share))
+
+    async def _share_uses(self, share: Share) -> None:
+        assert self.ring is not None
+        why_not = ""
+        try:
+            await self.ring.share_uses(share)
+        except Exception as error:  # of any store: a quota that is counted here alone is better than no answer
+            why_not = f"{type(error).__name__}: {error}"
+        if why_not and why_not != self._why_not:
+            _log.warning("quotas of API keys hold for this replica alone while uses cannot be shared: %s", why_not)
+        self._why_not = why_not
 
 
 def caller_of(scope: Scope) -> str:
@@ -407,7 +467,7 @@ class CreateCommand(_Command):
     scopes: str = Field("read", description="comma-separated: read, feedback, admin")
     per_second: float = Field(50.0, gt=0, description="requests a second that each ingress replica lets through")
     burst: int = Field(100, ge=1, description="requests at once")
-    per_day: int | None = Field(None, ge=1, description="requests a day that each ingress replica lets through")
+    per_day: int | None = Field(None, ge=1, description="requests a day (UTC), of all ingress replicas together where there is a store")
 
     def cli_cmd(self) -> None:
         """Do it."""

@@ -288,6 +288,17 @@ class DriftPicture(Base):
     __table_args__ = (Index("ix_drift_pictures_sha256", "sha256"),)
 
 
+class KeyUse(Base):
+    """Requests of an API key on a day, of all replicas (`app.store.key_uses`)."""
+
+    __tablename__ = "key_uses"
+
+    key_id: Mapped[str] = mapped_column(String(8), primary_key=True)
+    day: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    """Since 1970, UTC."""
+    used: Mapped[int] = mapped_column(BigInteger)
+
+
 def plain(words: str) -> str:
     """Lower case without accents."""
     decomposed = unicodedata.normalize("NFKD", words)

@@ -7,6 +7,7 @@ import base64
 import json
 import re
 import stat
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def app() -> FastAPI:
+def app(share: keys.Share | None = None) -> FastAPI:
     made = FastAPI()
     install(made)
 
@@ -56,7 +57,7 @@ def app() -> FastAPI:
     def anything(path: str) -> dict[str, str]:
         return {"path": path}
 
-    made.add_middleware(RequireKey)
+    made.add_middleware(RequireKey, share=share)
     return made
 
 
@@ -182,6 +183,39 @@ def test_a_days_requests_are_counted_until_midnight(file: Path) -> None:
     quota, noon = Quota(), 20000.5 * 24 * 3600
     assert [quota.take(1, noon), quota.take(1, noon + 1)] == [0, 12 * 3600 - 1]
     assert quota.take(1, noon + 12 * 3600) == 0, "at midnight it begins again"
+
+
+def test_a_quota_holds_for_all_replicas_together_where_something_counts_for_them(
+    file: Path, monkeypatch: pytest.MonkeyPatch, lines: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(keys, "_SHARE_S", 0.0)
+    few = create(file, "few", READ, 500, 500, per_day=10)
+    totals, is_away = dict[tuple[str, int], int](), False
+
+    async def share(day: int, uses: Mapping[str, int]) -> Mapping[str, int]:
+        if is_away:
+            raise ConnectionError("no database")
+        for identity, used in uses.items():
+            totals[identity, day] = totals.get((identity, day), 0) + used
+        return {identity: totals[identity, day] for identity in uses}
+
+    first, second = app(share=share), app(share=share)
+
+    def ask(replica: FastAPI) -> int:
+        return send(replica, "GET", "/", headers=bearer(few)).status_code
+
+    assert [ask(replica) for replica in (first, second) * 5] == [200] * 10
+    assert sum(totals.values()) == 10
+    # each hears of the other's requests with its next one, and no later
+    assert [ask(first), ask(second)].count(200) <= 1
+    assert [ask(replica) for replica in (first, second) * 2] == [429] * 4
+
+    other = create(file, "other", READ, 500, 500, per_day=10)
+    is_away = True
+    answers = [send(first, "GET", "/", headers=bearer(other)).status_code for _ in range(12)]
+    assert answers == [200] * 10 + [429] * 2, "what cannot be shared is counted here"
+    (warning,) = (record for record in lines.records if "this replica alone" in record.getMessage())
+    assert "no database" in warning.getMessage()
 
 
 def test_the_api_document_says_which_routes_want_a_key(file: Path) -> None:

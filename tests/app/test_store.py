@@ -24,10 +24,10 @@ from sqlalchemy import delete, func, inspect, select, text, update
 from app import idempotency
 from app.feedback import router
 from app.problems import Problem
-from app.store import events, models, search
+from app.store import events, key_uses, models, search
 from app.store.database import Database, StoreUnavailable, migrate
 from app.store.events import Event, KeyConflict, UnknownAnswer
-from app.store.models import Base, Feedback, Prediction, first_id, new_id, time_of
+from app.store.models import Base, Feedback, KeyUse, Prediction, first_id, new_id, time_of
 from app.store.search import BadCursor, Place, Query
 from app.store.settings import StoreSettings
 from app.store.store import Found, Store, StoreOff
@@ -120,6 +120,20 @@ def count(store: Store, table: Any) -> int:
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
+
+
+def test_uses_of_keys_are_summed_over_replicas(stores: Stores) -> None:
+    replicas, calls = [stores() for _ in range(2)], 20
+
+    async def work() -> list[dict[str, int]]:
+        count = partial(key_uses.add, day=20000, uses={"b": 2, "a": 1})
+        return await asyncio.gather(*(replica.commit(count) for replica in replicas for _ in range(calls)))
+
+    totals = run(work())
+    assert sorted(total["a"] for total in totals) == list(range(1, 2 * calls + 1)), "nobody's were lost"
+    assert max(total["b"] for total in totals) == 4 * calls
+    assert run(replicas[0].commit(partial(key_uses.add, day=20008, uses={"a": 3}))) == {"a": 3}
+    assert count(replicas[1], KeyUse) == 1, "days of a week ago are gone"
 
 
 def test_migrations_make_the_tables_that_the_code_has_and_take_them_away_again(url: str) -> None:
