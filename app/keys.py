@@ -467,7 +467,9 @@ class CreateCommand(_Command):
     scopes: str = Field("read", description="comma-separated: read, feedback, admin")
     per_second: float = Field(50.0, gt=0, description="requests a second that each ingress replica lets through")
     burst: int = Field(100, ge=1, description="requests at once")
-    per_day: int | None = Field(None, ge=1, description="requests a day (UTC), of all ingress replicas together where there is a store")
+    per_day: int | None = Field(
+        None, ge=1, description="requests a day (UTC), of all ingress replicas together where there is a store"
+    )
 
     def cli_cmd(self) -> None:
         """Do it."""
