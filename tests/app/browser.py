@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from playwright.sync_api import Browser, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 #: No sandbox, because tests run as root in containers; the rest keeps the browser from calling home.
 ARGUMENTS = [
@@ -42,3 +42,15 @@ def chromium() -> Iterator[Browser]:
             yield browser
         finally:
             browser.close()
+
+
+def dashboard(browser: Browser, url: str, token: str) -> Page:
+    """Ray's dashboard, opened by somebody who has the cluster's token, which it asks for in a dialog."""
+    page = browser.new_page(viewport={"width": 1400, "height": 900})
+    page.goto(f"{url}/#/overview")
+    # the page behind it has fields too
+    dialog = page.get_by_role("dialog")
+    dialog.locator("input").first.fill(token, timeout=60_000)
+    dialog.get_by_role("button", name="Submit").click()
+    dialog.wait_for(state="hidden", timeout=60_000)
+    return page

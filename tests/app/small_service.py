@@ -154,11 +154,11 @@ class SmallService:
 
     def redeploy(self) -> None:
         """Hand the changed configuration to Serve, as `serve deploy` does."""
-        deploy(self._instance(), self.config)
+        deploy(self.instance(), self.config)
 
     def replicas(self, deployment: str) -> list[str]:
         """Identities of a deployment's replicas."""
-        instance = self._instance()
+        instance = self.instance()
         headers = {"Authorization": f"Bearer {cluster.token(self.port)}"}
         answer = httpx.get(f"{instance.dashboard_url}/api/serve/applications/", headers=headers, timeout=60).json()
         found = answer["applications"]["deeptrust"]["deployments"][deployment]["replicas"]
@@ -199,8 +199,8 @@ class SmallService:
         psutil.wait_procs(processes, timeout=60)
         cluster.stop(self.port)
 
-    def _instance(self) -> cluster.Instance:
-        # the last one: Ray may have been started again
+    def instance(self) -> cluster.Instance:
+        """Its Ray: the last one, which may have been started again."""
         *_, dashboard = re.findall(r"Ray dashboard  http://127.0.0.1:(\d+)/", self.log.read_text())
         return cluster.Instance(self.port, 0, int(dashboard))
 

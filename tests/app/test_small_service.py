@@ -33,6 +33,7 @@ from ray.serve.generated import serve_pb2, serve_pb2_grpc
 from app import cluster, drift_report
 from app.callbacks import SECRET_VARIABLE
 from deployments import telemetry
+from tests.app.browser import chromium, dashboard, find_chromium
 from tests.app.hook import Hook, listening
 from tests.app.load import HTTP, Load, picture, post
 from tests.app.small_service import REQUEST_TIMEOUT_S, ROOT, TAGGER_REQUESTS, SmallService, small_service
@@ -501,6 +502,30 @@ def ask(port: int, what: str, **parameters: str) -> Any:
     answer = HTTP.get(f"http://127.0.0.1:{port}/api/v1/{what}", params=parameters, timeout=60).json()
     assert answer["status"] == "success", answer
     return answer["data"]
+
+
+@pytest.mark.proof
+@pytest.mark.skipif(find_chromium() is None, reason="no Chromium: apt-get install chromium")
+def test_rays_dashboard_shows_the_graph_its_node_and_its_replicas(service: SmallService, tmp_path: Path) -> None:
+    with chromium() as browser:
+        page = dashboard(browser, service.instance().dashboard_url, cluster.token(service.port) or "")
+
+        def seen(place: str, *texts: str) -> str:
+            page.goto(f"{service.instance().dashboard_url}/#/{place}")
+            for text in texts:
+                page.get_by_text(text).first.wait_for(timeout=60_000)
+            page.wait_for_timeout(1000)
+            page.screenshot(path=str(tmp_path / f"{place.replace('/', '-')}.png"))
+            return str(page.locator("body").inner_text())
+
+        graph = seen("serve", "deeptrust", "Tagger")
+        for name in ("Ingress", "Detector", "Captioner", "Tagger", "Drift", "DetectorCanary"):
+            assert name in graph, graph[:3000]
+        assert "HEALTHY" in graph and "UNHEALTHY" not in graph
+        assert "RUNNING" in seen("serve/applications/deeptrust", "Captioner")
+        assert "ALIVE" in seen("cluster", "127.0.0.1")
+        assert "Prometheus" in seen("metrics", "Grafana"), "without a Grafana it says what to start"
+    print(tmp_path)
 
 
 def test_a_stage_that_has_died_is_null_with_its_error(service: SmallService) -> None:

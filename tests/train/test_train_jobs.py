@@ -15,7 +15,7 @@ import pytest
 
 from app import cluster
 from deployments.checkpoints import resolve
-from tests.app.browser import chromium, find_chromium
+from tests.app.browser import chromium, dashboard, find_chromium
 from tests.jobs import Jobs
 from tests.train.small import tiny_vit, traced, write_version
 from train.source import describe_trees
@@ -138,12 +138,8 @@ def test_the_dashboard_shows_jobs_and_runs_to_who_has_the_token(jobs: Jobs, plac
     states = {(run["name"], run["status"]) for run in runs}
     assert any(name.startswith("detector") and status == "FINISHED" for name, status in states), states
     with chromium() as browser:
-        page = browser.new_page(viewport={"width": 1400, "height": 900})
+        page = dashboard(browser, url, token)
         page.goto(f"{url}/#/jobs")
-        # Ray's own dialog, as an operator meets it; the page behind it has fields too
-        dialog = page.get_by_role("dialog")
-        dialog.locator("input").first.fill(token, timeout=60_000)
-        dialog.get_by_role("button", name="Submit").click()
         page.get_by_text("train-2").first.wait_for(timeout=60_000)
         shown = page.locator("body").inner_text()
         page.screenshot(path=str(place / "jobs.png"))
