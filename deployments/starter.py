@@ -31,7 +31,7 @@ def _build_detector(target: Path) -> None:
 
 
 def _build_captioner(target: Path) -> None:
-    from deployments.captioner import assemble_captioner
+    from deployments.captioner_model import assemble_captioner
 
     assemble_captioner(_WEIGHTS / "captioner", target)
 

@@ -16,7 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration, BlipTextConfig
 
-from deployments.captioner import assemble_captioner
+from deployments.captioner_model import assemble_captioner
 from deployments.checkpoints import publish, scratch_folder
 from deployments.towers import blip_vision_config
 
@@ -53,7 +53,7 @@ def write_new_captioner(captions: Sequence[str], decoder: NewDecoder, seed: int,
 
 
 def write_decoder(text: torch.nn.Module, target: Path, card: dict[str, object], dtype: torch.dtype) -> None:
-    """The trained half of a captioner as ``deployments.captioner.assemble_captioner`` reads it, vocabulary apart."""
+    """The trained half of a captioner as ``deployments.captioner_model`` reads it, vocabulary apart."""
     from safetensors.torch import save_file
 
     weights = {

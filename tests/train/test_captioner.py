@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from data.locations import Location
 from data.versions import open_version
-from deployments.captioner import assemble_captioner
+from deployments.captioner_model import assemble_captioner
 from deployments.checkpoints import resolve
 from tests.train.small import coloured, labelled_version
 from train.captioner import (
