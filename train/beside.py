@@ -21,6 +21,8 @@ class _Rows(IterableDataset[Batch]):
 
 def batches_beside(source: Source, pieces: Sequence[np.ndarray], micro: int) -> Iterator[Batch]:
     """Batches of pieces; one process: several would hand over batches in turns, and rows would mix."""
+    if not pieces:
+        return
     loader: Any = DataLoader(
         _Rows(source, pieces, micro),
         batch_size=None,

@@ -36,6 +36,7 @@ from pydantic import ConfigDict, Field
 from safetensors.torch import load_file, save_file
 
 from data.versions import DataVersion
+from train.beside import batches_beside
 from train.gauges import Gauges
 from train.giving_way import GiveWay
 from train.module import NonFinite, Optimisation, TrainedModule, TrainingError
@@ -501,7 +502,7 @@ def train_steps(
     def batches() -> Iterator[dict[str, np.ndarray]]:
         if streams == "ray":
             return ray_batches(source, pieces, micro, config.loaders, config.loader_cpus)
-        return local_batches(source, pieces, micro, streams == "beside")
+        return (batches_beside if streams == "beside" else local_batches)(source, pieces, micro)
 
     validation = PassOnce(job.val_source(), rank, world, micro, config.loaders, config.loader_cpus, streams == "ray")
     if start < total_steps:

@@ -5,7 +5,8 @@ In: a ``Source`` (what a row is) and an ``Order`` (which rows when). Out: an ite
 up by row.
 
 Two streams give the same batches: Ray Data reads, decodes and renders in tasks anywhere on the cluster, a shard of the
-split for each worker; ``local_batches`` does it in a process beside this one, without Ray. Knows no model and no loss.
+split for each worker; ``local_batches`` does it in this process, and ``train.beside`` in one beside it. Tasks that read
+pictures import this module, which therefore needs no torch. Knows no model and no loss.
 """
 
 from __future__ import annotations
@@ -208,17 +209,9 @@ def blocks_of(source: Source, pieces: Sequence[np.ndarray]) -> Iterator[Batch]:
         yield from source.load(int(piece[0]), piece[1:])
 
 
-def local_batches(source: Source, pieces: Sequence[np.ndarray], micro: int, beside: bool = False) -> Iterator[Batch]:
-    """The same without Ray: in this process, or in one beside it (torch's ``DataLoader``)."""
-    if not pieces:
-        return
-    if not beside:
-        yield from rebatch(blocks_of(source, pieces), micro)
-        return
-    # tasks that read pictures import this module, and need no torch
-    from train.beside import batches_beside
-
-    yield from batches_beside(source, pieces, micro)
+def local_batches(source: Source, pieces: Sequence[np.ndarray], micro: int) -> Iterator[Batch]:
+    """The batches of ``ray_batches``, made in this process."""
+    return rebatch(blocks_of(source, pieces), micro)
 
 
 class PassOnce:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from data.versions import open_version
+from train.beside import batches_beside
 from train.detector import DetectorJob, DetectorTraining, prepare_job
 from train.loop import export, fit_locally, share_of_batch
 from train.module import NonFinite, TrainingError
@@ -128,7 +129,7 @@ def test_batches_are_the_same_in_a_process_beside_and_of_any_block_size(version:
     assert [batch["row"].tolist() for batch in here] == [[5, 3, 1], [2, 40, 7], [9, 5]]
     assert [batch["epoch"].tolist() for batch in here] == [[0] * 3, [0] * 3, [0, 1]]
     assert not np.array_equal(here[0]["pixels"][0], here[2]["pixels"][1])  # the same picture, damaged anew
-    for one, other in zip(here, local_batches(source, pieces, 3, beside=True), strict=True):
+    for one, other in zip(here, batches_beside(source, pieces, 3), strict=True):
         assert all(np.array_equal(one[name], other[name]) for name in one)
     parts = [{"row": np.arange(first, first + 2)} for first in range(0, 10, 2)]
     assert [batch["row"].tolist() for batch in rebatch(iter(parts), 4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
