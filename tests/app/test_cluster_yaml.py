@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +205,21 @@ def test_systemd_takes_the_heads_unit() -> None:
     unit = ROOT / "systemd" / "deeptrust-head@deeptrust.service"
     checked = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
     assert checked.returncode == 0 and "deeptrust-head" not in checked.stderr, checked.stderr
+
+
+def test_nothing_of_a_workers_ray_outlives_its_raylet(home: Path, config: dict[str, Any]) -> None:
+    raylet = home / "raylet"
+    shutil.copy(shutil.which("sleep") or "", raylet)
+    first = subprocess.Popen([raylet, "60"])
+    monitor = "site-packages/ray/_private/log_monitor.py"
+    second = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", monitor])
+    try:
+        shell(home, config["worker_start_ray_commands"][2])
+        time.sleep(1.5)
+        assert second.poll() is None, "while the raylet runs"
+        first.kill()
+        first.wait()
+        assert second.wait(timeout=30)
+    finally:
+        first.kill()
+        second.kill()
