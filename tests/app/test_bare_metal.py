@@ -117,12 +117,12 @@ def test_a_lost_node_costs_no_request_and_is_back_when_it_returns(deployed: Clus
         gone = time.monotonic()
         deployed.host(lost).power_off()
         noticed_s = wait_until(lambda: lost not in deployed.nodes(), lambda: str(deployed.nodes()), 300)
-        wait_until(
-            lambda: len(deployed.placement()["Detector"]) == 4 and lost not in deployed.placement()["Ingress"],
-            lambda: str(deployed.application()),
-            600,
-            3,
-        )
+
+        def whole_without() -> bool:
+            now = deployed.placement()
+            return len(now["Detector"]) == 4 and lost not in now["Ingress"] and bool(now["Captioner"] and now["Tagger"])
+
+        wait_until(whole_without, lambda: str(deployed.application()), 600, 3)
         whole_again = time.monotonic()
         without = deployed.placement()
         time.sleep(30)
@@ -153,8 +153,8 @@ def test_a_lost_node_costs_no_request_and_is_back_when_it_returns(deployed: Clus
         "not_answered": load.failures,
     }
     assert not load.failures
-    after = seen["loss"]["load"]["after"]
-    assert after["answered_by"][lost] > 0
+    without, after = (seen["loss"]["load"][name] for name in ("without", "after"))
+    assert without["answers"] > 0 and after["answered_by"][lost] > 0
 
 
 def test_rays_own_pages_are_the_heads_alone(deployed: Cluster) -> None:
