@@ -62,6 +62,10 @@ _MOST_WRITTEN = 10_000
 Request = Callable[[DeploymentHandle, ModelInfo, float], Awaitable[dict[str, Any]]]
 
 
+class _Gone(Exception):
+    """A model has no replica any more."""
+
+
 @dataclass
 class ModelRoute:
     """How one stage is reached: production, canary, and what each runs."""
@@ -341,14 +345,15 @@ class Graph:
         It is asked again when a replica dies under the request, with growing pauses for a few seconds, and when it has
         just taken a revision into service that reads other views: with several replicas that may happen more than once.
         """
-        route = self.routes[stage]
+        route, has_died = self.routes[stage], False
         for attempt in range(_MOST_ATTEMPTS):
             handle = route.canary if role == "candidate" else route.production
             info = route.canary_info if role == "candidate" else route.info
             if handle is None or info is None:
                 return None, ("unavailable", route.message or "the model has no replica that answers")
             try:
-                return await request(handle, info, deadline), None
+                asked = request(handle, info, deadline)
+                return await (self._while_there(route, asked) if has_died else asked), None
             except (TimeoutError, DeadlineExceeded):
                 return None, ("timeout", "the request's time was over")
             except BackPressureError:
@@ -356,7 +361,8 @@ class Graph:
             except ViewMismatch:
                 await asyncio.sleep(0.05 * attempt)
                 await self.refresh(stage)
-            except (RayActorError, DeploymentUnavailableError):
+            except (RayActorError, DeploymentUnavailableError, _Gone):
+                has_died = True
                 pause_s = min(1.0, 0.1 * 2**attempt)
                 if role == "candidate" or time.time() + pause_s >= deadline:
                     break
@@ -369,6 +375,24 @@ class Graph:
             except Exception as error:
                 return None, ("failed", f"the stage failed: {type(error).__name__}")
         return None, ("unavailable", "the model is being exchanged, or its replica went away")
+
+    @staticmethod
+    async def _while_there(route: ModelRoute, asked: Awaitable[dict[str, Any]]) -> dict[str, Any]:
+        """An answer of production's, as long as it is known to run. Serve keeps a request that has no replica to go to
+        until its time is over, and the picture's other stages, and its place in the service, would wait with it.
+
+        Raises:
+            _Gone: no replica answers any more.
+        """
+        asking = asyncio.ensure_future(asked)
+        try:
+            while not asking.done():
+                await asyncio.wait({asking}, timeout=_REFRESH_STARTING_S)
+                if route.info is None and not asking.done():
+                    raise _Gone
+            return asking.result()
+        finally:
+            asking.cancel()
 
     # ---- trials -------------------------------------------------------------------------------------------------
 

@@ -42,7 +42,7 @@ class Model:
         self.deployment_name = stage.capitalize()
         self.revision, self.answer = f"{stage}#1", answer
         self.fails: Exception | None = None
-        self.asked, self.is_gone = 0, False
+        self.asked, self.is_gone, self.waits = 0, False, False
         for name in ("info", "detect", "caption", "tag"):
             setattr(self, name, SimpleNamespace(remote=getattr(self, f"_{name}")))
 
@@ -59,6 +59,8 @@ class Model:
             self.asked += 1
             if self.fails is not None:
                 raise self.fails
+            if self.waits:
+                await asyncio.sleep(3600)
             return self.answer | {"model": self.revision}
 
         return asyncio.ensure_future(answered())

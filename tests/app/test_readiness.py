@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Any
 import httpx
 import pytest
 from ray import serve
+from ray.exceptions import ActorDiedError
 from ray.serve.schema import DeploymentStatus
 
-from app import keys
+from app import analysis, keys
 from tests.app.in_process import Service, picture
 
 #: As the last line of what a replica died of may be.
@@ -72,6 +74,32 @@ def test_a_replicas_words_are_for_operators_and_stand_in_the_log(
     assert INSIDE in warning.getMessage() and "detector" in warning.getMessage()
     noted = [record.why for record in lines.records if record.message == "picture"]  # type: ignore[attr-defined]
     assert len(noted) == 2 and all(INSIDE in why["detector"] for why in noted), "with the request's id"
+
+
+def test_a_picture_does_not_wait_for_a_model_that_has_died_and_is_known_to_be_gone(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(keys.VARIABLE, raising=False)
+    monkeypatch.setattr(analysis, "_REFRESH_STARTING_S", 0.05)
+    tagger = service.models["tagger"]
+
+    async def work(client: httpx.AsyncClient) -> None:
+        tagger.fails = ActorDiedError()
+        running = asyncio.ensure_future(client.post("/v1/analyze", content=picture(3)))
+        while tagger.asked < 1:
+            await asyncio.sleep(0.01)
+        tagger.fails, tagger.waits = None, True  # as Serve's router does without a replica
+        while tagger.asked < 2:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)
+        assert not running.done(), "another may be started"
+        tagger.is_gone = True
+        await service.ingress.graph.refresh("tagger")
+        record = (await asyncio.wait_for(running, 5)).json()
+        errors = {error["stage"]: error["code"] for error in record["errors"]}
+        assert errors["tagger"] == "unavailable" and record["caption"] is not None
+
+    service.run(work)
 
 
 def test_where_there_are_no_keys_whoever_asks_is_on_the_machine(
