@@ -361,7 +361,9 @@ class Graph:
             except ViewMismatch:
                 await asyncio.sleep(0.05 * attempt)
                 await self.refresh(stage)
-            except (RayActorError, DeploymentUnavailableError, _Gone):
+            except _Gone:
+                return None, ("unavailable", route.message or "the model's replica went away")
+            except (RayActorError, DeploymentUnavailableError):
                 has_died = True
                 pause_s = min(1.0, 0.1 * 2**attempt)
                 if role == "candidate" or time.time() + pause_s >= deadline:

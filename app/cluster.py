@@ -132,9 +132,8 @@ def environment(port: int) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
         # views of a picture (150 kB each) travel in the request itself and not by way of the object store
         "RAY_max_direct_call_object_size": str(2**20),
-        # replicas are called by gRPC: an actor call to Serve is a stream, and an actor that owes a caller the end of one
-        # waits for it on its event loop, so that one caller that stands still, or a lost node, holds up all others'
-        # (tests/app/test_stuck_caller.py)
+        # replicas are called by gRPC: to an actor a call of Serve's is a stream, whose end it hands over on its event
+        # loop. One caller that stands still, or is on a lost node, would hold all others up (test_stuck_caller.py)
         "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
         # what a replica has loaded is not looked through for garbage again and again
         "RAY_SERVE_FREEZE_GC_ON_STARTUP": "1",

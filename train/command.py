@@ -264,7 +264,7 @@ def ray_trainer(config: TrainCommand, job: Job, place: Location, callbacks: Sequ
 
     most = config.num_workers
     reserved = reservation(config, ray.cluster_resources(), _loading(config, job))
-    gpus = reserved.get("GPU", 0)
+    sought = _sought(reserved)
     # an own Ray has nobody to give way to, and but for a sweep's no dashboard to ask
     gives_way = config.give_way_s > 0 and (bool(callbacks) or _on_a_cluster())
     storage: dict[str, Any] = {"storage_path": place.path}
@@ -272,11 +272,11 @@ def ray_trainer(config: TrainCommand, job: Job, place: Location, callbacks: Sequ
         storage["storage_filesystem"] = place.arrow_filesystem
     return Trainer(
         work,
-        train_loop_config={"job": job, "holds": ("GPU" if gpus else "CPU") if gives_way else None},
-        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        train_loop_config={"job": job, "holds": sought if gives_way else None},
+        torch_config=TorchConfig(backend="nccl" if sought == "GPU" else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=(config.min_workers, most) if config.min_workers else most,
-            use_gpu=bool(gpus),
+            use_gpu=sought == "GPU",
             resources_per_worker=reserved,
         ),
         run_config=RunConfig(
@@ -293,15 +293,19 @@ def _loading(config: TrainCommand, job: Job) -> float:
     return 0.0 if job.in_process() else config.loader_cpus
 
 
+def _sought(reserved: Mapping[str, float]) -> Resource:
+    """What replicas of Serve may want of what a worker has reserved."""
+    return "GPU" if reserved.get("GPU") else "CPU"
+
+
 def _held(config: TrainCommand, job: Job) -> tuple[Resource, float]:
     """What a run holds that a replica of Serve may want, all workers together."""
     import ray
 
     reserved = reservation(config, ray.cluster_resources(), _loading(config, job))
-    workers = config.min_workers or config.num_workers
-    if gpus := reserved.get("GPU", 0.0):
-        return "GPU", workers * gpus
-    return "CPU", workers * reserved["CPU"] + _loading(config, job)
+    sought = _sought(reserved)
+    held = (config.min_workers or config.num_workers) * reserved[sought]
+    return sought, held + (_loading(config, job) if sought == "CPU" else 0.0)
 
 
 def reservation(config: TrainCommand, resources: Mapping[str, float], loading: float) -> dict[str, float]:

@@ -1,5 +1,5 @@
-"""A program in an instance's environment: how long a replica takes to answer while another of its callers, to whom it owes
-an answer, stands still. Prints the seconds of each answer.
+"""A program in an instance's environment: how long a replica takes to answer while another of its callers, to whom it
+owes an answer, stands still. Prints the seconds of each answer.
 
     python -m tests.app.stuck_caller ADDRESS-OF-RAY
 """
@@ -15,7 +15,7 @@ import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-#: A caller asks for the whole of this, and stands still after half of it.
+#: A caller asks for an answer that takes so long, and stands still after half of it.
 OWED_AFTER_S = 2.0
 
 

@@ -17,8 +17,8 @@ from app.store.store import Store
 from deployments.annotation import Annotation, Caption
 from deployments.checkpoints import resolve
 from tests.app.postgres import Postgres, find_programs, postgres_server
-from tests.app.test_store import wait_for
 from tests.train.small_models import small_detector
+from tests.waiting import wait_for
 from train import registry, tracking
 from train.tracking import TrackingConfig
 

@@ -9,7 +9,7 @@ import hashlib
 import multiprocessing
 import sqlite3
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from app.store.store import Found, Store, StoreOff
 from deployments.annotation import Annotation, Caption, Detection, Provenance
 from tests.app.postgres import Postgres
 from tests.app.small_app import send
+from tests.waiting import wait_for
 
 PICTURE = b"\xff\xd8\xff\xe0 the bytes of a picture"
 #: A busy machine is no database that fails.
@@ -86,14 +87,6 @@ def annotation(name: str, label: str | None = "human", caption: str | None = Non
         record.caption = Caption(text=caption)
         record.tags = list(tags)
     return record
-
-
-def wait_for(condition: Callable[[], Any], timeout_s: float = 60) -> Any:
-    limit = time.monotonic() + timeout_s
-    while not (value := condition()):
-        assert time.monotonic() < limit, "it did not happen"
-        time.sleep(0.02)
-    return value
 
 
 def keep(store: Store, *records: Annotation) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
@@ -13,15 +12,9 @@ import pytest
 from app import cluster
 from tests.app.load import HTTP, post
 from tests.app.small_service import small_service
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.proof, pytest.mark.slow, pytest.mark.timeout(1800)]
-
-
-def wait_for(condition: Any, timeout_s: float = 900) -> None:
-    limit = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < limit, "it did not happen"
-        time.sleep(0.5)
 
 
 def test_it_comes_back_as_it_was_deployed_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,7 +27,7 @@ def test_it_comes_back_as_it_was_deployed_last(tmp_path: Path, monkeypatch: pyte
 
         service.deployment("Detector")["user_config"]["uri"] = str(tmp_path / "detector-1")
         service.redeploy()
-        wait_for(lambda: served() == "detector-1")
+        wait_for(lambda: served() == "detector-1", 900, 0.5)
         time.sleep(20)  # it looks every fifteen seconds what is deployed
         (server,) = (one for one in cluster.daemons(service.port) if one.name() == "gcs_server")
         server.kill()
@@ -45,7 +38,7 @@ def test_it_comes_back_as_it_was_deployed_last(tmp_path: Path, monkeypatch: pyte
                 seen.add(HTTP.get(f"{service.url}/v1/models", timeout=60).status_code)
             return "ready again" in service.log.read_text()
 
-        wait_for(is_back)
+        wait_for(is_back, 900, 0.5)
         assert service.process.poll() is None
         assert 404 not in seen, "who asks too early is told to come again"
         assert served() == "detector-1"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ray.serve.schema import ApplicationStatus, ServeDeploySchema
 from app.cluster import free_port
 from app.config import read_serve_config
 from tests.deployments.stand_ins import StandIn
+from tests.waiting import wait_for
 from train.giving_way import waiting_replicas
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -86,13 +87,6 @@ def states(name: str) -> dict[str, int]:
     return {str(state): count for state, count in deployments[name].replica_states.items()}
 
 
-def until(condition: Callable[[], bool], timeout_s: float = 120) -> None:
-    limit = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < limit, serve.status()
-        time.sleep(0.5)
-
-
 def place(name: str) -> tuple[str, str]:
     """Node and GPUs of the only replica of a deployment."""
     node, gpus = serve.get_deployment_handle(name, "deeptrust").place.remote().result().split(":")
@@ -137,8 +131,8 @@ def test_a_tagger_more_waits_for_the_gpu_of_training_which_sees_that(
     assert waiting_replicas("GPU") == {}
     config["applications"][0]["args"]["tagger"]["min_replicas"] = 2
     _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config))
-    until(lambda: list(waiting_replicas("GPU").values()) == ["Tagger"])
+    wait_for(lambda: list(waiting_replicas("GPU").values()) == ["Tagger"], 120, 0.5, serve.status)
     assert list(waiting_replicas("CPU").values()) == ["Tagger"], "it wants CPUs as well"
     ray.kill(training)
-    until(lambda: states("Tagger") == {"RUNNING": 2})
+    wait_for(lambda: states("Tagger") == {"RUNNING": 2}, 120, 0.5, serve.status)
     assert held.split(":")[0] in nodes and waiting_replicas("GPU") == {}

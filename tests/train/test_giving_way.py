@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import pytest
 
+from tests.waiting import wait_for
 from train import giving_way
 from train.giving_way import GiveWay, Resource, wait_for_room
 
@@ -30,21 +31,14 @@ class Cluster:
         return {"GPU": self.free}
 
 
-def until(condition: object, limit_s: float = 10) -> None:
-    end = time.monotonic() + limit_s
-    while not condition():  # type: ignore[operator]
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 def test_a_run_gives_way_only_to_a_replica_that_goes_on_waiting() -> None:
     cluster = Cluster(a="Tagger")
     with GiveWay("GPU", 0.5, cluster.ask, every_s=0.02) as way:
-        until(lambda: cluster.asked > 5)
+        wait_for(lambda: cluster.asked > 5)
         assert not way.to
         cluster.waiting = {"b": "Detector"}  # the first has started: the clock begins anew
         began = time.monotonic()
-        until(lambda: way.to)
+        wait_for(lambda: way.to)
         assert time.monotonic() - began > 0.4
         assert way.to == "Detector"
 
@@ -53,10 +47,10 @@ def test_a_dashboard_that_does_not_answer_stops_no_run() -> None:
     cluster = Cluster(a="Tagger")
     cluster.fails = True
     with GiveWay("GPU", 0.0, cluster.ask, every_s=0.02) as way:
-        until(lambda: cluster.asked > 3)
+        wait_for(lambda: cluster.asked > 3)
         assert not way.to
         cluster.fails = False
-        until(lambda: way.to == "Tagger")
+        wait_for(lambda: way.to == "Tagger")
 
 
 @pytest.fixture
