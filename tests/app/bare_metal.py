@@ -249,14 +249,16 @@ class Answered:
 
 @dataclass
 class Load:
-    """Clients of the site's network that post one new picture after another, to one node after another; what a node
-    does not answer, or answers with 429 or 5xx, they send to the next one, under the same id.
+    """Clients of the site's network that post one new picture after another, to one node after another, and pause in
+    between: two cores are all nodes', and what is to start needs some of them. What a node does not answer, or answers
+    with 429 or 5xx, they send to the next one, under the same id.
     """
 
     cluster: Cluster
     clients: int
     timeout_s: float = 30.0
     give_up_s: float = 300.0
+    pause_s: float = 0.5
     answers: list[Answered] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
@@ -283,6 +285,7 @@ class Load:
                 except Exception as error:
                     self.failures.append(f"client {number}, request {turn}: {error!r}")
                 turn += 1
+                self._over.wait(self.pause_s)
 
     def _ask(self, client: httpx.Client, number: int, turn: int) -> Answered:
         started, attempts = time.monotonic(), list[str]()

@@ -111,7 +111,6 @@ def test_a_lost_node_costs_no_request_and_is_back_when_it_returns(deployed: Clus
     before = deployed.placement()
     lost = next((name for name in before["Detector"] if name != HEAD), LOST)
     assert lost in before["Ingress"]
-    # two cores are all nodes': under more load the replicas that are to start get a twentieth of one
     with Load(deployed, clients=2) as load:
         first = time.monotonic()
         time.sleep(30)

@@ -4,6 +4,7 @@ nodes is what `serve_config.yaml` counts on.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -205,6 +206,24 @@ def test_systemd_takes_the_heads_unit() -> None:
     unit = ROOT / "systemd" / "deeptrust-head@deeptrust.service"
     checked = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
     assert checked.returncode == 0 and "deeptrust-head" not in checked.stderr, checked.stderr
+
+
+@pytest.mark.parametrize(("failures", "starts"), [(2, 3), (9, 3)])
+def test_a_worker_whose_start_fails_is_started_again(
+    home: Path, config: dict[str, Any], failures: int, starts: int
+) -> None:
+    """Ray's autoscaler does not try a node again that failed once (`num_failed_updates`)."""
+    ray = home / "deeptrust/venv/bin/ray"
+    ray.parent.mkdir(parents=True, exist_ok=True)
+    ray.write_text(
+        f"#!/bin/sh\necho $1 >>~/tried\n[ $1 = stop ] || [ $(grep -c start ~/tried) -gt {failures} ] || exit 1\n"
+    )
+    ray.chmod(0o755)
+    (home / "tried").write_text("")
+    gives_up = pytest.raises(subprocess.CalledProcessError) if failures >= starts else contextlib.nullcontext()
+    with gives_up:
+        shell(home, config["worker_start_ray_commands"][1])
+    assert (home / "tried").read_text().split().count("start") == starts
 
 
 def test_nothing_of_a_workers_ray_outlives_its_raylet(home: Path, config: dict[str, Any]) -> None:
