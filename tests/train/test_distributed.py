@@ -12,7 +12,9 @@ import pytest
 from benchmarks.training import Driver
 from data.session import RaySettings, ray_session
 from tests.train.small import labelled_version, tiny_vit
-from train.detector import DetectorTraining, train
+from train import captioner, detector
+from train.captioner import CaptionerTraining
+from train.detector import DetectorTraining
 
 pytestmark = pytest.mark.proof
 
@@ -43,17 +45,37 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def captioner_settings(photos: Path, blip: Path, folder: Path) -> CaptionerTraining:
+    """The same of a captioner."""
+    values = {
+        "data": str(photos),
+        "model": str(blip),
+        "output": str(folder / "out"),
+        "storage": str(folder / "runs"),
+        "epochs": 10,
+        "batch_size": 8,
+        "learning_rate": 2e-3,
+        "dropout": 0.0,
+        "record": False,
+        "threads": 1,
+        "num_cpus": 4,
+    }
+    return CaptionerTraining.model_validate(values)
+
+
 @pytest.mark.timeout(1500)
-def test_one_worker_and_two_see_the_same_losses(folder: Path) -> None:
+@pytest.mark.parametrize("model", ["detector", "captioner"])
+def test_one_worker_and_two_see_the_same_losses(folder: Path, photos: Path, blip: Path, model: str) -> None:
+    run: Any = settings(folder) if model == "detector" else captioner_settings(photos, blip, folder)
+    train: Any = detector.train if model == "detector" else captioner.train
     curves = {}
     with ray_session(RaySettings(num_cpus=4)):
         for strategy in ("ddp", "fsdp"):
             for count in (1, 2):
-                run = settings(
-                    folder, strategy=strategy, num_workers=count, lanes=2, max_steps=50, augment=False,
-                    name=f"{strategy}{count}", output=str(folder / f"{strategy}{count}"),
-                )  # fmt: skip
-                outcome = train(run)
+                name = f"{strategy}{count}"
+                changes = {"strategy": strategy, "num_workers": count, "lanes": 2, "max_steps": 50, "augment": False}
+                changes |= {"name": name, "output": str(folder / name)}
+                outcome = train(type(run).model_validate(run.model_dump() | changes))
                 assert outcome.steps == 50
                 curves[strategy, count] = np.array([loss for _, loss in outcome.losses])
     first = curves["ddp", 1]

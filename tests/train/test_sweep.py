@@ -169,6 +169,26 @@ def test_a_sweep_finds_registers_and_survives_a_bad_trial(folder: Path, argument
 
 
 @pytest.mark.proof
+def test_a_captioner_is_swept_too(folder: Path, photos: Path, blip: Path) -> None:
+    (folder / "captioner.yaml").write_text("learning_rate: {values: [0.003, 0.001]}")
+    main(
+        [
+            *("captioner", "--data", str(photos), "--model", str(blip), "--name", "captions", "--trials", "2"),
+            *("--output", str(folder / "best-captioner"), "--storage", str(folder / "runs"), "--epochs", "2"),
+            *("--space", str(folder / "captioner.yaml"), "--batch-size", "16", "--num-cpus", "2", "--threads", "1"),
+            *("--object-store-bytes", str(100 * 2**20)),
+        ]
+    )
+    file = folder / "runs/captions/trials.json"
+    trials = [TrialOutcome.model_validate(each) for each in json.loads(file.read_text())]
+    assert [trial.status for trial in trials] == ["finished"] * 2
+    best = max(trials, key=lambda trial: trial.best or 0)
+    candidate = resolve("models:/captioner@candidate")
+    assert candidate.revision == resolve(str(folder / "best-captioner")).revision
+    assert candidate.revision == resolve(str(folder / "runs/captions/models" / best.id)).revision
+
+
+@pytest.mark.proof
 def test_a_sweep_goes_on_only_as_it_was_started(folder: Path, arguments: list[str]) -> None:
     with pytest.raises(SystemExit):
         main([*arguments, "--name", "small", "--trials", "4"])
