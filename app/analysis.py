@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
+from grpc.aio import AioRpcError
 from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
@@ -363,7 +364,7 @@ class Graph:
                 await self.refresh(stage)
             except _Gone:
                 return None, ("unavailable", route.message or "the model's replica went away")
-            except (RayActorError, DeploymentUnavailableError):
+            except (RayActorError, DeploymentUnavailableError, AioRpcError):  # the last: its server was stopped
                 has_died = True
                 pause_s = min(1.0, 0.1 * 2**attempt)
                 if role == "candidate" or time.time() + pause_s >= deadline:

@@ -11,6 +11,8 @@ from typing import Any
 
 import httpx
 import pytest
+from grpc import StatusCode
+from grpc.aio import AioRpcError, Metadata
 from ray import serve
 from ray.exceptions import ActorDiedError
 from ray.serve.schema import DeploymentStatus
@@ -76,15 +78,18 @@ def test_a_replicas_words_are_for_operators_and_stand_in_the_log(
     assert len(noted) == 2 and all(INSIDE in why["detector"] for why in noted), "with the request's id"
 
 
+@pytest.mark.parametrize(
+    "death", [ActorDiedError(), AioRpcError(StatusCode.CANCELLED, Metadata(), Metadata())], ids=type
+)
 def test_a_picture_does_not_wait_for_a_model_that_has_died_and_is_known_to_be_gone(
-    service: Service, monkeypatch: pytest.MonkeyPatch
+    service: Service, monkeypatch: pytest.MonkeyPatch, death: Exception
 ) -> None:
     monkeypatch.delenv(keys.VARIABLE, raising=False)
     monkeypatch.setattr(analysis, "_REFRESH_STARTING_S", 0.05)
     tagger = service.models["tagger"]
 
     async def work(client: httpx.AsyncClient) -> None:
-        tagger.fails = ActorDiedError()
+        tagger.fails = death
         running = asyncio.ensure_future(client.post("/v1/analyze", content=picture(3)))
         while tagger.asked < 1:
             await asyncio.sleep(0.01)
