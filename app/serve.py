@@ -244,9 +244,10 @@ def supervise(instance: cluster.Instance, settings: ServeSettings) -> None:
             deployed: list[dict[str, Any]] = []
             while True:
                 life, ready_at, look_at = Life(instance.port), time.monotonic(), time.monotonic()
+                api = ServeApi(instance.dashboard_url, cluster.token(instance.port), timeout_s=5)
                 while not (lost := life.why_dead()):
                     if time.monotonic() >= look_at:
-                        deployed = _deployed(instance) or deployed
+                        deployed = _deployed(api) or deployed
                         look_at = time.monotonic() + _DEPLOYED_S
                     time.sleep(_LOOK_S)
                 if time.monotonic() - ready_at >= _STEADY_S:
@@ -334,10 +335,9 @@ def _end_serve(instance: cluster.Instance) -> None:
         )
 
 
-def _deployed(instance: cluster.Instance) -> list[dict[str, Any]]:
+def _deployed(api: ServeApi) -> list[dict[str, Any]]:
     """The applications as they were deployed last; none if that cannot be known now."""
     with contextlib.suppress(CanaryError, OSError, ValueError, KeyError):
-        api = ServeApi(instance.dashboard_url, cluster.token(instance.port), timeout_s=5)
         applications: list[dict[str, Any]] = api.config()["applications"]
         return applications
     return []
