@@ -19,12 +19,11 @@ from train.detector import DetectorTraining
 pytestmark = pytest.mark.proof
 
 
-def settings(folder: Path, **changes: Any) -> DetectorTraining:
-    """A run of 10 epochs of 12 steps."""
-    version, vit = folder / "data", folder / "vit"
-    values = {
-        "data": str(version / "aivshuman"),
-        "model": str(vit),
+def _run(folder: Path, data: Path, model: Path) -> dict[str, Any]:
+    """Settings of a run of 10 epochs, whatever it trains."""
+    return {
+        "data": str(data),
+        "model": str(model),
         "output": str(folder / "out"),
         "storage": str(folder / "runs"),
         "epochs": 10,
@@ -33,9 +32,18 @@ def settings(folder: Path, **changes: Any) -> DetectorTraining:
         "record": False,
         "threads": 1,
         "num_cpus": 4,
-        "head": "keep",
     }
+
+
+def settings(folder: Path, **changes: Any) -> DetectorTraining:
+    """A detector's, of 12 steps an epoch."""
+    values = _run(folder, folder / "data" / "aivshuman", folder / "vit") | {"head": "keep"}
     return DetectorTraining.model_validate(values | changes)
+
+
+def captioner_settings(folder: Path, photos: Path, blip: Path, **changes: Any) -> CaptionerTraining:
+    """A captioner's."""
+    return CaptionerTraining.model_validate(_run(folder, photos, blip) | {"dropout": 0.0} | changes)
 
 
 @pytest.fixture
@@ -45,28 +53,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def captioner_settings(photos: Path, blip: Path, folder: Path) -> CaptionerTraining:
-    """The same of a captioner."""
-    values = {
-        "data": str(photos),
-        "model": str(blip),
-        "output": str(folder / "out"),
-        "storage": str(folder / "runs"),
-        "epochs": 10,
-        "batch_size": 8,
-        "learning_rate": 2e-3,
-        "dropout": 0.0,
-        "record": False,
-        "threads": 1,
-        "num_cpus": 4,
-    }
-    return CaptionerTraining.model_validate(values)
-
-
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("model", ["detector", "captioner"])
 def test_one_worker_and_two_see_the_same_losses(folder: Path, photos: Path, blip: Path, model: str) -> None:
-    run: Any = settings(folder) if model == "detector" else captioner_settings(photos, blip, folder)
     train: Any = detector.train if model == "detector" else captioner.train
     curves = {}
     with ray_session(RaySettings(num_cpus=4)):
@@ -75,7 +64,12 @@ def test_one_worker_and_two_see_the_same_losses(folder: Path, photos: Path, blip
                 name = f"{strategy}{count}"
                 changes = {"strategy": strategy, "num_workers": count, "lanes": 2, "max_steps": 50, "augment": False}
                 changes |= {"name": name, "output": str(folder / name)}
-                outcome = train(type(run).model_validate(run.model_dump() | changes))
+                run: Any = (
+                    settings(folder, **changes)
+                    if model == "detector"
+                    else captioner_settings(folder, photos, blip, **changes)
+                )
+                outcome = train(run)
                 assert outcome.steps == 50
                 curves[strategy, count] = np.array([loss for _, loss in outcome.losses])
     first = curves["ddp", 1]

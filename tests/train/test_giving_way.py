@@ -34,11 +34,11 @@ class Cluster:
 def test_a_run_gives_way_only_to_a_replica_that_goes_on_waiting() -> None:
     cluster = Cluster(a="Tagger")
     with GiveWay("GPU", 0.5, cluster.ask, every_s=0.02) as way:
-        wait_for(lambda: cluster.asked > 5)
+        wait_for(lambda: cluster.asked > 5, 10)
         assert not way.to
         cluster.waiting = {"b": "Detector"}  # the first has started: the clock begins anew
         began = time.monotonic()
-        wait_for(lambda: way.to)
+        wait_for(lambda: way.to, 10)
         assert time.monotonic() - began > 0.4
         assert way.to == "Detector"
 
@@ -47,10 +47,10 @@ def test_a_dashboard_that_does_not_answer_stops_no_run() -> None:
     cluster = Cluster(a="Tagger")
     cluster.fails = True
     with GiveWay("GPU", 0.0, cluster.ask, every_s=0.02) as way:
-        wait_for(lambda: cluster.asked > 3)
+        wait_for(lambda: cluster.asked > 3, 10)
         assert not way.to
         cluster.fails = False
-        wait_for(lambda: way.to == "Tagger")
+        wait_for(lambda: way.to == "Tagger", 10)
 
 
 @pytest.fixture
