@@ -75,25 +75,10 @@ class TrainedIsServed(BaseModel):
 # ------------------------------------------------------------------------------------------------- untrained models
 
 
-def write_processor(folder: Path) -> None:
-    """How BLIP reads a picture."""
-    settings = {
-        "do_resize": True,
-        "size": {"height": _SIDE_PX, "width": _SIDE_PX},
-        "resample": 3,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [0.48145466, 0.4578275, 0.40821073],
-        "image_std": [0.26862954, 0.26130258, 0.27577711],
-    }
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings, indent=1))
-
-
 def new_blip(config: TrainedIsServed, captions: Sequence[str], folder: Path) -> int:
     """A BLIP of the published architecture, small, with random weights, whose words are those of the captions; returns
     how many parameters it has."""
-    from transformers import BlipConfig, BlipForConditionalGeneration
+    from transformers import BlipConfig, BlipForConditionalGeneration, BlipImageProcessorPil
 
     folder.mkdir(parents=True)
     tokenizer = build_tokenizer(captions, 4, folder)
@@ -121,7 +106,7 @@ def new_blip(config: TrainedIsServed, captions: Sequence[str], folder: Path) -> 
     torch.manual_seed(0)
     model = BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision))
     model.save_pretrained(folder)
-    write_processor(folder)
+    BlipImageProcessorPil(size={"height": _SIDE_PX, "width": _SIDE_PX}).save_pretrained(folder)
     card = {"task": "captioning", "architecture": type(model).__name__, "generation": _GREEDY}
     (folder / "card.json").write_text(json.dumps(card))
     return sum(parameter.numel() for parameter in model.parameters())

@@ -25,6 +25,7 @@ from app import keys
 from tests.app import hosts, small_service
 from tests.app.load import picture
 from tests.train import small_models
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 #: Host, and the last part of its address.
@@ -192,13 +193,15 @@ def wait_until(
     condition: Callable[[], Any], what: Callable[[], str] | str, timeout_s: float, every_s: float = 1.0
 ) -> float:
     """Wait until something holds; returns the seconds that it took. What fails while machines are away counts as no."""
-    started = time.monotonic()
-    while time.monotonic() - started < timeout_s:
+
+    def holds() -> bool:
         with contextlib.suppress(hosts.HostsError, httpx.HTTPError, KeyError, ValueError, subprocess.TimeoutExpired):
-            if condition():
-                return time.monotonic() - started
-        time.sleep(every_s)
-    raise AssertionError(f"not after {timeout_s:.0f} s: {what() if callable(what) else what}")
+            return bool(condition())
+        return False
+
+    started = time.monotonic()
+    wait_for(holds, timeout_s, every_s, what)
+    return time.monotonic() - started
 
 
 @contextlib.contextmanager
