@@ -167,6 +167,9 @@ def engine_arguments(settings: TaggerSettings) -> dict[str, Any]:
         # prefixes are shared in whole blocks: of the 128 tokens that are vLLM's default on a CPU, most of the prompt's
         # last block would be computed again for every caption
         arguments |= {"enforce_eager": True, "kv_cache_memory_bytes": settings.kv_cache_bytes, "block_size": 32}
+        # the model in the engine's process (see `tagger_engine`); "uni" would be made "mp" for the sake of pinned
+        # threads, which `engine_environment` does without
+        arguments["distributed_executor_backend"] = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
     else:
         arguments |= {
             "gpu_memory_utilization": settings.gpu_memory_utilization,
@@ -272,7 +275,10 @@ class Tagger:
         os.environ["VLLM_LOGGING_CONFIG_PATH"] = str(_LOGGING_FILE)
         from ray.serve.llm import LLMConfig, LLMServer
 
-        server = LLMServer.sync_init(llm_config(self._settings, checkpoint.folder, LLMConfig))
+        from deployments.tagger_engine import ReplicaEngine
+
+        config = llm_config(self._settings, checkpoint.folder, LLMConfig)
+        server = LLMServer.sync_init(config, engine_cls=ReplicaEngine)
         await server.start()
         self._server = server
 

@@ -61,6 +61,7 @@ def test_a_gpu_takes_its_share_and_a_cpu_a_bounded_cache() -> None:
     gpu = engine_arguments(TaggerSettings(device="gpu", tensor_parallel=2))
     assert gpu["tensor_parallel_size"] == 2
     assert "kv_cache_memory_bytes" not in gpu
+    assert "distributed_executor_backend" not in gpu
     assert "OMP_NUM_THREADS" not in engine_environment(TaggerSettings(device="gpu"))
 
 
