@@ -135,7 +135,7 @@ def environment(port: int) -> dict[str, str]:
         # replicas are called by gRPC: to an actor a call of Serve's is a stream, whose end it hands over on its event
         # loop. One caller that stands still, or is on a lost node, would hold all others up (test_stuck_caller.py)
         "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
-        # the jemalloc that comes with Ray, for replicas and vLLM's engine too: glibc's pools of each thread grow and grow
+        # the jemalloc that comes with Ray, for replicas and vLLM's engine too: glibc's pools of many threads only grow
         "RAY_LD_PRELOAD_ON_WORKERS": "1",
         "MALLOC_CONF": "background_thread:true",
         # what a replica has loaded is not looked through for garbage again and again

@@ -528,6 +528,15 @@ def test_rays_dashboard_shows_the_graph_its_node_and_its_replicas(service: Small
     print(tmp_path)
 
 
+def test_replicas_and_the_engine_take_memory_from_jemalloc_and_the_model_is_in_the_engines_process(
+    service: SmallService,
+) -> None:
+    (engine,) = service.engines()  # one process and not two: see deployments.tagger_engine
+    assert "libjemalloc.so" in {Path(mapped.path).name for mapped in engine.memory_maps()}
+    for deployment in ("Ingress", "Detector", "Captioner", "Tagger"):
+        assert "libjemalloc.so" in service.memory_maps(deployment)
+
+
 def test_a_stage_that_has_died_is_null_with_its_error(service: SmallService) -> None:
     for engine in service.engines():
         engine.send_signal(signal.SIGKILL)
