@@ -170,13 +170,13 @@ class Database:
             "synchronous = FULL",
             "foreign_keys = ON",
             "secure_delete = ON",  # what somebody wants deleted is overwritten
-            "cache_size = -32768",
+            "cache_size = -4096",  # KiB; it fills up over thousands of answers
         ):
             connection.execute(f"PRAGMA {pragma}")
 
     def _set_up_sqlite_reader(self, connection: Any, _: Any) -> None:
         connection.isolation_level = None
-        for pragma in ("busy_timeout = 1000", "query_only = ON", "cache_size = -32768", "mmap_size = 1073741824"):
+        for pragma in ("busy_timeout = 1000", "query_only = ON", "cache_size = -8192", "mmap_size = 1073741824"):
             connection.execute(f"PRAGMA {pragma}")
         connection.set_progress_handler(self._is_late, _STEPS_BETWEEN_LOOKS)
 
