@@ -137,7 +137,9 @@ def environment(port: int) -> dict[str, str]:
         "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
         # the jemalloc that comes with Ray, for replicas and vLLM's engine too: glibc's pools of many threads only grow
         "RAY_LD_PRELOAD_ON_WORKERS": "1",
-        "MALLOC_CONF": "background_thread:true",
+        # two of its pools a process, little kept by a thread, and back to the system after two seconds: else what is
+        # free but scattered over many pools rises for hours
+        "MALLOC_CONF": "background_thread:true,narenas:2,lg_tcache_max:12,dirty_decay_ms:2000,muzzy_decay_ms:0",
         # what a replica has loaded is not looked through for garbage again and again
         "RAY_SERVE_FREEZE_GC_ON_STARTUP": "1",
         # a replica's requests, its routers and its health checks on one event loop: nothing computes on it (batches and
