@@ -79,6 +79,7 @@ def command(settings: ServerSettings) -> tuple[list[str], dict[str, str]]:
     environment |= {
         "LABEL_STUDIO_BASE_DATA_DIR": str(folder / "data"),
         cluster.MARK: os.environ.get("PORT", "8000"),
+        cluster.BESIDE: "1",  # it goes on when Ray is started again
         "LABEL_STUDIO_USERNAME": USER,
         "LABEL_STUDIO_PASSWORD": password,
         "LABEL_STUDIO_USER_TOKEN": token,

@@ -161,7 +161,7 @@ def test_labels_are_ones_that_ray_takes(nodes: dict[str, dict[str, Any]]) -> Non
 def test_a_worker_finds_the_head(nodes: dict[str, dict[str, Any]]) -> None:
     assert nodes["A"]["head"] and not nodes["B"]["head"]
     assert nodes["B"]["address"] == f"192.0.2.1:{nodes['A']['port']}"
-    assert nodes["A"]["dashboard_host"] == "127.0.0.1"
+    assert nodes["A"]["dashboard_host"] == "0.0.0.0", "trainings on other nodes ask it who waits (train.giving_way)"
     assert nodes["A"]["metrics_export_port"] == nodes["B"]["metrics_export_port"]
     for node in nodes.values():
         assert node["object_store_memory"] > 2**30 and node["object_spilling_directory"]
