@@ -52,8 +52,12 @@ _MODEL_STAGES: tuple[Stage, ...] = ("detector", "captioner", "tagger")
 _REFRESH_S, _REFRESH_STARTING_S = 5.0, 1.0
 #: What Serve calls a deployment whose replicas are well.
 _HEALTHY = frozenset(("HEALTHY", "UPSCALING", "DOWNSCALING"))
+#: What Serve calls a deployment that it has given up.
+_FAILED = "deploy_failed"
 #: How long a replica may take to say what it runs before it counts as not answering.
 _INFO_TIMEOUT_S = 3.0
+#: A candidate that answers a canary's picture has this share of the time that is left for it.
+_CANDIDATES_SHARE = 0.5
 #: How often a model is asked for one picture's answer while its replicas are being exchanged.
 _MOST_ATTEMPTS = 6
 #: Answers of a trial that wait to be written down.
@@ -78,10 +82,14 @@ class ModelRoute:
     detail: str = "starting"
     """Why it does not answer, in Serve's words and a replica's: for operators, it may name files, hosts and code."""
 
+    def runs(self, role: Role) -> ModelInfo | None:
+        """What production or the candidate runs, if it answers."""
+        return self.canary_info if role == "candidate" else self.info
+
     @property
     def failed(self) -> bool:
         """It does not answer and will not by itself."""
-        return self.info is None and "fail" in self.detail
+        return self.info is None and self.detail.startswith(_FAILED)
 
     @property
     def message(self) -> str:
@@ -150,17 +158,23 @@ class Graph:
             route.info = await self._info(route.production)
             route.detail = ""
         except Exception as error:  # whatever keeps a model from answering is what readiness reports
-            detail, healthy = await asyncio.to_thread(_deployment_message, route.production, error)
-            if route.info is not None and healthy and isinstance(error, (TimeoutError, BackPressureError)):
-                return  # busy and not gone: what it runs is known
-            if detail != route.detail:
-                _log.warning("the %s does not answer: %s", stage, detail)
-            route.info, route.detail = None, detail
+            detail, busy = await asyncio.to_thread(_deployment_message, route.production, error)
+            if not (route.info is not None and busy):
+                if detail != route.detail:
+                    _log.warning("the %s does not answer: %s", stage, detail)
+                route.info, route.detail = None, detail
         if route.canary is None or getattr(self.shares, stage) + getattr(self.shadow, stage) == 0:
             route.canary_info = None
             return
-        with contextlib.suppress(Exception):
+        try:
             route.canary_info = await self._info(route.canary)
+        except Exception as error:
+            if route.canary_info is None:
+                return
+            detail, busy = await asyncio.to_thread(_deployment_message, route.canary, error)
+            if not busy:
+                _log.warning("the canary of the %s does not answer, its share is production's: %s", stage, detail)
+                route.canary_info = None
 
     @staticmethod
     async def _info(handle: DeploymentHandle) -> ModelInfo:
@@ -270,7 +284,9 @@ class Graph:
             answer = await detect(handle, info, deadline)
             views = await self._views(prepared, info.views)
             maps = await _await(handle.explain.remote(views, info.views, deadline), deadline)
-            return answer | {"heat_map": heat_map(maps, prepared.regions[info.views], explain == "png")}
+            loop, where = asyncio.get_running_loop(), prepared.regions[info.views]
+            drawn = await loop.run_in_executor(self._threads, heat_map, maps, where, explain == "png")
+            return answer | {"heat_map": drawn}
 
         answer = await self._stage(progress, "detector", explained if explain else detect, detect)
         if answer is not None:
@@ -326,7 +342,9 @@ class Graph:
         role: Role = "production"
         if arm == "canary" and self.routes[stage].canary_info is not None:
             role = "candidate"
-            answer, failure = await self._ask(stage, role, request, progress.deadline)
+            # a candidate that hangs leaves production time to answer in its place
+            until = time.time() + (progress.deadline - time.time()) * _CANDIDATES_SHARE
+            answer, failure = await self._ask(stage, role, request, until)
             self._tried(stage, role, True, sha256, answer, failure, started)
         if answer is None and (role == "production" or time.time() < progress.deadline):
             role, began = "production", time.perf_counter()
@@ -349,12 +367,13 @@ class Graph:
         route, has_died = self.routes[stage], False
         for attempt in range(_MOST_ATTEMPTS):
             handle = route.canary if role == "candidate" else route.production
-            info = route.canary_info if role == "candidate" else route.info
+            info = route.runs(role)
             if handle is None or info is None:
                 return None, ("unavailable", route.message or "the model has no replica that answers")
             try:
                 asked = request(handle, info, deadline)
-                return await (self._while_there(route, asked) if has_died else asked), None
+                watched = has_died or role == "candidate"
+                return await (self._while_there(route, role, asked) if watched else asked), None
             except (TimeoutError, DeadlineExceeded):
                 return None, ("timeout", "the request's time was over")
             except BackPressureError:
@@ -380,9 +399,9 @@ class Graph:
         return None, ("unavailable", "the model is being exchanged, or its replica went away")
 
     @staticmethod
-    async def _while_there(route: ModelRoute, asked: Awaitable[dict[str, Any]]) -> dict[str, Any]:
-        """An answer of production's, as long as it is known to run. Serve keeps a request that has no replica to go to
-        until its time is over, and the picture's other stages, and its place in the service, would wait with it.
+    async def _while_there(route: ModelRoute, role: Role, asked: Awaitable[dict[str, Any]]) -> dict[str, Any]:
+        """A model's answer, as long as it is known to run. Serve keeps a request that has no replica to go to until
+        its time is over, and the picture's other stages, and its place in the service, would wait with it.
 
         Raises:
             _Gone: no replica answers any more.
@@ -391,7 +410,7 @@ class Graph:
         try:
             while not asking.done():
                 await asyncio.wait({asking}, timeout=_REFRESH_STARTING_S)
-                if route.info is None and not asking.done():
+                if route.runs(role) is None and not asking.done():
                     raise _Gone
             return asking.result()
         finally:
@@ -401,7 +420,7 @@ class Graph:
 
     def _compare(self, stage: Stage, role: Role, sha256: str, answer: Any, plain: Request) -> None:
         """Ask the other model of a trial too, beside the answer and without anybody waiting for it."""
-        info = self.routes[stage].canary_info if role == "candidate" else self.routes[stage].info
+        info = self.routes[stage].runs(role)
         if info is None:
             return
         if len(self._comparing) >= self.limits.max_comparing:
@@ -432,7 +451,7 @@ class Graph:
         started: float,
         agreed: float | None = None,
     ) -> None:
-        info = self.routes[stage].canary_info if role == "candidate" else self.routes[stage].info
+        info = self.routes[stage].runs(role)
         revision = revision_of(answer["model"]) if failure is None and "model" in answer else ""
         tried = Tried(
             model=stage,
@@ -498,7 +517,7 @@ def _no_answer(record: Annotation) -> Problem:
 
 
 def _deployment_message(handle: DeploymentHandle, error: Exception) -> tuple[str, bool]:
-    """What Serve's controller says of a deployment that does not answer, and whether it takes it for healthy."""
+    """What Serve's controller says of a deployment that does not answer, and whether it is only busy."""
     from ray import serve
 
     with contextlib.suppress(Exception):
@@ -507,5 +526,6 @@ def _deployment_message(handle: DeploymentHandle, error: Exception) -> tuple[str
             if status is not None:
                 lines = (status.message or "").strip().splitlines()
                 told = f"{status.status.value.lower()}" + (f": {lines[-1][:300]}" if lines else "")
-                return told, status.status.value in _HEALTHY
+                healthy = status.status.value in _HEALTHY
+                return told, healthy and isinstance(error, (TimeoutError, BackPressureError))
     return f"no answer: {type(error).__name__}", False

@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import CliPositionalArg, CliSubCommand
 
 from app import canary_config as running
-from app.canary_config import CanaryError, ServeApi
+from app.canary_config import CanaryError, DashboardAway, ServeApi
 from app.canary_rules import AllRules, Decision, Rules, RulesError, decide, read_rules
 from app.config import CANARIES, MODELS, ModelName
 from app.store.database import Database, StoreUnavailable
@@ -166,11 +166,18 @@ class Watcher:
         self.canary, self.settings, self.rules = canary, settings, rules
         self._told = ""
         self._seen_at = time.monotonic()
+        self._candidate = pinned(settings.uri) if settings.uri else None
 
     def watch(self) -> int:
         """Until a decision; returns the exit status."""
         while True:
-            ended = self._look()
+            try:
+                ended = self._look()
+            except DashboardAway as error:  # while it was acting: the next look tries again, or finds it done
+                if self.settings.once:
+                    raise
+                self._say(f"not done yet: {error}")
+                ended = None
             if ended is not None:
                 return ended
             if self.settings.once:
@@ -182,7 +189,10 @@ class Watcher:
             application = self.canary.application()
             since = running.ingress_of(application).since.get(self.canary.model)
             running_trial = any(running.shares_of(application, self.canary.model))
-            evidence = self.canary.evidence(application, since) if since is not None and running_trial else None
+            evidence = None
+            if since is not None and running_trial:
+                self._candidate = running.uri_of(application, CANARIES[self.canary.model])
+                evidence = self.canary.evidence(application, since)
         except (CanaryError, StoreUnavailable) as error:
             blind_s = time.monotonic() - self._seen_at
             if self.settings.once or isinstance(error, NothingKept):
@@ -190,8 +200,9 @@ class Watcher:
             self._say(f"nothing is known at present: {error}")
             if blind_s < self.settings.blind_s:
                 return None
-            self._say(f"rolled back: nothing has been known for {blind_s:.0f} s")
+            self._say(f"rolling back: nothing has been known for {blind_s:.0f} s")
             self.canary.roll_back()
+            self._say("rolled back")
             return ROLLED_BACK
         self._seen_at = time.monotonic()
         if evidence is None or since is None:
@@ -200,12 +211,12 @@ class Watcher:
         return self._act(decision, application, evidence)
 
     def _without_trial(self, application: running.Config) -> int:
-        """Another watcher or a person was quicker, or this one was killed in the middle of it."""
+        """Another watcher or a person was quicker, or this one was killed or lost the dashboard in the middle of it."""
         self.canary.clear()
         uri = running.uri_of(application, MODELS[self.canary.model])
-        if self.settings.uri is None:
+        if self._candidate is None:
             raise CanaryError(f"no trial of a {self.canary.model} is running; production serves {uri}")
-        promoted = uri == pinned(self.settings.uri)
+        promoted = uri == self._candidate
         self._say(f"no trial is running; production serves {uri}")
         return PROMOTED if promoted else ROLLED_BACK
 

@@ -33,6 +33,10 @@ class CanaryError(RuntimeError):
     """It cannot be done; the message says why and what to do."""
 
 
+class DashboardAway(CanaryError):
+    """Ray's dashboard does not answer at present; what it was asked to do may have been done."""
+
+
 # ---- a configuration, read and changed ---------------------------------------------------------------------------
 
 
@@ -202,16 +206,20 @@ class ServeApi:
         named = url or os.environ.get("RAY_API_SERVER_ADDRESS") or own or "http://127.0.0.1:8265"
         return cls(named, cluster.token(port) if named == own else _token())
 
+    def _ask(self, method: str, **what: Any) -> httpx.Response:
+        try:
+            return self._http.request(method, "/api/serve/applications/", **what)
+        except httpx.HTTPError as error:
+            message = f"Ray's dashboard does not answer at {self.url} ({error!r}): give --dashboard"
+            raise DashboardAway(message) from error
+
     def details(self) -> Config:
         """All that the dashboard tells of Serve.
 
         Raises:
-            CanaryError: it does not answer.
+            CanaryError: it does not answer, or refuses.
         """
-        try:
-            answer = self._http.get("/api/serve/applications/")
-        except httpx.HTTPError as error:
-            raise CanaryError(f"Ray's dashboard does not answer at {self.url} ({error!r}): give --dashboard") from error
+        answer = self._ask("GET")
         if answer.status_code in (401, 403):
             raise CanaryError(f"{self.url} refuses the token: set RAY_AUTH_TOKEN_PATH to the cluster's")
         if answer.status_code != 200:
@@ -232,9 +240,9 @@ class ServeApi:
         """Deploy a configuration.
 
         Raises:
-            CanaryError: Ray refuses it.
+            CanaryError: it does not answer, or refuses.
         """
-        answer = self._http.put("/api/serve/applications/", json=config)
+        answer = self._ask("PUT", json=config)
         if answer.status_code != 200:
             raise CanaryError(f"Ray refused the configuration (HTTP {answer.status_code}): {answer.text[:500]}")
 

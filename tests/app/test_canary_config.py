@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 from ray.serve._private.deploy_utils import get_app_code_version
 from ray.serve.schema import ServeApplicationSchema
 
+from app import canary
 from app import canary_config as running
 from app.canary_config import CanaryError
+from app.canary_rules import Rules
 from app.config import CANARIES, MODELS, IngressConfig, ModelName
+from app.store.database import StoreUnavailable
+from app.trials import Evidence, Side
 
 ROOT = Path(__file__).parents[2]
 NAME = "deeptrust"
@@ -92,3 +98,56 @@ def test_what_is_not_there_is_named() -> None:
         running.put_back(config(), NAME, "detector")
     with pytest.raises(ValueError, match="painter"):
         IngressConfig.model_validate({"since": {"painter": 1.0}})
+
+
+class Dashboard:
+    """Ray's dashboard with a trial of a detector, away as often as it is told to be."""
+
+    def __init__(self, trial: dict[str, Any]) -> None:
+        self.config, self.away = trial, 0
+        self.puts = 0
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        if self.away:
+            self.away -= 1
+            raise httpx.ReadTimeout("away")
+        if request.method == "PUT":
+            self.config, self.puts = json.loads(request.content), self.puts + 1
+            self.away = 3  # it has taken the configuration, and is away before anybody sees that it is carried out
+        (application,) = self.config["applications"]
+        running_now = {"status": "HEALTHY", "replicas": [{"state": "RUNNING"}]}
+        states = {each["name"]: running_now for each in application["deployments"]}
+        states[CANARIES["detector"]] = running_now | {"replicas": []}
+        told = {"deployed_app_config": application, "status": "RUNNING", "deployments": states}
+        return httpx.Response(200, json={"applications": {NAME: told}})
+
+
+@pytest.mark.parametrize("reason", ["blind", "rules"])
+def test_a_watcher_outlives_a_dashboard_that_is_away_while_it_rolls_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], reason: str
+) -> None:
+    model: ModelName = "detector"
+    trial = running.with_shares(running.with_candidate(config(), NAME, model, "/models/new"), NAME, model, 0.2, 0, 1.0)
+    dashboard = Dashboard(trial)
+    settings = canary.WatchCommand(
+        model=model,
+        dashboard="http://test",
+        interval_s=0.01,
+        log=tmp_path / "log.jsonl",
+        blind_s=0.001 if reason == "blind" else 600,
+    )
+    watched = canary.Canary(settings)
+    watched.api._http = httpx.Client(base_url="http://test", transport=httpx.MockTransport(dashboard))
+    bad = Evidence(Side(codes={"ok": 500}), Side(codes={"failed": 500}), [])
+
+    def evidence(*_: object) -> Evidence:
+        if reason == "blind":
+            raise StoreUnavailable("away")
+        return bad
+
+    monkeypatch.setattr(watched, "evidence", evidence)
+    assert canary.Watcher(watched, settings, Rules()).watch() == canary.ROLLED_BACK
+    assert running.shares_of(running.application_of(dashboard.config, NAME), model) == (0, 0) and dashboard.puts
+    told = capsys.readouterr().out
+    assert "rolling back" in told and "not done yet" in told
+    assert ("nothing has been known" in told) == (reason == "blind")

@@ -18,7 +18,8 @@ from ray.exceptions import ActorDiedError
 from ray.serve.schema import DeploymentStatus
 
 from app import analysis, keys
-from tests.app.in_process import Service, picture
+from app.config import CanaryShares
+from tests.app.in_process import Model, Service, picture
 
 #: As the last line of what a replica died of may be.
 INSIDE = "OSError: /srv/weights/detector-7 is not on db7.internal.example"
@@ -116,5 +117,58 @@ def test_where_there_are_no_keys_whoever_asks_is_on_the_machine(
         stages = (await client.get("/readyz")).json()["stages"]
         assert INSIDE in stages["detector"]["message"]
         assert stages["captioner"] == {"status": "ready", "message": ""}
+
+    service.run(work)
+
+
+@pytest.mark.parametrize("status", [DeploymentStatus.UPDATING, DeploymentStatus.UNHEALTHY])
+def test_a_start_that_is_tried_again_has_not_failed(
+    service: Service, monkeypatch: pytest.MonkeyPatch, status: DeploymentStatus
+) -> None:
+    monkeypatch.delenv(keys.VARIABLE, raising=False)
+    told = SimpleNamespace(status=status, message="Retrying.\nOSError: Temporary failure in name resolution")
+    applications = {"deeptrust": SimpleNamespace(deployments={"Detector": told})}
+    monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(applications=applications))
+
+    async def work(client: httpx.AsyncClient) -> None:
+        assert (await client.get("/readyz")).json()["stages"]["detector"]["status"] == "starting"
+
+    service.run(work)
+
+
+@pytest.mark.parametrize("is_noticed", [True, False])
+def test_production_answers_for_a_canary_that_is_gone_or_hangs(
+    service: Service, monkeypatch: pytest.MonkeyPatch, is_noticed: bool
+) -> None:
+    monkeypatch.delenv(keys.VARIABLE, raising=False)
+    monkeypatch.setattr(analysis, "_REFRESH_STARTING_S", 0.05)
+    graph, canary = service.ingress.graph, Model("captioner", {"text": "a candidate's words"})
+    canary.deployment_name = "CaptionerCanary"
+    graph.routes["captioner"].canary, graph.shares = canary, CanaryShares(captioner=1.0)
+    if not is_noticed:
+        short = service.ingress.limits.model_copy(update={"request_timeout_s": 1.0})
+        monkeypatch.setattr(service.ingress, "limits", short)
+
+    async def ask(client: httpx.AsyncClient) -> dict[str, Any]:
+        return (await asyncio.wait_for(client.post("/v1/caption", content=picture(5)), 30)).json()
+
+    async def work(client: httpx.AsyncClient) -> None:
+        assert (await ask(client))["caption"]["text"] == "a candidate's words"
+        canary.waits = True  # as Serve's router does without a replica
+        running = asyncio.ensure_future(ask(client))
+        while canary.asked < 2:
+            await asyncio.sleep(0.01)
+        if is_noticed:
+            canary.is_gone = True
+            await graph.refresh("captioner")
+        record = await running
+        assert record["caption"]["text"] == "a brown dog" and not record["errors"]
+        if is_noticed:
+            assert (await ask(client))["caption"]["text"] == "a brown dog" and canary.asked == 2, (
+                "it is not asked again"
+            )
+            canary.is_gone = canary.waits = False
+            await graph.refresh("captioner")
+            assert (await ask(client))["caption"]["text"] == "a candidate's words"
 
     service.run(work)
