@@ -47,10 +47,15 @@ ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
 class Training:
     def place(self):
         return ray.util.get_node_ip_address()
+    def waiting(self):
+        from train.giving_way import waiting_replicas
+        return waiting_replicas("GPU")
 left = ray._private.state.available_resources_per_node()
 left = {node["NodeManagerAddress"]: left[node["NodeID"]].get("GPU", 0.0) for node in ray.nodes() if node["Alive"]}
 tasks = [Training.remote() for _ in range(2)]
-print(json.dumps({"left": left, "training": sorted(ray.get([task.place.remote() for task in tasks], timeout=120))}))
+training = sorted(ray.get([task.place.remote() for task in tasks], timeout=120))
+waiting = ray.get([task.waiting.remote() for task in tasks], timeout=120)
+print(json.dumps({"left": left, "training": training, "waiting": waiting}))
 """
 
 
@@ -181,11 +186,14 @@ class Cluster:
         self.on_head("cat > serve_config.yaml && serve deploy serve_config.yaml", given=yaml.safe_dump(config))
 
     def what_training_gets(self) -> dict[str, Any]:
-        """GPUs left on each node, and where two tasks that want a whole one run."""
+        """GPUs left on each node, where two tasks that want a whole one run, and which replicas, as each is told,
+        wait for what it holds.
+        """
         found = json.loads(self.on_head("python -", given=_TRAINING).strip().splitlines()[-1])
         return {
             "left": {self.name_of(address): gpus for address, gpus in found["left"].items()},
             "training": [self.name_of(address) for address in found["training"]],
+            "waiting": found["waiting"],
         }
 
 

@@ -83,6 +83,7 @@ def test_every_replica_is_where_it_should_be(deployed: Cluster, seen: dict[str, 
     # the tagger has a GPU of its own, detector and captioner share one, and each worker's is left
     assert training["left"] == pytest.approx({"node-a": 0.25, "node-b": 1.0, "node-c": 1.0})
     assert training["training"] == ["node-b", "node-c"]
+    assert training["waiting"] == [{}, {}], "a training there can ask whether serving waits for it"
 
 
 def test_any_node_answers_whoever_has_a_key(deployed: Cluster, seen: dict[str, Any]) -> None:
