@@ -331,7 +331,9 @@ def measure(config: DriftBenchmark) -> Iterator[dict[str, Any]]:
             "model": checkpoint.name,
             "data": {"name": version.manifest.name, "version": version.manifest.version, "pictures": len(rows)},
             "settings": settings.model_dump(),
-            "measured_with": config.model_dump(include={"share", "within", "longest", "repeats", "streams", "seed"}),
+            "measured_with": config.model_dump(
+                include={"share", "within", "longest", "repeats", "streams", "folds", "undisturbed", "seed"}
+            ),
             "thresholds_made_by": served.facts["bootstrap"],
         }
     )

@@ -84,7 +84,9 @@ def throughput(config: PrepareBenchmarkConfig, work: Path) -> dict[str, Any]:
     raw = make_photos(config.photos, work / "photos", config.pictures)
     size = sum(path.stat().st_size for path in (raw / "Images").iterdir())
     kept = work / "rounds.json"  # a machine that is quiet for minutes only does a round at a time
-    rounds: list[dict[str, float]] = json.loads(kept.read_text()) if kept.is_file() else []
+    of = config.model_dump(mode="json", include={"photos", "pictures", "processes", "object_store_bytes"})
+    before = json.loads(kept.read_text()) if kept.is_file() else {}
+    rounds: list[dict[str, float]] = before["rounds"] if before.get("of") == of else []
     session = RaySettings(num_cpus=config.processes, object_store_bytes=config.object_store_bytes)
     with ray_session(session):
         import ray.data  # not before the session has said on which address Ray listens
@@ -118,7 +120,7 @@ def throughput(config: PrepareBenchmarkConfig, work: Path) -> dict[str, Any]:
                     "share": round(plain / ours, 3),
                 }
             )
-            kept.write_text(json.dumps(rounds))
+            kept.write_text(json.dumps({"of": of, "rounds": rounds}))
             print(rounds[-1], flush=True)
     return {
         "rounds": rounds,

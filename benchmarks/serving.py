@@ -230,7 +230,10 @@ def main(arguments: list[str] | None = None) -> None:
         for number in range(config.rounds):
             chosen = random.Random(number).sample(photos, config.round_photos)
             bare = direct.run(chosen)
-            served = asyncio.run(drive(config.url, chosen, config.clients)).seconds
+            load = asyncio.run(drive(config.url, chosen, config.clients))
+            if load.complete != len(chosen):  # a refusal is quick
+                raise SystemExit(f"error: {load.complete} complete answers to {len(chosen)} photos: {load.summary()}")
+            served = load.seconds
             rounds.append(
                 {"back_to_back_s": round(bare, 2), "served_s": round(served, 2), "ratio": round(bare / served, 3)}
             )

@@ -232,7 +232,7 @@ def run(config: SoakConfig, folder: Path, in_service: Callable[..., Any]) -> dic
         "processes": rows,
         "grow_too_much": sorted({name for (name, _), one in found.items() if one.share_an_hour > config.most_growth}),
         "came_or_went": sorted(others),
-        "mib_over_time": series(readings),
+        "mib_over_time": series(readings[:: max(1, round(60 / config.sample_s))]),  # one a minute shows as much
         "settings": config.model_dump(mode="json"),
     }
 

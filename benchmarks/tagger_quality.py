@@ -80,11 +80,16 @@ def main() -> None:
     }
     if options.answers and options.answers.exists():
         kept = json.loads(options.answers.read_text())
-        raw = [kept[caption] for caption in captions]
+        if kept.get("of") != [options.uri, result["prompt"]]:
+            parser.error(f"{options.answers} is not of {options.uri} with this prompt: name another file")
+        if unknown := [caption for caption in captions if caption not in kept["answers"]]:
+            parser.error(f"{options.answers} has no answer to {unknown[0]!r}: name another file")
+        raw = [kept["answers"][caption] for caption in captions]
     else:
         raw, result["offline"] = ask_offline(captions, resolve(options.uri))
         if options.answers:
-            options.answers.write_text(json.dumps(dict(zip(captions, raw, strict=True)), indent=0))
+            kept = {"of": [options.uri, result["prompt"]], "answers": dict(zip(captions, raw, strict=True))}
+            options.answers.write_text(json.dumps(kept, indent=0))
     judge = Judge(WordNet(options.wordnet))
     tags = [clean_tags(answer, caption) for answer, caption in zip(raw, captions, strict=True)]
     own = [proposed(answer, caption) for answer, caption in zip(raw, captions, strict=True)]
