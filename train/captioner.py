@@ -23,6 +23,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -265,7 +266,19 @@ class CaptionerModule(TrainedModule):
             reduction="sum",
             label_smoothing=self.settings.label_smoothing,
         )
+        if self.settings.accumulate > 1:  # what the step's other parts teach is not known here
+            return total / (self.words_a_row * len(batch["targets"]))
         return total / self.mean_over_workers((batch["targets"] != _IGNORED).sum().float())
+
+    @cached_property
+    def words_a_row(self) -> float:
+        """Tokens that a row of the training captions teaches, in the mean: all its captions, or the drawn one."""
+        taught = [
+            [sum(token != _IGNORED for token in self.vocabulary.sequence(words)[1]) for words in captions]
+            for captions in self.tokens
+        ]
+        packed = self.settings.freeze == "tower"
+        return max(1.0, float(np.mean([sum(each) if packed else np.mean(each) for each in taught])))
 
     def mean_over_workers(self, value: torch.Tensor) -> torch.Tensor:
         """Workers have different numbers of words; what is averaged later must be divided by the same number."""

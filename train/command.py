@@ -273,7 +273,8 @@ def ray_trainer(config: TrainCommand, job: Job, place: Location, callbacks: Sequ
     return Trainer(
         work,
         train_loop_config={"job": job, "holds": sought if gives_way else None},
-        torch_config=TorchConfig(backend="nccl" if sought == "GPU" else "gloo"),
+        # before a step has brought the model to its GPU, workers exchange numbers of the CPU
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if sought == "GPU" else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=(config.min_workers, most) if config.min_workers else most,
             use_gpu=sought == "GPU",
@@ -318,15 +319,21 @@ def reservation(config: TrainCommand, resources: Mapping[str, float], loading: f
 
     Raises:
         TrainingError: so many do not fit, or there are GPUs and too few of them: that is no reason to train on CPUs.
+            Or workers would share one, which NCCL refuses.
     """
     least, gpus = config.min_workers or config.num_workers, config.gpus_per_worker
     here = resources.get("GPU", 0)
+    if 0 < gpus < 1 and config.num_workers > 1:
+        raise TrainingError(
+            f"--gpus-per-worker {gpus:g} would let two of {config.num_workers} workers share a GPU, and NCCL cannot: "
+            "give each a whole one, or --num-workers 1 a fraction"
+        )
     if gpus < 0:
         gpus = 1.0 if here else 0.0
         if 0 < here < least:
             raise TrainingError(
                 f"{least} workers want a GPU each and this Ray has {here:g}: lower --num-workers, or let --min-workers "
-                "begin with fewer; --gpus-per-worker 0 trains on CPUs, a fraction shares a GPU"
+                "begin with fewer; --gpus-per-worker 0 trains on CPUs"
             )
     if least * config.cpus_per_worker + loading > resources.get("CPU", 0):
         raise TrainingError(
@@ -382,9 +389,10 @@ def _check_workers(config: TrainCommand) -> None:
 
 
 def _check_space(config: TrainCommand, place: Location, parameters: int) -> None:
-    """Checkpoints hold weights and two moments in float32 and the best weights. In storage one is being written while
-    others are kept; in the temporary folder lie the one that was resumed from, one on its way and one being written."""
-    each, temporary = 16 * parameters, Path(tempfile.gettempdir())
+    """Checkpoints hold weights, two moments and, if there is one, the moving average in float32, and the best weights.
+    In storage one is being written while others are kept; in the temporary folder lie the one that was resumed from,
+    one on its way and one being written."""
+    each, temporary = (20 if config.ema else 16) * parameters, Path(tempfile.gettempdir())
     places = [("the temporary folder (TMPDIR)", temporary, 3 * each + 2**28)]
     if place.is_local:
         places.insert(0, ("--storage", place.local_path, each * (config.keep + 1) + 2**28))

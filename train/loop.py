@@ -349,7 +349,8 @@ class Watch(pl.Callback):
         self._due, self._saved = False, self.step
         if self.report is None:
             return
-        folder = Path(tempfile.mkdtemp(dir=self.scratch))
+        # not in the scratch folder: whatever ends the run, this may still be on its way to where checkpoints are kept
+        folder = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=self.scratch.parent))
         loop = trainer.fit_loop
         batches, epochs = loop.epoch_loop.batch_progress, loop.epoch_progress
         kept = copy.deepcopy(epochs.state_dict())

@@ -166,7 +166,9 @@ class TrainedModule(pl.LightningModule):
             raise TrainingError("the loss reaches no parameter that may change: start from another checkpoint")
         if self.config.ema:
             self.average = torch.optim.swa_utils.AveragedModel(
-                self.model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(self.config.ema), use_buffers=True
+                self.model,
+                multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(self.config.ema),
+                use_buffers=False,  # they are taken as they are: a mean of position numbers would be others
             ).requires_grad_(False)
 
     @property
@@ -210,6 +212,9 @@ class TrainedModule(pl.LightningModule):
 
     def training_step(self, batch: dict[str, torch.Tensor], _: int) -> torch.Tensor:
         return self.loss(batch)
+
+    def on_train_start(self) -> None:
+        self._averaged = self.global_step  # a step that another process ended is in the average
 
     def on_train_batch_end(self, *_: Any) -> None:
         if self.config.ema and self.global_step != self._averaged:

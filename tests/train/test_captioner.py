@@ -116,6 +116,20 @@ def test_the_loss_is_that_of_the_model_itself(photos: Path, blip: Path) -> None:
     assert own.item() == pytest.approx(each[taught].mean().item(), rel=1e-5)
 
 
+@torch.no_grad()
+def test_each_word_of_a_step_weighs_the_same_in_whichever_part_it_is(photos: Path, blip: Path) -> None:
+    whole, parted = (module_of(job_of(photos, blip, accumulate=parts)) for parts in (1, 2))
+    parted.tokens = whole.tokens = [[words[0][: 1 if row < 4 else 3]] for row, words in enumerate(whole.tokens)]
+    source = job_of(photos, blip).train_source()
+    batch = whole.prepare(next(source.load(0, np.arange(8))))
+    words = int((batch["targets"] != -100).sum())
+    halves = [{name: value[rows] for name, value in batch.items()} for rows in (slice(4), slice(4, 8))]
+    counts = [int((half["targets"] != -100).sum()) for half in halves]
+    assert counts[0] != counts[1]
+    step = sum(parted.loss(half).item() for half in halves) / 2
+    assert step * parted.words_a_row * 8 == pytest.approx(whole.loss(batch).item() * words, rel=1e-5)
+
+
 @pytest.mark.proof
 def test_rewarded_captions_become_likelier(photos: Path, blip: Path) -> None:
     job = job_of(photos, blip, objective="cider", samples_per_photo=8)

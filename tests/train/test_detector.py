@@ -87,7 +87,8 @@ def test_what_cannot_be_trained_is_told_before_workers_start(
         ({"min_workers": 1}, {"CPU": 8, "GPU": 1}, {"CPU": 0.5, "GPU": 1}),  # the other node comes later
         ({"min_workers": 1, "cpus_per_worker": 4}, {"CPU": 5, "GPU": 1}, {"CPU": 4, "GPU": 1}),
         ({"gpus_per_worker": 0}, {"CPU": 8, "GPU": 1}, {"CPU": 0.5}),
-        ({"gpus_per_worker": 0.5}, {"CPU": 8, "GPU": 1}, {"CPU": 0.5, "GPU": 0.5}),
+        ({"num_workers": 1, "gpus_per_worker": 0.5}, {"CPU": 8, "GPU": 1}, {"CPU": 0.5, "GPU": 0.5}),
+        ({"gpus_per_worker": 0.5}, {"CPU": 8, "GPU": 1}, "share a GPU, and NCCL cannot"),
         ({}, {"CPU": 8, "GPU": 1}, "2 workers want a GPU each and this Ray has 1"),
         ({"cpus_per_worker": 4}, {"CPU": 5, "GPU": 2}, "2 workers of 4.0 CPUs .* --num-workers"),
         ({"min_workers": 1, "cpus_per_worker": 4}, {"CPU": 4, "GPU": 1}, "1 workers of 4.0 CPUs .* --min-workers"),
@@ -96,7 +97,7 @@ def test_what_cannot_be_trained_is_told_before_workers_start(
 def test_workers_that_must_be_there_decide_what_is_reserved(
     changes: dict[str, Any], resources: dict[str, float], reserved: dict[str, float] | str
 ) -> None:
-    config = DetectorTraining(data="x", output="x", num_workers=2, **changes)
+    config = DetectorTraining.model_validate({"data": "x", "output": "x", "num_workers": 2} | changes)
     if isinstance(reserved, dict):
         assert command.reservation(config, resources, 0.25) == reserved
         return

@@ -84,6 +84,15 @@ def test_a_finished_checkpoint_has_nothing_left_to_train(job: DetectorJob, tmp_p
     assert (tmp_path / "again" / "best.safetensors").is_file() and watch.best > 0
 
 
+def test_a_checkpoint_on_its_way_outlives_the_run_that_wrote_it(job: DetectorJob, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    on_their_way: list[Path] = []
+    last = changed(job, max_steps=4)
+    fit_locally(last, tmp_path / "run", "here", report=lambda _, folder, __: on_their_way.append(folder), say=quiet)
+    shutil.rmtree(tmp_path / "run")
+    assert on_their_way and all((folder / "last.ckpt").is_file() for folder in on_their_way)
+
+
 def test_a_loss_that_is_no_number_is_a_reason_to_end(job: DetectorJob, tmp_path: Path) -> None:
     with pytest.raises(NonFinite, match="--learning-rate"):
         fit_locally(changed(job, learning_rate=1e30, gradient_clip=0, warmup=0), tmp_path, "here", say=quiet)

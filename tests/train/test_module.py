@@ -89,6 +89,16 @@ def test_the_average_is_what_is_judged() -> None:
     assert torch.allclose(judged.classifier.weight, before + 0.5)
 
 
+def test_numbers_of_positions_are_not_averaged() -> None:
+    toy = module(ema=0.9999)
+    toy.model.register_buffer("positions", torch.arange(197), persistent=False)
+    toy.freeze_unreached({"x": torch.ones(1, 4)})
+    for _ in range(3):
+        toy.average.update_parameters(toy.model)
+    judged: Any = toy.plain()
+    assert torch.equal(judged.positions, torch.arange(197))
+
+
 @pytest.mark.parametrize("ema", [0.0, 0.5])
 def test_a_blend_with_the_start_is_what_is_judged(ema: float) -> None:
     toy = module(blend=0.25, ema=ema)
