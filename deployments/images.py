@@ -74,6 +74,10 @@ class ImageLimits(BaseModel):
     min_side_px: int = Field(default=16, gt=0, description="width and height, each")
 
 
+#: Of pictures that were admitted before, by limits that may have been wider than today's.
+ADMITTED = ImageLimits(max_bytes=2**40, max_pixels=2**40, min_side_px=1)
+
+
 class ImageError(ValueError):
     """A file that is refused. `code` is machine-readable, `detail` is for people and quotes nothing from the file."""
 
@@ -131,12 +135,12 @@ def decode(data: bytes, limits: ImageLimits | None = None) -> Picture:
 
 
 def small_jpeg(data: bytes, side_px: int) -> bytes:
-    """A JPEG of at most ``side_px`` a side, of the bytes of one file; for people.
+    """A JPEG of at most ``side_px`` a side, of the bytes of one file that was admitted before; for people.
 
     Raises:
         ImageError: as `decode` does.
     """
-    picture = decode(data).image
+    picture = decode(data, ADMITTED).image
     picture.thumbnail((side_px, side_px))
     buffer = BytesIO()
     picture.save(buffer, "JPEG", quality=80)

@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from data.captions import clean_caption, score_captions
 from deployments.captioner import CaptionerModel
 from deployments.checkpoints import Checkpoint
-from deployments.images import decode
+from deployments.images import ADMITTED, decode
 from train.detector_report import Body, Picture
 from train.examples import Example
 from train.generate import caption_all, tag_all, view_of
@@ -283,23 +283,31 @@ def template_figures(
 
 
 def made_up_figures(captions: Sequence[str], examples: Sequence[Example], judge: Judge) -> dict[str, Any]:
-    """Nouns that no human caption of the picture supports: per noun, per caption, and which most."""
+    """Nouns that no human caption of the picture supports: per noun, per caption, and which most.
+
+    What one person writes against the others' captions is the measure: some disagreement is no invention.
+    ``above_people`` holds both against the same captions, those of the others; None where no picture has any.
+    """
     nouns = [judge.noun_lemmas(caption) for caption in captions]
     invented = [judge.made_up(caption, example.captions) for caption, example in zip(captions, examples, strict=True)]
-    # what one person writes against the others' captions: some disagreement is no invention
-    people = [
-        judge.made_up(example.captions[0], example.captions[1:]) for example in examples if len(example.captions) > 1
+
+    def share_of_nouns(said: Sequence[tuple[str, Sequence[str]]]) -> float:
+        wrong = sum(len(judge.made_up(text, others)) for text, others in said)
+        return wrong / max(sum(len(judge.noun_lemmas(text)) for text, _ in said), 1)
+
+    several = [
+        (caption, example.captions)
+        for caption, example in zip(captions, examples, strict=True)
+        if len(example.captions) > 1
     ]
-    said = [judge.noun_lemmas(example.captions[0]) for example in examples if len(example.captions) > 1]
-    ours, theirs = (
-        sum(map(len, wrong)) / max(sum(map(len, every)), 1) for wrong, every in ((invented, nouns), (people, said))
-    )
+    ours = share_of_nouns([(caption, people[1:]) for caption, people in several])
+    theirs = share_of_nouns([(people[0], people[1:]) for _, people in several])
     return {
         "nouns": sum(map(len, nouns)),
-        "made_up_share": round(ours, 4),
+        "made_up_share": round(sum(map(len, invented)) / max(sum(map(len, nouns)), 1), 4),
         "captions_with_one": round(share(bool(words) for words in invented), 4),
         "people_made_up_share": round(theirs, 4),
-        "above_people": round(ours - theirs, 4),
+        "above_people": round(ours - theirs, 4) if several else None,
         "most": Counter(word for words in invented for word in words).most_common(12),
     }
 
@@ -371,7 +379,7 @@ def examine(
     if "retrieval" in figures and tagger is None:
         figures["not_measured"].append("whether tags help to find pictures: captions are searched alone")
     shown = [
-        Picture(f"{text} — people: {example.captions[0]}", decode(example.read()).image)
+        Picture(f"{text} — people: {example.captions[0]}", decode(example.read(), ADMITTED).image)
         for example, text in list(zip(examples, texts, strict=True))[: settings.samples]
     ]
     return Body(figures, {"samples": shown})

@@ -34,7 +34,7 @@ from torch.nn import functional
 from data.locations import Location
 from data.versions import DatasetName, DataVersion
 from deployments.checkpoints import Checkpoint, resolve
-from deployments.images import decode
+from deployments.images import ADMITTED, decode
 from deployments.pixels import Normalisation
 from deployments.views import ViewSpec
 from train.aivshuman import family
@@ -474,6 +474,7 @@ class DetectorJob:
             "dataset": {
                 "name": manifest.name,
                 "version": manifest.version,
+                "generators": generators_seen(module.train_rows, checkpoint, self.new_head),
                 "counts": {
                     split: dict(sorted(rows.counts().items()))
                     for split, rows in (("train", module.train_rows), ("val", module.val_rows))
@@ -511,6 +512,23 @@ def scores_of(judged: dict[int, list[float]]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(list(judged)), logits[:, 1] - logits[:, 0]
 
 
+def generators_seen(rows: Annotations, checkpoint: Checkpoint, new_head: bool) -> list[str] | None:
+    """Families of the generators that a detector's weights know: those of its training pictures, and those of the
+    checkpoint that it started from; None: that is a detector whose card does not say.
+
+    Under a new head the tower stays, and with it what it was taught; a starter model's tower was taught nothing.
+    """
+    from train.detector_report import trained_on  # which loads what serves
+
+    own = set(rows.counts()) - {"photo", "unknown"}
+    if new_head and checkpoint.uri.startswith("starter:"):
+        return sorted(own)
+    before = trained_on(checkpoint)
+    if before is None and (checkpoint.card.task == "detection" or not new_head):
+        return None
+    return sorted(own | (before or set()))
+
+
 def few_of_each(rows: Annotations, most: int) -> np.ndarray:
     """Rows that fit thresholds: all of the first label, and of the second at most ``most`` of one generator, the first
     by id; more would let the largest decide."""
@@ -534,7 +552,7 @@ def pictures_of(version: DataVersion, rows: list[int]) -> dict[int, Any]:
             source.files[group], columns=["image"], filesystem=version.location.arrow_filesystem, partitioning=None
         )["image"]
         for place, row in zip(places.tolist(), inside.tolist(), strict=True):
-            found[rows[place]] = decode(images[row].as_py()).image
+            found[rows[place]] = decode(images[row].as_py(), ADMITTED).image
     return found
 
 

@@ -2,7 +2,7 @@
 
 In: a checkpoint, loaded by the class that serves it, and test examples. Out: the JSON-ready body of a report and the
 pictures that belong to it (worst errors, heat maps). The thresholds are the card's; nothing is tuned on these
-pictures.
+pictures. Intervals draw whole groups of near-duplicates.
 
 * ``tiers``: every picture three times, as uploaded, at 768 px q60 and at 512 px q40; ranking, verdicts, calibration.
 * ``damages``: the same pictures after single injuries (JPEG qualities, halving, blur, WebP, a screenshot).
@@ -41,7 +41,7 @@ from data.errors import DataError
 from deployments.checkpoints import Checkpoint
 from deployments.detector import DetectorModel, verdict
 from deployments.heat_map import combine, render_png
-from deployments.images import ImageLimits, decode
+from deployments.images import ADMITTED, decode
 from deployments.tag_rules import words_of
 from deployments.views import regions, render
 from train.aivshuman import family
@@ -156,13 +156,12 @@ def score(
     chances = np.empty((len(examples), len(versions)))
     facts = []
     started, row = time.monotonic(), 0
-    limits = ImageLimits(max_bytes=2**31, max_pixels=400_000_000, min_side_px=1)
     for group in batches(list(examples), batch_size):
         views = []
         for example in group:
             data = example.read()
             facts.append(file_traits(data))
-            image = decode(data, limits).image
+            image = decode(data, ADMITTED).image
             views += [render(injure(image, version), model.views) for version in versions]
         # batches of one size whatever the versions: a batch's size must not move a probability from run to run
         rows = np.concatenate([model.detect(np.stack(part)) for part in _parts(views, batch_size)])
@@ -299,12 +298,14 @@ def distance(
 def trained_on(checkpoint: Checkpoint) -> set[str] | None:
     """Families of the generators that the card's training data name; None when the card does not say.
 
-    Read from ``dataset.generators`` (names, or a table of counts) or from ``dataset.counts.train``, whose names are
-    generators or strata (``ai: NAME``, ``real: SOURCE``).
+    Read from ``dataset.generators`` (names, or a table of counts; null: nobody knows), which names those that the
+    weights saw before this training too, or else from ``dataset.counts.train``, whose names are generators or strata
+    (``ai: NAME``, ``real: SOURCE``).
     """
     dataset = checkpoint.card.dataset
-    if dataset.get("generators"):
-        return {family(str(name)) for name in dataset["generators"]} - {"photo"}
+    if "generators" in dataset:
+        named = dataset["generators"]
+        return None if named is None else {family(str(name)) for name in named} - {"photo", "unknown"}
     strata = dict(dataset.get("counts") or {}).get("train")
     if isinstance(strata, dict):
         named = {family(name.removeprefix("ai: ")) for name in strata if not name.startswith("real: ")}
@@ -324,6 +325,7 @@ def slices(
     labels: np.ndarray,
     above: float,
     further: Mapping[str, np.ndarray],
+    groups: np.ndarray,
     resamples: int,
     seed: int,
 ) -> dict[str, dict[str, Any]]:
@@ -346,12 +348,13 @@ def slices(
     parts |= further
     result = {}
     for name, rows in parts.items():
-        ai, real = chances[rows & (labels == 1)], chances[rows & (labels == 0)]
+        of_ai, of_real = rows & (labels == 1), rows & (labels == 0)
+        ai, real = chances[of_ai], chances[of_real]
         if not len(ai) and not len(real):
             continue
         entry: dict[str, Any] = {"ai": len(ai), "real": len(real), "roc_auc": None}
         if len(ai) >= _FEWEST and len(real) >= _FEWEST:
-            entry["roc_auc"] = interval(auc, [ai, real], resamples, seed)
+            entry["roc_auc"] = interval(auc, [ai, real], resamples, seed, [groups[of_ai], groups[of_real]])
         entry["ai_recall"] = round(float((ai >= above).mean()), 4) if len(ai) else None
         entry["real_accuracy"] = round(float((real < above).mean()), 4) if len(real) else None
         result[name] = entry
@@ -364,6 +367,7 @@ def compare(
     labels: np.ndarray,
     our_threshold: float,
     their_threshold: float,
+    groups: np.ndarray,
     resamples: int,
     seed: int,
 ) -> dict[str, Interval]:
@@ -373,14 +377,16 @@ def compare(
     shifted = [
         [side - border for side in pair] for pair, border in zip(sides, (our_threshold, their_threshold), strict=True)
     ]
-    result = {"roc_auc": paired_difference(auc, sides[0], sides[1], resamples, seed)}
+    grouped = [groups[labels == 1], groups[labels == 0]]
+    result = {"roc_auc": paired_difference(auc, sides[0], sides[1], resamples, seed, grouped)}
     figures: dict[str, Callable[..., float]] = {
         "balanced_accuracy": lambda ai, real: balanced_accuracy(ai, real, 0.0),
         "ai_recall": lambda ai, _: float((ai >= 0).mean()),
         "real_accuracy": lambda _, real: float((real < 0).mean()),
     }
     return result | {
-        name: paired_difference(figure, shifted[0], shifted[1], resamples, seed) for name, figure in figures.items()
+        name: paired_difference(figure, shifted[0], shifted[1], resamples, seed, grouped)
+        for name, figure in figures.items()
     }
 
 
@@ -398,7 +404,7 @@ def examine(
     """All figures of a detector on test examples.
 
     Raises:
-        ValueError: only one class is among the examples.
+        ValueError: only one class is among the examples; ``train.examples`` gives none such.
         deployments.checkpoints.CheckpointError: the classifier of sources does not know `platform`.
     """
     model = DetectorModel(checkpoint)
@@ -411,8 +417,12 @@ def examine(
     column = {version: place for place, version in enumerate(versions)}
     borders = thresholds.model_dump()
     groups = [example.group or example.id for example in examples]
+    drawn_by = np.array(groups)
     figures: dict[str, Any] = {
-        "tiers": {tier: verdict_figures(chances[:, column[tier]], labels, borders, resamples, seed) for tier in tiers},
+        "tiers": {
+            tier: verdict_figures(chances[:, column[tier]], labels, borders, resamples, seed, drawn_by)
+            for tier in tiers
+        },
         "damages": {
             name: {
                 "roc_auc": round(auc(chances[labels == 1, column[name]], chances[labels == 0, column[name]]), 4),
@@ -437,7 +447,7 @@ def examine(
         "source_leakage": source_leakage(facts, labels, [example.source for example in examples], groups),
     }
     families = [family(example.generator or "unknown") if example.label == "ai" else "photo" for example in examples]
-    figures |= generator_figures(families, chances[:, : len(tiers)], tiers, checkpoint, resamples, seed)
+    figures |= generator_figures(families, chances[:, : len(tiers)], tiers, checkpoint, drawn_by, resamples, seed)
     further: dict[str, np.ndarray] = {}
     if captioner is not None:
         people = np.array([has_people(caption) for caption in caption_all(captioner, examples, batch_size)])
@@ -445,7 +455,9 @@ def examine(
     if sources is not None:
         figures["distance"], thirds = distance(sources, examples, labels, batch_size)
         further |= thirds
-    figures["slices"] = slices(examples, facts, chances[:, 0], labels, thresholds.ai_above, further, resamples, seed)
+    figures["slices"] = slices(
+        examples, facts, chances[:, 0], labels, thresholds.ai_above, further, drawn_by, resamples, seed
+    )
     figures["labels"] = {example.id: example.label for example in examples}
     figures["probabilities"] = {
         example.id: [round(float(value), 6) for value in row[: len(tiers)]]
@@ -460,6 +472,7 @@ def examine(
                 labels,
                 thresholds.ai_above,
                 against.card.thresholds.ai_above,
+                drawn_by,
                 resamples,
                 seed,
             )
@@ -481,6 +494,7 @@ def generator_figures(
     chances: np.ndarray,
     tiers: Sequence[Tier],
     checkpoint: Checkpoint,
+    groups: np.ndarray,
     resamples: int,
     seed: int,
 ) -> dict[str, Any]:
@@ -490,7 +504,10 @@ def generator_figures(
     rows = {name: np.array([each == name for each in families]) for name in [*names, "photo"]}
     above = checkpoint.card.thresholds.ai_above
     pairs = {name: (chances[rows[name]], chances[rows["photo"]]) for name in names}
-    table = {tier: by_generator(pairs, place, resamples, seed)["generators"] for place, tier in enumerate(tiers)}
+    grouped = {name: (groups[rows[name]], groups[rows["photo"]]) for name in names}
+    table = {
+        tier: by_generator(pairs, place, resamples, seed, grouped)["generators"] for place, tier in enumerate(tiers)
+    }
     generators = {
         name: {
             "pictures": int(rows[name].sum()),
@@ -509,7 +526,9 @@ def generator_figures(
         pairs = {name: (chances[rows[name]], chances[rows["photo"]]) for name in unseen}
         result["unseen"] = {
             tier: {
-                key: value for key, value in by_generator(pairs, place, resamples, seed).items() if key != "generators"
+                key: value
+                for key, value in by_generator(pairs, place, resamples, seed, grouped).items()
+                if key != "generators"
             }
             for place, tier in enumerate(tiers)
         }
@@ -525,7 +544,7 @@ def pictures_below(folder: Path) -> list[Path]:
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
     if not paths:
         what = "has no JPEG, PNG or WebP file in it" if folder.is_dir() else "is no folder"
-        raise DataError(f"--extra {folder} {what}: correct the path, or leave it away")
+        raise DataError(f"--extra {folder} {what}: correct the path, or give none by --extra=[]")
     return paths
 
 
@@ -541,7 +560,7 @@ def one_by_one(model: DetectorModel, folder: Path, batch_size: int) -> tuple[dic
     thresholds = model.checkpoint.card.thresholds
     pictures = []
     for example, row in zip(examples, chances, strict=True):
-        image = decode(example.read()).image
+        image = decode(example.read(), ADMITTED).image
         text = f"{example.file_name}: {row[0]:.2f}, {verdict(float(row[0]), thresholds)}"
         pictures.append(Picture(text, image))
         if (seen := heat(model, image)) is not None:
@@ -588,7 +607,7 @@ def _show_errors(
                 "generator": example.generator,
             }
         )
-        image = decode(example.read()).image
+        image = decode(example.read(), ADMITTED).image
         shown.append(Picture(f"{truth} ({origin}), called AI with {chances[row]:.2f}", reduce_to(image, 448)))
         if place < settings.heat_maps and (seen := heat(model, image)) is not None:
             shown.append(Picture("what moved it", seen))

@@ -32,11 +32,9 @@ from data.versions import DataVersion, Split, open_version
 from deployments.checkpoints import CheckpointError, resolve
 from deployments.detector import DetectorModel
 from deployments.drift_statistic import FILE, DriftSettings, Reference, make_reference, picture_statistics
-from deployments.images import ImageLimits, Picture, decode
+from deployments.images import ADMITTED, Picture, decode
 from deployments.views import render
 from train.aivshuman import family
-
-_LIMITS = ImageLimits(max_bytes=2**31, max_pixels=400_000_000, min_side_px=1)
 
 
 class DriftReferenceConfig(DriftSettings):
@@ -87,7 +85,7 @@ def observe(model: DetectorModel, pictures: Iterable[bytes], count: int, batch_s
         found.append((embeddings.astype(np.float32), model.margins(logits), np.stack(facts)))
 
     for data in pictures:
-        picture: Picture = decode(data, _LIMITS)
+        picture: Picture = decode(data, ADMITTED)
         views.append(render(picture.image, model.views))
         facts.append(picture_statistics(picture, views[-1][0]))
         if len(views) == batch_size:

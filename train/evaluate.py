@@ -7,7 +7,7 @@ reads it. The model in production, if there is one, is compared with on the same
 
 What is measured: ``train.detector_report``, ``train.captioner_report`` and ``train.tagger_report``. What cannot be
 measured here (no tagger, no WordNet, nothing in production) is said on the page, in the JSON (``not_measured``) and on
-the command line. Knows no training.
+the command line. A model that was trained on some of the test pictures is not evaluated on them. Knows no training.
 
     python -m train.evaluate detector --data DATA/aivshuman --checkpoint models:/detector@candidate
     python -m train.evaluate captioner --data DATA/flickr30k --checkpoint starter:captioner
@@ -127,7 +127,11 @@ def _evaluate(config: Evaluation) -> tuple[dict[str, Any], Judgement]:
         version = _version(client, uri, kind)
         against = _against(client, config.against, kind, checkpoint)
         examples = read_examples(config.data, kind, config.limit)
+        trained = () if kind == "tagger" else (checkpoint, against)  # taggers are prompted
+        unknown = [told for model in trained if model is not None and (told := check_held_out(examples, model))]
         if isinstance(config, DetectorEvaluation):
+            if config.extra is None:
+                config = config.model_copy(update={"extra": _styles(config.data)})
             for folder in config.extra or ():
                 detector_report.pictures_below(folder)
     except Exception as error:
@@ -147,6 +151,7 @@ def _evaluate(config: Evaluation) -> tuple[dict[str, Any], Judgement]:
         ],
     ) as run:
         body = _examine(config, checkpoint, examples, against)
+        body.figures["not_measured"] += unknown
         report = {
             "kind": kind,
             "created_at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -185,8 +190,6 @@ def _examine(
     if isinstance(config, DetectorEvaluation):
         captioner, missing = _helper(config.people_by, "captioner")
         classifier = resolve(config.source_classifier) if config.source_classifier else None
-        if config.extra is None:
-            config = config.model_copy(update={"extra": _styles(config.data)})
         body = detector_report.examine(
             checkpoint, examples.examples, config, against, captioner=captioner, classifier=classifier, **options
         )
@@ -198,6 +201,33 @@ def _examine(
         body = tagger_report.examine(checkpoint, examples.examples, captioner, **options)
     body.figures["not_measured"] = [*missing, *body.figures["not_measured"]]
     return body
+
+
+def check_held_out(examples: ExampleSet, checkpoint: Checkpoint) -> str | None:
+    """Make sure that a model was trained and tuned on none of the examples, by the data that its card names; returns
+    why nobody can tell, None: it was not.
+
+    Raises:
+        EvaluationError: it was.
+    """
+    dataset = checkpoint.card.dataset
+    if examples.keeps_sides_of(dataset):
+        return None
+    version = examples.beside(dataset)
+    if version is None:
+        named = f"{dataset.get('name')} {dataset['version']}" if dataset.get("version") else "no version of its data"
+        return (
+            f"whether the test pictures were trained on: the card of {checkpoint.name} names {named}, and beside "
+            f"{examples.uri} there is none such"
+        )
+    seen = {id_ for split in ("train", "val") for id_ in version.table(split, ["id"])["id"].to_pylist()}
+    if known := sum(example.id in seen for example in examples.examples):
+        raise EvaluationError(
+            f"{checkpoint.uri} was trained or tuned on {known} of the {len(examples.examples)} test pictures of "
+            f"{examples.uri}: evaluate it on its own version, --data {version.location}, or prepare the data again "
+            f"with --with-version {version.location}, and train on that"
+        )
+    return None
 
 
 def _helper(uri: str, starter: str) -> tuple[Checkpoint | None, list[str]]:

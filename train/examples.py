@@ -7,13 +7,13 @@ them stay comparable with earlier ones. Out: examples whose pictures are read on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from data.errors import DataError
-from data.versions import DataVersion, open_version
+from data.versions import MANIFEST, DatasetName, DataVersion, open_version
 from train.gate import Judged
 
 
@@ -39,17 +39,35 @@ class ExampleSet:
     version: str
     uri: str
     examples: list[Example]
+    prepared: DataVersion | None = None
+    """The version that they are of; None: they are of a raw folder."""
 
     def header(self) -> dict[str, Any]:
         """For the report."""
         return {"name": self.name, "version": self.version, "uri": self.uri, "split": "test"}
+
+    def beside(self, dataset: Mapping[str, Any]) -> DataVersion | None:
+        """The version that a card's ``dataset`` names, if it lies beside the one of the examples."""
+        name, version = dataset.get("name"), dataset.get("version")
+        if self.prepared is None or name not in get_args(DatasetName) or not version:
+            return None
+        place = self.prepared.location.parent.parent / str(name) / str(version)
+        return open_version(place) if (place / MANIFEST).exists() else None
+
+    def keeps_sides_of(self, dataset: Mapping[str, Any]) -> bool:
+        """Whether no example can be a picture that training on the version of a card's ``dataset`` saw: the examples
+        are its own test split, or were divided with it."""
+        name, version = dataset.get("name"), dataset.get("version")
+        divided_with = self.prepared.manifest.settings.get("with_version", []) if self.prepared else []
+        return version == self.version or f"{name}/{version}" in divided_with
 
 
 def read_examples(place: str, kind: Judged, limit: int | None = None) -> ExampleSet:
     """The test examples at a place, the first ``limit`` by id (of captions in the Kaggle layout: of the fixed split).
 
     Raises:
-        DataError: nothing is there, it has no test pictures, or it is data for the other kind of model.
+        DataError: nothing is there, it has no test pictures, pictures of one class only, or it is data for the other
+            kind of model.
     """
     folder = Path(place).expanduser()
     if (folder / "train.csv").is_file():
@@ -64,7 +82,13 @@ def read_examples(place: str, kind: Judged, limit: int | None = None) -> Example
         raise DataError(f"{place} is not labelled human and ai: a detector is evaluated on the aivshuman data set")
     if kind != "detector" and not all(example.captions for example in found.examples):
         raise DataError(f"{place} has no captions: a {kind} is evaluated on the flickr30k data set")
-    return ExampleSet(found.name, found.version, found.uri, found.examples[:limit])
+    found = replace(found, examples=found.examples[:limit])
+    if kind == "detector" and len(labels := {str(example.label) for example in found.examples}) < 2:
+        raise DataError(
+            f"the {len(found.examples)} test pictures of {place} are all {labels.pop()}: a detector is judged on both "
+            "classes; prepare it with a larger share for test, or raise --limit"
+        )
+    return found
 
 
 def _prepared(version: DataVersion, limit: int | None) -> ExampleSet:
@@ -89,7 +113,7 @@ def _prepared(version: DataVersion, limit: int | None) -> ExampleSet:
     # chosen by id, but left in the order of the files: pictures are then read from one row group after another
     chosen = {example.id for example in sorted(examples, key=lambda example: example.id)[:limit]}
     kept = [example for example in examples if example.id in chosen]
-    return ExampleSet(version.manifest.name, version.manifest.version, str(version.location), kept)
+    return ExampleSet(version.manifest.name, version.manifest.version, str(version.location), kept, version)
 
 
 class _Rows:

@@ -19,7 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import save_file
 
-from deployments.checkpoints import Checkpoint, CheckpointError, resolve
+from deployments.checkpoints import Checkpoint, CheckpointError, resolve, scratch_folder
 from deployments.drift_statistic import FILE
 from train.new_captioner import write_decoder
 
@@ -34,21 +34,26 @@ class ExtractConfig(BaseModel):
 
 
 def extract(config: ExtractConfig) -> None:
-    """Write what is committed: a detector's head as it is, a captioner's decoder in float16.
+    """Write what is committed: a detector's head as it is, a captioner's decoder in float16. What is there stays until
+    all of it is made.
 
     Raises:
-        CheckpointError: there is no such checkpoint, or it is neither of the two.
+        CheckpointError: there is no such checkpoint, it is neither of the two, or a detector without its reference.
     """
     checkpoint = resolve(config.checkpoint)
-    config.target.mkdir(parents=True, exist_ok=True)
-    if checkpoint.card.architecture == "ClipBlocksForImageClassification":
-        _detector(checkpoint, config.target)
-    elif checkpoint.card.architecture == "BlipForConditionalGeneration":
-        _captioner(checkpoint, config.target)
-    else:
+    parts = {"ClipBlocksForImageClassification": _detector, "BlipForConditionalGeneration": _captioner}
+    if checkpoint.card.architecture not in parts:
         raise CheckpointError(
             f"{checkpoint.uri} is a {checkpoint.card.architecture}: only models on CLIP's tower come apart like this"
         )
+    scratch = scratch_folder(config.target)
+    try:
+        parts[checkpoint.card.architecture](checkpoint, scratch)
+        config.target.mkdir(exist_ok=True)
+        for file in scratch.iterdir():
+            file.replace(config.target / file.name)
+    finally:
+        shutil.rmtree(scratch)
 
 
 def _card(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -58,14 +63,14 @@ def _card(checkpoint: Checkpoint) -> dict[str, Any]:
 def _detector(checkpoint: Checkpoint, target: Path) -> None:
     from deployments.detector_model import ClipBlocksForImageClassification
 
+    if not (checkpoint.folder / FILE).is_file():
+        raise CheckpointError(f"{checkpoint.uri} has no reference for drift: `python -m train.drift_reference` first")
     model: Any = ClipBlocksForImageClassification.from_pretrained(checkpoint.folder, use_safetensors=True)
     weights = {name: value.contiguous() for name, value in model.head.state_dict().items()}
     save_file(weights, target / "head.safetensors", metadata={"format": "pt"})
     (target / "head.safetensors").chmod(0o644)
     (target / "config.json").write_text(json.dumps(model.config.to_diff_dict(), indent=2) + "\n")
     (target / "card.json").write_text(json.dumps(_card(checkpoint), indent=2) + "\n")
-    if not (checkpoint.folder / FILE).is_file():
-        raise CheckpointError(f"{checkpoint.uri} has no reference for drift: `python -m train.drift_reference` first")
     shutil.copyfile(checkpoint.folder / FILE, target / FILE)
 
 

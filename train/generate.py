@@ -19,7 +19,7 @@ import numpy as np
 from deployments import captioner, images, pixels, views
 from deployments.captioner import CaptionerModel
 from deployments.checkpoints import Checkpoint, cache_root
-from deployments.images import ImageLimits, decode
+from deployments.images import ADMITTED, decode
 from deployments.views import render
 from train.examples import Example
 
@@ -106,5 +106,4 @@ def tag_all(checkpoint: Checkpoint, captions: Sequence[str]) -> list[list[str]]:
 
 def view_of(model: CaptionerModel, example: Example) -> np.ndarray:
     """What the captioner sees of an example."""
-    limits = ImageLimits(max_bytes=2**31, max_pixels=400_000_000, min_side_px=1)
-    return render(decode(example.read(), limits).image, model.views)
+    return render(decode(example.read(), ADMITTED).image, model.views)

@@ -35,6 +35,7 @@ import torch
 from pydantic import ConfigDict, Field, ValidationError
 
 from data import pages
+from data.browse import pictures
 from data.errors import DataError
 from data.prepare import AivshumanConfig, prepare
 from data.versions import DataVersion, open_version
@@ -44,7 +45,7 @@ from train import detector, drift_reference, registry, tracking
 from train.command import TrainingError
 from train.detector_report import score
 from train.drift_reference import DriftReferenceConfig
-from train.evaluate import DetectorEvaluation, EvaluationError, evaluate
+from train.evaluate import DetectorEvaluation, EvaluationError, check_held_out, evaluate
 from train.evaluation_page import TEMPLATES
 from train.examples import read_examples
 from train.export import ExportConfig, export
@@ -153,6 +154,8 @@ class Retraining:
             settings = {"input": config.input, "output": config.prepared, "feedback": config.feedback, "report": False}
             version = prepare(AivshumanConfig.model_validate(settings | config.prepare)).version
         manifest = version.manifest
+        # what judging would refuse, before hours of training
+        check_held_out(read_examples(str(version.location), MODEL), resolve(self.done["base"]["uri"]))
         older = [name.partition("/")[2] for name in manifest.settings.get("with_version", []) if "aivshuman/" in name]
         labels = count_labels(config.feedback)
         self.run.tags({LABELS_TAG: str(labels)})
@@ -203,8 +206,9 @@ class Retraining:
         photos = self.folder / "photos"
         shutil.rmtree(output, ignore_errors=True)
         photos.mkdir(exist_ok=True)
-        for row in self.version.table("val", ["id", "image"]).slice(0, 64).to_pylist():
-            (photos / f"{row['id']}.jpg").write_bytes(row["image"])
+        ids = self.version.table("val", ["id"])["id"].slice(0, 64).to_pylist()
+        for id_, data in pictures(self.version, ids, ["val"]).items():
+            (photos / f"{id_}.jpg").write_bytes(data)
         try:
             export(ExportConfig(checkpoint=str(trained), photos=photos, output=output, count=64, rounds=3))
         except (CheckpointError, ImportError) as error:  # an architecture that no engine takes; no exporter here
@@ -243,13 +247,14 @@ class Retraining:
         }
         chosen = DetectorEvaluation.model_validate(settings | self.config.evaluation)
         report, judgement = evaluate(chosen)
-        examples = read_examples(place, MODEL, chosen.limit).examples
-        before, _ = score(DetectorModel(resolve(base)), examples, ["clean"], chosen.batch_size)
+        production, found = resolve(base), read_examples(place, MODEL, chosen.limit)
+        examples = found.examples
+        before, _ = score(DetectorModel(production), examples, ["clean"], chosen.batch_size)
         shown = compare(
             report["labels"],
             {id_: row[0] for id_, row in report["probabilities"].items()},
             {example.id: float(row[0]) for example, row in zip(examples, before, strict=True)},
-            self._old_ids(),
+            self._old_ids(found.beside(production.card.dataset)),
             self.config.gate,
         )
         client, failures = self.run.client, judgement.failures
@@ -268,11 +273,14 @@ class Retraining:
             "told": f"{'passed' if passed else 'REFUSED'}: {told}; {gate}",
         }
 
-    def _old_ids(self) -> set[str]:
-        older = self.done["data"]["older"]
-        if older is None:
-            return set(self.version.table("test", ["id"])["id"].to_pylist())
-        version = open_version(f"{self.config.prepared}/aivshuman/{older}")
+    def _old_ids(self, version: DataVersion | None) -> set[str]:
+        """Ids of all pictures of the version that production was trained on; None, its card does not say: of the one
+        that the new version was divided with."""
+        if version is None:
+            older = self.done["data"]["older"]
+            if older is None:
+                return set(self.version.table("test", ["id"])["id"].to_pylist())
+            version = open_version(f"{self.config.prepared}/aivshuman/{older}")
         return {id_ for split in version.manifest.counts for id_ in version.table(split, ["id"])["id"].to_pylist()}
 
     def _staging(self) -> dict[str, Any]:

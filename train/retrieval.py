@@ -6,7 +6,8 @@ BM25 ranks. Out: recall at 1 and 10 (the share of queries whose own picture is t
 other person's sentence, and all the others together: what perfect captioning would reach). The paired difference says
 whether tags help; ``of_one_person`` is the captions' recall over that of one person's sentence.
 
-In: ``[{"id", "caption", "tags", "references": [...]}]``, or a data set and checkpoints. Knows no HTTP and no store.
+In: ``[{"id", "caption", "tags", "references": [...]}]``, or a data set and checkpoints; ``--rows`` keeps the former
+with the names of the latter. Knows no HTTP and no store.
 
     python -m train.retrieval --data flickr8k-224 --output benchmarks/results/retrieval.json
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -24,6 +26,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from data.errors import DataError
 from deployments.tag_rules import _STOP, stem, words_of
 from train.statistics import described
 
@@ -148,42 +151,70 @@ class RetrievalConfig(BaseModel):
     batch_size: int = Field(16, ge=1)
     resamples: int = Field(2000, ge=10, description="bootstrap resamples of photos")
     rows: Path | None = Field(
-        None, description="JSON with captions, tags and references: read if it exists, else written"
+        None, description="JSON with captions, tags, references and what they are of: read if it exists, else written"
     )
     output: Path = Field(description="JSON file for the result")
     seed: int = 0
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Caption, tag, search, write."""
-    from pydantic_settings import CliApp
+def kept_rows(file: Path, made_of: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows that a run of the same captioner, tagger and data kept.
 
+    Raises:
+        DataError: the file holds others, or does not say what its rows are of.
+    """
+    kept = json.loads(file.read_text())
+    if not isinstance(kept, dict) or not {*made_of, "rows"} <= kept.keys():
+        raise DataError(f"--rows {file} does not say of which captioner, tagger and data it is: name another file")
+    if other := [f"{key} {kept[key]}, not {value}" for key, value in made_of.items() if kept[key] != value]:
+        raise DataError(f"--rows {file} is of {'; of '.join(other)}: name another file")
+    return kept["rows"]
+
+
+def search(config: RetrievalConfig) -> dict[str, Any]:
+    """Caption, tag, search.
+
+    Raises:
+        DataError, CheckpointError: something that is named is not there, or kept rows are of something else.
+    """
     from deployments.checkpoints import resolve
     from train.examples import read_examples
     from train.generate import caption_all, tag_all
     from train.tracking import code_commit
 
-    config = CliApp.run(RetrievalConfig, cli_args=arguments)
+    examples = read_examples(config.data, "captioner", config.photos)
+    captioner, tagger = resolve(config.captioner), resolve(config.tagger) if config.tagger else None
+    made_of = {
+        "captioner": captioner.name,
+        "tagger": tagger.name if tagger else None,
+        "data": f"{examples.name} {examples.version}",
+    }
     if config.rows and config.rows.is_file():
-        rows, data = json.loads(config.rows.read_text()), Path(config.data).name
+        rows = kept_rows(config.rows, made_of)
     else:
-        examples = read_examples(config.data, "captioner", config.photos)
-        data = f"{examples.name} {examples.version}"
-        captions = caption_all(resolve(config.captioner), examples.examples, config.batch_size)
-        tags = tag_all(resolve(config.tagger), captions) if config.tagger else [None] * len(captions)
+        captions = caption_all(captioner, examples.examples, config.batch_size)
+        tags = tag_all(tagger, captions) if tagger else [None] * len(captions)
         rows = [
             {"id": example.id, "caption": caption, "tags": some, "references": list(example.captions)}
             for example, caption, some in zip(examples.examples, captions, tags, strict=True)
         ]
         if config.rows:
-            config.rows.write_text(json.dumps(rows, indent=0))
-    result = {
-        "captioner": resolve(config.captioner).name,
-        "tagger": resolve(config.tagger).name if config.tagger else None,
-        "data": data,
-        "code_commit": code_commit(),
-        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
-    } | retrieval(rows, config.resamples, config.seed)
+            config.rows.write_text(json.dumps(made_of | {"rows": rows}, indent=0))
+    told = {"code_commit": code_commit(), "finished_at": datetime.now(UTC).isoformat(timespec="seconds")}
+    return made_of | told | retrieval(rows, config.resamples, config.seed)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Search, and write the result."""
+    from pydantic_settings import CliApp
+
+    from deployments.checkpoints import CheckpointError
+
+    config = CliApp.run(RetrievalConfig, cli_args=arguments)
+    try:
+        result = search(config)
+    except (DataError, CheckpointError) as error:
+        sys.exit(f"error: {error}")
     config.output.parent.mkdir(parents=True, exist_ok=True)
     config.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))

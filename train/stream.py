@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from data.errors import explained
 from data.locations import Location
 from data.versions import DataVersion, Split
-from deployments.images import ImageLimits, decode
+from deployments.images import ADMITTED, decode
 from deployments.views import ViewSpec, render
 from train.damage import Damage, Tier, deliver, random_damage
 from train.order import Order, by_group, slices
@@ -119,12 +119,11 @@ class Pictures:
             for place, row in zip(places.tolist(), inside.tolist(), strict=True):
                 encoded[place] = ids[row].as_py(), images[row].as_py()
         size = max(1, _BLOCK_BYTES // int(np.prod(self.views.shape)))
-        limits = ImageLimits()
         for first in range(0, len(rows), size):
             part = encoded[first : first + size]
             pixels = np.empty((len(part), *self.views.shape), dtype=np.uint8)
             for index, (id_, data) in enumerate(part):
-                pixels[index] = render(self.augment(decode(data, limits).image, id_, epoch), self.views)
+                pixels[index] = render(self.augment(decode(data, ADMITTED).image, id_, epoch), self.views)
             yield {"pixels": pixels, "row": rows[first : first + size], "epoch": np.full(len(part), epoch)}
 
 

@@ -2,6 +2,6 @@
 
 ``settings`` what is kept where, ``models`` and ``migrations`` the tables, ``database`` SQLite and PostgreSQL alike,
 ``events`` what one transaction does, ``writer`` the thread that does it, ``search`` what is found, ``pictures`` the
-files, and ``store`` all of it as the ingress uses it. ``deferred``, ``callbacks``, ``trials``, ``reviews``, ``drift``
-and ``key_uses`` are functions on a connection for whoever else has something to keep.
+files, and ``store`` all of it as the ingress uses it. ``deferred``, ``callbacks``, ``trials``, ``reviews``, ``drift``,
+``key_uses`` and ``deletions`` are functions on a connection for whoever else has something to keep.
 """

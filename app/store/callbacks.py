@@ -41,6 +41,12 @@ def add(connection: Connection, place: str, url: str, now_s: float) -> None:
     connection.execute(insert(Callback), row)
 
 
+def remove_left(connection: Connection, place: str) -> None:
+    """Forget whom to tell of a request all of whose pictures were deleted: its place is free for another."""
+    answers = exists().where(Deferred.place == Callback.place)
+    connection.execute(delete(Callback).where(Callback.place == place, ~answers))
+
+
 def url_of(connection: Connection, place: str) -> str | None:
     """Whom a request named; None: nobody."""
     return connection.execute(select(Callback.url).where(Callback.place == place)).scalar()

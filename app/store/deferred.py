@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, delete, exists, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import aliased
 
 from app.store import callbacks
 from app.store.events import KeyConflict, write_predictions
@@ -115,7 +116,7 @@ def put(
             "data": picture.data,
             "status": picture.status,
             "attempts": 0,
-            "leased_until": 0,
+            "leased_until": int(now_s * 1000) if picture.status else 0,
             "answer": picture.answer,
             "name": picture.name,
             "request_id": request_id,
@@ -125,6 +126,7 @@ def put(
     ]
     try:
         with connection.begin_nested():
+            callbacks.remove_left(connection, place)
             connection.execute(insert(Deferred), rows)
             if callback is not None:
                 callbacks.add(connection, place, callback, now_s)
@@ -169,7 +171,8 @@ def _reopen(connection: Connection, place: str, pictures: Sequence[Accepted]) ->
             continue
         picture = pictures[row.number]
         values = {"status": picture.status, "answer": picture.answer, "data": picture.data}
-        fresh = {"size_bytes": len(picture.data), "attempts": 0, "leased_until": 0}
+        since = int(time.time() * 1000) if picture.status else 0
+        fresh = {"size_bytes": len(picture.data), "attempts": 0, "leased_until": since}
         connection.execute(update(Deferred).where(Deferred.id == row.id).values(values | fresh))
 
 
@@ -218,7 +221,7 @@ def finish(
     ended = connection.execute(
         update(Deferred)
         .where(Deferred.id == row_id, Deferred.status == 0)
-        .values(status=status, answer=answer, data=b"", size_bytes=0, leased_until=0)
+        .values(status=status, answer=answer, data=b"", size_bytes=0, leased_until=int(time.time() * 1000))
     )
     if ended.rowcount != 1:
         return False
@@ -248,7 +251,13 @@ def count(connection: Connection) -> int:
 
 
 def remove_old(connection: Connection, now_s: float, keep_h: float, most: int) -> int:
-    """Remove a few answers that nobody fetched for so long; returns how many."""
-    before = first_id(now_s - keep_h * 3600)
-    old = select(Deferred.id).where(Deferred.id < before, Deferred.status > 0).order_by(Deferred.id).limit(most)
-    return connection.execute(delete(Deferred).where(Deferred.id.in_(old))).rowcount
+    """Remove the answers to a few requests all of whose pictures have been answered for so long; returns how many."""
+    before_s = now_s - keep_h * 3600
+    other = aliased(Deferred)
+    young = exists().where(
+        other.place == Deferred.place, (other.status == 0) | (other.leased_until >= int(before_s * 1000))
+    )
+    # none is answered before it is taken in: ids bound what is looked through
+    old = select(Deferred.place).where(Deferred.id < first_id(before_s), Deferred.status > 0, ~young)
+    places = old.order_by(Deferred.id).limit(most)
+    return connection.execute(delete(Deferred).where(Deferred.place.in_(places))).rowcount

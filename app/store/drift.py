@@ -13,7 +13,8 @@ from typing import Any
 
 from sqlalchemy import Connection, delete, insert, select
 
-from app.store.models import Deletion, DriftLook, DriftPicture, first_id, new_id, time_of
+from app.store import deletions
+from app.store.models import DriftLook, DriftPicture, first_id, new_id, time_of
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def write(connection: Connection, rows: Sequence[dict[str, Any]]) -> None:
         values = {key: row[key] for key in ("revision", "alarm", "changed")}
         connection.execute(insert(DriftLook).values(id=look, told=json.dumps(row["told"]), **values))
         hashes = [sha256 for sha256, _ in row["pictures"]]
-        gone = set(connection.execute(select(Deletion.sha256).where(Deletion.sha256.in_(hashes))).scalars())
+        gone = deletions.announced(connection, hashes)
         pictures = [
             {"look_id": look, "sha256": sha256, "witness": witness}
             for sha256, witness in row["pictures"]

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, delete, func, insert, select, text, update
+from sqlalchemy import ColumnElement, Connection, delete, func, select, text, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from app.store import callbacks, drift
-from app.store.models import Deferred, Deletion, Feedback, Picture, Prediction, TrialAnswer, first_id, last_id, new_id
+from app.store import callbacks, deletions, drift
+from app.store.models import Deferred, Deletion, Feedback, Picture, Prediction, TrialAnswer, first_id, new_id
 from app.store.reviews import ReviewLabel
 
 #: How long a deletion is remembered: longer than an answer waits in a replica's queue.
@@ -121,8 +121,7 @@ def write_trials(connection: Connection, rows: Sequence[dict[str, Any]]) -> None
 
 def _write(connection: Connection, table: Any, rows: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
     """Returns those that were to be written."""
-    hashes = {row["sha256"] for row in rows}
-    deleted = dict(connection.execute(select(Deletion.sha256, Deletion.id).where(Deletion.sha256.in_(hashes))).all())
+    deleted = deletions.announced(connection, (row["sha256"] for row in rows))
     rows = [row for row in rows if deleted.get(row["sha256"], 0) < row["id"]]
     if rows:
         connection.execute(_insert_unless_there(connection, table), rows)
@@ -197,28 +196,44 @@ def media_type(connection: Connection, sha256: str) -> str | None:
 
 def expect_picture(connection: Connection, sha256: str, kind: str, size_bytes: int, only_flagged: bool) -> bool:
     """Note that a picture is about to be stored; False: there is no answer about it to keep it for."""
-    wanted = select(Prediction.id).where(Prediction.sha256 == sha256)
-    if only_flagged:
-        wanted = wanted.where(Prediction.flagged.is_(True))
-    if connection.execute(wanted.limit(1)).first() is None:
+    if not _is_wanted(connection, sha256, only_flagged):
         return False
-    row = {"sha256": sha256, "id": new_id(time.time()), "media_type": kind, "size_bytes": size_bytes, "stored": False}
-    connection.execute(_insert_unless_there(connection, Picture), row)
+    dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
+    values = {"sha256": sha256, "id": new_id(time.time()), "media_type": kind, "size_bytes": size_bytes}
+    row = dialect.insert(Picture).values(**values, stored=False)
+    # one that nobody wanted any more is on its way in again
+    again = {"index_elements": ["sha256"], "set_": {"id": row.excluded.id}, "where": Picture.stored.is_(False)}
+    connection.execute(row.on_conflict_do_update(**again))
     return True
 
 
-def picture_stored(connection: Connection, sha256: str) -> bool:
+def picture_stored(connection: Connection, sha256: str, only_flagged: bool = False) -> bool:
     """Note that a picture lies where it should; False: it was deleted meanwhile and must go."""
-    changed = connection.execute(update(Picture).where(Picture.sha256 == sha256).values(stored=True))
-    return changed.rowcount > 0
+    # a deletion leaves the row until the file has gone, and may have looked for the file before it was written
+    if _lock_picture(connection, sha256) is None or not _is_wanted(connection, sha256, only_flagged):
+        return False
+    connection.execute(update(Picture).where(Picture.sha256 == sha256).values(stored=True))
+    return True
+
+
+def _is_wanted(connection: Connection, sha256: str, only_flagged: bool) -> bool:
+    """Whether there is an answer to keep a picture for."""
+    wanted = select(Prediction.id).where(Prediction.sha256 == sha256)
+    if only_flagged:
+        wanted = wanted.where(Prediction.flagged.is_(True))
+    return connection.execute(wanted.limit(1)).first() is not None
+
+
+def _lock_picture(connection: Connection, sha256: str) -> bool | None:
+    """Whether a picture is `stored`, which nobody else changes until this transaction ends; None: it has no row."""
+    return connection.execute(select(Picture.stored).where(Picture.sha256 == sha256).with_for_update()).scalar()
 
 
 def forget_picture(connection: Connection, sha256: str, at_s: float) -> dict[str, int]:
     """Remove every answer about a picture and what was said of them; counts of what was removed. The picture's own row
     stays, as one that is not stored, until its file has gone (``picture_removed``).
     """
-    connection.execute(delete(Deletion).where(Deletion.sha256 == sha256))
-    connection.execute(insert(Deletion).values(sha256=sha256, id=last_id(at_s)))
+    deletions.announce(connection, sha256, at_s)
     about = select(Prediction.id).where(Prediction.sha256 == sha256)
     feedback = connection.execute(delete(Feedback).where(Feedback.prediction_id.in_(about))).rowcount
     predictions = connection.execute(delete(Prediction).where(Prediction.sha256 == sha256)).rowcount
@@ -229,10 +244,9 @@ def forget_picture(connection: Connection, sha256: str, at_s: float) -> dict[str
     connection.execute(delete(Deferred).where(Deferred.sha256 == sha256))
     for place in sorted(places):  # who waits for the others that came with it need not wait for this one
         callbacks.release(connection, place)
-    pictures = connection.execute(
-        update(Picture).where(Picture.sha256 == sha256, Picture.stored.is_(True)).values(stored=False)
-    ).rowcount
-    return {"pictures": pictures, "predictions": predictions, "feedback": feedback}
+    stored = _lock_picture(connection, sha256)
+    connection.execute(update(Picture).where(Picture.sha256 == sha256).values(stored=False))
+    return {"pictures": int(stored or False), "predictions": predictions, "feedback": feedback}
 
 
 def picture_removed(connection: Connection, sha256: str) -> None:
@@ -240,12 +254,12 @@ def picture_removed(connection: Connection, sha256: str) -> None:
     connection.execute(delete(Picture).where(Picture.sha256 == sha256, Picture.stored.is_(False)))
 
 
-def unwanted_pictures(connection: Connection, most: int) -> list[str]:
-    """Pictures whose file is to be removed: about which nothing is kept any more, or that were never stored whole. One
+def unwanted_picture(connection: Connection) -> str | None:
+    """A picture whose file is to be removed: about which nothing is kept any more, or that was never stored whole. One
     that is not old may be on its way in.
     """
     waiting = select(Picture.sha256).where(text("NOT stored"), Picture.id < first_id(time.time() - 3600))
-    return list(connection.execute(waiting.limit(most)).scalars())
+    return connection.execute(waiting.limit(1)).scalar()
 
 
 # ---- retention ------------------------------------------------------------------------------------------------------

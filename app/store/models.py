@@ -218,7 +218,7 @@ class Deferred(Base):
     """HTTP status of the answer; 0 while there is none."""
     attempts: Mapped[int] = mapped_column(Integer)
     leased_until: Mapped[int] = mapped_column(BigInteger)
-    """Somebody works on it until then, milliseconds since 1970."""
+    """Somebody works on it until then, milliseconds since 1970; of one that is answered: since when."""
     answer: Mapped[str] = mapped_column(Text)
     request_id: Mapped[str] = mapped_column(String(128), server_default="")
     """Of the request that it came with, and that request's span: what is logged of the work names them."""

@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Keep = Literal["off", "all", "sampled", "flagged"]
 
+#: The ids of rows tell times of the years 1831 to 2109 (``app.store.models``): what is further away has none.
+_MOST_DAYS, _MOST_HOURS = 100 * 365.25, 50 * 365.25 * 24
+
 
 class StoreSettings(BaseModel):
     """``args.store``. Where several ingress replicas run on several nodes, the database is PostgreSQL: a SQLite file is
@@ -25,7 +28,10 @@ class StoreSettings(BaseModel):
     )
     sample_share: float = Field(0.01, ge=0, le=1, description="share of the pictures, by hash, that `sampled` keeps")
     feedback_window_h: float = Field(
-        24.0, gt=0, description="hours for which feedback finds an answer that `sampled` or `flagged` will not keep"
+        24.0,
+        gt=0,
+        le=_MOST_HOURS,
+        description="hours for which feedback finds an answer that `sampled` or `flagged` will not keep",
     )
     url: str | None = Field(
         None,
@@ -33,7 +39,10 @@ class StoreSettings(BaseModel):
         "file in ~/.local/share/deeptrust/store",
     )
     keep_days: float | None = Field(
-        90.0, gt=0, description="older answers are removed with their feedback and pictures; null: never"
+        90.0,
+        gt=0,
+        le=_MOST_DAYS,
+        description="older answers are removed with their feedback and pictures; null: never",
     )
     keep_count: int | None = Field(
         1_000_000, ge=1, description="beyond it the oldest answers that have no feedback are removed; null: never"
@@ -53,7 +62,9 @@ class StoreSettings(BaseModel):
     )
     max_deferred_bytes: int = Field(16 * 2**30, ge=0, description="size of those")
     deferred_in_work: int = Field(8, ge=1, le=1024, description="of those that an ingress replica works on at a time")
-    results_hours: float = Field(24.0, gt=0, description="hours for which their answers can be fetched")
+    results_hours: float = Field(
+        24.0, gt=0, le=_MOST_HOURS, description="hours for which their answers can be fetched, once they are all there"
+    )
     search_timeout_s: float = Field(2.0, gt=0, le=60, description="longest time of a search; then it gets 503")
 
     @field_validator("keep", mode="before")

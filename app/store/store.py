@@ -14,6 +14,7 @@ Knows no HTTP and no Ray.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import queue
 import threading
@@ -28,7 +29,7 @@ from typing import Any, TypeVar
 from sqlalchemy import Connection, select
 from sqlalchemy.exc import SQLAlchemyError
 
-from app.store import callbacks, deferred, drift, events
+from app.store import callbacks, deferred, deletions, drift, events
 from app.store.database import Database, StoreUnavailable
 from app.store.events import Event, Receipt, UnknownAnswer
 from app.store.models import Feedback, Picture, time_of
@@ -38,13 +39,13 @@ from app.store.settings import StoreSettings
 from app.store.writer import Answered, Writer
 from deployments.annotation import Annotation
 from deployments.containers import sniff
-from deployments.images import ImageError, small_jpeg
+from deployments.images import small_jpeg
 
 _log = logging.getLogger("ray.serve")
 Value = TypeVar("Value")
 
 _MAX_JOBS = 1000
-_MAX_READS = 64
+_THREADS, _MAX_WAITING = 4, 64
 #: When feedback that found no answer looks again: another replica may be about to write it.
 _LOOK_AGAIN_S = (0.15, 0.35)
 _TIDY_ROWS = 500
@@ -56,7 +57,7 @@ class StoreOff(LookupError):
 
 
 class StoreBusy(RuntimeError):
-    """Too many searches at a time."""
+    """Too many searches, or pictures, at a time."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,34 @@ class Found:
     has_picture: bool
     judged: tuple[str, ...]
     """Parts of it that got feedback."""
+
+
+class _Threads:
+    """Threads for one kind of work, and how much of it has been asked for."""
+
+    def __init__(self, name: str) -> None:
+        self._pool, self._asked = ThreadPoolExecutor(_THREADS, thread_name_prefix=name), 0
+
+    async def run(self, work: Callable[[], Value]) -> Value:
+        """
+        Raises:
+            StoreBusy: as much waits as may.
+        """
+        if self._asked >= _MAX_WAITING:
+            raise StoreBusy
+        self._asked += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+        finally:
+            self._asked -= 1
+
+    def begin(self, work: Callable[[], Value]) -> Future[Value]:
+        """Have something done that nobody waits for."""
+        return self._pool.submit(work)
+
+    def close(self) -> None:
+        """What has not begun does not begin any more."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 class Store:
@@ -90,6 +119,10 @@ class Store:
         """Pictures that are being received, for whoever bounds them."""
         self._unusable = unusable
         self._starting: threading.Thread | None = None
+        self._keeping: threading.Thread | None = None
+        self._removing: Future[None] | None = None
+        # a place of pictures that is slow does not keep anybody from the database
+        self._readers, self._file_threads = _Threads("store-read"), _Threads("store-files")
         self._writer: Writer | None = None
         self._files: PictureFiles | None = None
         self._database: Database | None = None
@@ -103,8 +136,6 @@ class Store:
             _log.error("the store cannot be used: %s", error)
             return
         self._writer = Writer(self._database, settings.max_queue, _MAX_JOBS, self._tidy)
-        self._readers = ThreadPoolExecutor(4, thread_name_prefix="store-read")
-        self._reads = 0
         self._pictures: queue.Queue[tuple[str, bytes] | None] = queue.Queue()
         self._picture_bytes, self._picture_lock = 0, threading.Lock()
         self.pictures_dropped = 0
@@ -129,15 +160,19 @@ class Store:
             return
         self._writer.start()
         if self._files is not None and self.settings.pictures == "all":
-            threading.Thread(target=self._write_pictures, name="store-pictures", daemon=True).start()
+            self._keeping = threading.Thread(target=self._write_pictures, name="store-pictures", daemon=True)
+            self._keeping.start()
 
     def close(self, patience_s: float = 5.0) -> None:
-        """Write what waits, if that is possible in time."""
+        """Write what waits, if that is possible in time: pictures first, which take the writer, then answers."""
+        ends = time.monotonic() + patience_s
         if self._starting is not None:
             self._starting.join(patience_s)
         if self._writer is not None and not self._message:
+            self._end_pictures(ends - time.monotonic())
             self._writer.close(patience_s)
-            self._readers.shutdown(wait=False, cancel_futures=True)
+        self._readers.close()
+        self._file_threads.close()
 
     def status(self) -> dict[str, Any]:
         """What this process's store does, for operators and for the page."""
@@ -212,6 +247,20 @@ class Store:
                 with self._picture_lock:
                     self._picture_bytes -= len(data)
 
+    def _end_pictures(self, patience_s: float) -> None:
+        """Keep the pictures that wait, if that is possible in time, and count those that are left."""
+        if self._keeping is not None:
+            self._pictures.put(None)
+            self._keeping.join(max(0.0, patience_s))
+        left = 0
+        with contextlib.suppress(queue.Empty):
+            while True:
+                left += self._pictures.get_nowait() is not None
+        self._pictures.put(None)  # for the thread, if it is at one still
+        if left:
+            self.pictures_dropped += left
+            _log.warning("%d pictures that waited could not be kept before the store was closed", left)
+
     # ---- feedback -----------------------------------------------------------------------------------------------
 
     async def feedback(self, event: Event) -> Receipt:
@@ -251,7 +300,7 @@ class Store:
             with self._database.reading() as connection:
                 return run(connection)
 
-        return await self._read_thread(reading)
+        return await self._on(self._readers, reading)
 
     def submit(self, run: Callable[[Connection], Value]) -> Future[Value]:
         """Have something done in the next transaction; its outcome comes when that is on disk.
@@ -283,57 +332,65 @@ class Store:
 
         Raises:
             StoreOff: pictures are not kept.
-            StoreUnavailable: not now.
+            StoreUnavailable, StoreBusy: not now.
         """
         if self._files is None and not self._message:
             raise StoreOff
-        return await self._read_thread(partial(self._keep_picture, sha256, data, only_flagged=True))
+        return await self._on(self._file_threads, partial(self._keep_picture, sha256, data, only_flagged=True))
 
     def _keep_picture(self, sha256: str, data: bytes, only_flagged: bool) -> bool:
         assert self._files is not None
         kind = f"image/{(sniff(data) or 'octet-stream').lower()}"
-
-        def commit(run: Callable[[Connection], bool]) -> bool:
-            try:
-                return self.submit(run).result(self.settings.timeout_s)
-            except TimeoutError:
-                raise StoreUnavailable("the database did not answer in time") from None
-
-        if not commit(
-            partial(events.expect_picture, sha256=sha256, kind=kind, size_bytes=len(data), only_flagged=only_flagged)
-        ):
+        expect = partial(events.expect_picture, sha256=sha256, kind=kind, size_bytes=len(data))
+        if not self._commit_here(partial(expect, only_flagged=only_flagged)):
             return False
         self._files.write(sha256, data)
-        if commit(partial(events.picture_stored, sha256=sha256)):
+        if self._commit_here(partial(events.picture_stored, sha256=sha256, only_flagged=only_flagged)):
             return True
         self._files.remove(sha256)  # it was deleted while it was written
+        self._commit_here(partial(events.picture_removed, sha256=sha256))
         return False
 
+    def _commit_here(self, run: Callable[[Connection], Value]) -> Value:
+        """``commit``, on a thread that may wait for it."""
+        try:
+            return self.submit(run).result(self.settings.timeout_s)
+        except TimeoutError:
+            raise StoreUnavailable("the database did not answer in time") from None
+
     async def picture(self, sha256: str, small: bool = False) -> tuple[bytes, str] | None:
-        """A picture that is kept, and its media type; ``small``: as a JPEG of at most 384 pixels a side."""
+        """A picture that is kept, and its media type; ``small``: as a JPEG of at most 384 pixels a side.
+
+        Raises:
+            StoreOff, StoreBusy, StoreUnavailable
+            ImageError: it cannot be made small: its file was damaged.
+        """
+        kind, files = await self.read(partial(events.media_type, sha256=sha256)), self._files
+        if kind is None or files is None:
+            return None
 
         def read() -> tuple[bytes, str] | None:
-            assert self._database is not None
-            with self._database.reading() as connection:
-                kind = events.media_type(connection, sha256)
-            data = self._files.read(sha256) if kind is not None and self._files is not None else None
-            if data is None or kind is None:
+            data = files.read(sha256)
+            if data is None:
                 return None
             return (small_jpeg(data, _SMALL_PX), "image/jpeg") if small else (data, kind)
 
-        return await self._read_thread(read)
+        return await self._on(self._file_threads, read)
 
     async def delete_picture(self, sha256: str) -> dict[str, int]:
         """Remove a picture, all answers about it and what was said of them; counts of what was removed.
 
         Raises:
-            StoreUnavailable: something of it may be left; ask again.
+            StoreUnavailable, StoreBusy: something of it may be left; ask again.
         """
         at_s = time.time()
+        await self.commit(partial(deletions.announce, sha256=sha256, at_s=at_s))
+        await self.read(deletions.wait_for_writers)
         removed = await self.commit(partial(events.forget_picture, sha256=sha256, at_s=at_s))
         if self._files is not None:
-            await self._read_thread(partial(self._files.remove, sha256))
-        await self.commit(partial(events.picture_removed, sha256=sha256))
+            await self._on(self._file_threads, partial(self._files.remove, sha256))
+        if removed["pictures"]:  # one that is on its way in is left to who writes it or, if that one dies, to retention
+            await self.commit(partial(events.picture_removed, sha256=sha256))
         return removed
 
     # ---- search -------------------------------------------------------------------------------------------------
@@ -344,7 +401,7 @@ class Store:
         Raises:
             StoreBusy, StoreUnavailable, StoreOff
         """
-        return await self._read_thread(partial(self._search, query))
+        return await self._on(self._readers, partial(self._search, query))
 
     def _search(self, query: Query) -> tuple[list[Found], Place | None]:
         assert self._database is not None
@@ -370,21 +427,16 @@ class Store:
         ]
         return found, following
 
-    async def _read_thread(self, run: Callable[[], Value]) -> Value:
+    async def _on(self, threads: _Threads, run: Callable[[], Value]) -> Value:
         if self.settings.keep == "off":
             raise StoreOff
         if self._writer is None or self._message:
             raise StoreUnavailable(self._message)
-        if self._reads >= _MAX_READS:
-            raise StoreBusy
-        self._reads += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._readers, run)
-        except (PicturesUnavailable, ImageError) as error:
+            return await threads.run(run)
+        except PicturesUnavailable as error:
             _log.warning("%s", error)
             raise StoreUnavailable(str(error)) from error
-        finally:
-            self._reads -= 1
 
     # ---- retention ----------------------------------------------------------------------------------------------
 
@@ -396,10 +448,17 @@ class Store:
             removed += callbacks.remove_old(connection, time.time(), self.settings.results_hours, _TIDY_ROWS)
             if removed < _TIDY_ROWS and self.settings.keep_count is not None:
                 removed += events.remove_surplus(connection, self.settings.keep_count, _TIDY_ROWS)
-            unwanted = events.unwanted_pictures(connection, 100)
-        if unwanted and self._files is not None:
-            for sha256 in unwanted:
-                self._files.remove(sha256)
-                with database.writing() as connection:
-                    events.picture_removed(connection, sha256)
-        return 0.2 if removed >= _TIDY_ROWS or len(unwanted) == 100 else 60.0
+        if removed >= _TIDY_ROWS:
+            return 0.2
+        if self._files is not None and (self._removing is None or self._removing.done()):
+            self._removing = self._file_threads.begin(partial(self._remove_pictures, self._files))
+        return 60.0
+
+    def _remove_pictures(self, files: PictureFiles) -> None:
+        """Remove the pictures that are not to be kept any more, until one cannot be removed."""
+        try:
+            while (sha256 := self._commit_here(events.unwanted_picture)) is not None:
+                files.remove(sha256)
+                self._commit_here(partial(events.picture_removed, sha256=sha256))
+        except (StoreUnavailable, PicturesUnavailable) as error:
+            _log.warning("pictures that are to be removed wait: %s", error)

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +44,9 @@ class Answered:
     """Kept once under this name."""
 
 
-def _row(answered: Answered) -> dict[str, Any]:
+def _row(answered: Answered | dict[str, Any]) -> dict[str, Any]:
+    if isinstance(answered, dict):  # it was prepared before
+        return answered
     return row_of(answered.annotation, answered.at_s, answered.expires_s, answered.name)
 
 
@@ -144,9 +146,9 @@ class Writer:
                 if self._rows and now >= self._retry_at:
                     self._wake.wait_for(lambda: self._stopping or bool(self._jobs), _LINGER_S)
                     break
-                if now >= self._tidy_at:
+                if now >= max(self._tidy_at, self._retry_at):
                     break
-                self._wake.wait(max(0.0, (self._retry_at if self._retry_at > now else self._tidy_at) - now))
+                self._wake.wait((self._retry_at if self._retry_at > now else self._tidy_at) - now)
             # what a job asks about may be the last answer in the queue
             most = len(self._rows) if self._jobs else _BATCH_ROWS
             rows = [self._rows.popleft() for _ in range(min(most, len(self._rows)))]
@@ -155,26 +157,27 @@ class Writer:
         return rows, [job for job in jobs if job.outcome.set_running_or_notify_cancel()], last
 
     def _write(self, rows: list[Answered | dict[str, Any]], jobs: list[_Job]) -> None:
-        prepared = [row if isinstance(row, dict) else _row(row) for row in rows]
+        prepared: list[dict[str, Any]] = []
         outcomes: list[tuple[_Job, Any, Exception | None]] = []
         try:
             if not self._database.is_open():
                 self._database.open()
+            prepared = [_row(row) for row in rows]
             with self._database.writing() as connection:
                 if prepared:
                     events.write_predictions(connection, prepared)
                 for job in jobs:
                     outcomes.append(self._attempt(connection, job))
         except StoreUnavailable as error:
-            self._put_back(prepared)
+            self._put_back(prepared or rows)
             for job in jobs:
                 job.outcome.set_exception(error)
             raise
         except Exception as error:
-            # one row that the database does not take must not keep the others out
+            # one row that the database does not take, or that is none, must not keep the others out
             for job in jobs:
                 job.outcome.set_exception(StoreUnavailable(f"the transaction failed: {type(error).__name__}"))
-            self._write_singly(prepared)
+            self._write_singly(prepared or rows)
             return
         self.written += len(prepared)
         self.message, self._retry_at = "", 0.0
@@ -191,20 +194,21 @@ class Writer:
         except Exception as error:
             return job, None, error
 
-    def _write_singly(self, rows: list[dict[str, Any]]) -> None:
+    def _write_singly(self, rows: Sequence[Answered | dict[str, Any]]) -> None:
         for position, row in enumerate(rows):
             try:
+                prepared = _row(row)
                 with self._database.writing() as connection:
-                    events.write_predictions(connection, [row])
+                    events.write_predictions(connection, [prepared])
                 self.written += 1
             except StoreUnavailable:
-                self._put_back(rows[position:])
+                self._put_back([prepared, *rows[position + 1 :]])
                 raise
             except Exception as error:
                 self.dropped += 1
                 _log.error("an answer could not be kept: %s", type(error).__name__)
 
-    def _put_back(self, rows: list[dict[str, Any]]) -> None:
+    def _put_back(self, rows: Sequence[Answered | dict[str, Any]]) -> None:
         with self._wake:
             room = max(0, self.max_queue - len(self._rows))
             kept = rows[len(rows) - min(room, len(rows)) :]

@@ -285,6 +285,17 @@ def test_the_same_request_has_one_call_back_and_another_address_is_another_reque
     assert len(due(store)) == 1
 
 
+def test_a_request_whose_pictures_were_deleted_may_come_again_with_another_address_or_none(store: Store) -> None:
+    for url in (HOOK, HOOK, f"{HOOK}/other"):
+        put(store, "key", url, accepted(0))
+        assert due(store) == []
+        asyncio.run(store.delete_picture(accepted(0).sha256))
+        assert [found.url for found in due(store)] == [url]
+    put(store, "key", None, accepted(0))
+    answer(store)
+    assert due(store, time.time() + 1000) == []
+
+
 def test_it_goes_when_the_answers_have_gone(store: Store) -> None:
     put(store, "old", HOOK, accepted(0))
     answer(store)

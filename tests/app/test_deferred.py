@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 
 from app.admission import Admission
 from app.analysis import Graph
@@ -18,7 +18,7 @@ from app.deferred import Deferral, wants_to_wait
 from app.store import deferred
 from app.store.deferred import Accepted, QueueFull
 from app.store.events import KeyConflict
-from app.store.models import Deferred, Prediction
+from app.store.models import Deferred, Prediction, first_id
 from app.store.settings import StoreSettings
 from app.store.store import Store
 from deployments.annotation import Annotation, Caption
@@ -143,6 +143,27 @@ def test_answers_that_nobody_fetched_go_after_a_while_and_what_waits_stays(store
     assert removed == 1
     left = asyncio.run(store.read(lambda connection: connection.execute(select(Deferred.place)).scalars().all()))
     assert left == ["waiting"]
+
+
+def test_answers_can_be_fetched_for_as_long_from_when_the_last_of_a_request_is_there(store: Store) -> None:
+    def remove_old(now_s: float) -> int:
+        return asyncio.run(store.commit(partial(deferred.remove_old, now_s=now_s, keep_h=24, most=10)))
+
+    def pass_a_day() -> None:
+        day = {"id": Deferred.id - first_id(25 * 3600), "leased_until": Deferred.leased_until - 25 * 3600 * 1000}
+        asyncio.run(store.commit(lambda connection: connection.execute(update(Deferred).values(day))))
+
+    refused = Accepted("mine-2", "", b"", 415, "{}")
+    put(store, "here", picture(0), picture(1), refused)
+    put(store, "refused", refused)
+    assert remove_old(time.time()) == 0
+    finish(store, lease(store, most=1)[0])
+    pass_a_day()
+    assert remove_old(time.time()) == 1, "of the place where nothing waits"
+    finish(store, lease(store, most=1)[0])
+    assert remove_old(time.time()) == 0 and len(outcomes(store, "here")) == 3
+    pass_a_day()
+    assert remove_old(time.time()) == 3
 
 
 def test_the_preference_is_read_as_rfc_7240_writes_it() -> None:

@@ -12,25 +12,31 @@ import time
 from collections.abc import Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from io import BytesIO
 from pathlib import Path
+from threading import Event as Signal
 from typing import Any
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from fastapi import FastAPI
+from PIL import Image
+from pydantic import ValidationError
 from sqlalchemy import delete, func, inspect, select, text, update
 
 from app import idempotency
 from app.feedback import router
-from app.problems import Problem
-from app.store import events, key_uses, models, search
+from app.problems import Problem, install
+from app.store import events, key_uses, models, search, writer
 from app.store.database import Database, StoreUnavailable, migrate
 from app.store.events import Event, KeyConflict, UnknownAnswer
 from app.store.models import Base, Feedback, KeyUse, Prediction, first_id, new_id, time_of
+from app.store.pictures import PicturesUnavailable
 from app.store.search import BadCursor, Place, Query
 from app.store.settings import StoreSettings
 from app.store.store import Found, Store, StoreOff
+from app.store.writer import Writer
 from deployments.annotation import Annotation, Caption, Detection, Provenance
 from tests.app.postgres import Postgres
 from tests.app.small_app import send
@@ -96,6 +102,20 @@ def keep(store: Store, *records: Annotation) -> None:
         store.offer(record, PICTURE)
         time.sleep(0.002)  # each has a millisecond of its own
     wait_for(lambda: store.status()["written"] >= written + len(records))
+
+
+def tidy(store: Store) -> None:
+    """Remove what is too old, files included."""
+    assert store._database is not None
+    store._tidy(store._database)
+    if store._removing is not None:
+        store._removing.result(60)
+
+
+def files(store: Store) -> list[Path]:
+    """Pictures that are kept, and parts of some."""
+    assert store.settings.pictures_url is not None
+    return [path for path in Path(store.settings.pictures_url).rglob("*") if path.is_file()]
 
 
 def names(found: list[Found]) -> list[str]:
@@ -288,8 +308,7 @@ def test_sampled_keeps_a_share_of_the_pictures_and_what_gets_feedback(stores: St
     keep(store, *records)
     judged = next(record for record in records if int(record.sha256[:8], 16) / 2**32 >= 0.5)
     run(store.feedback(Event(judged.id, "verdict", True)))
-    assert store._database is not None
-    store._tidy(store._database)
+    tidy(store)
     expected = {record.id for record in records if int(record.sha256[:8], 16) / 2**32 < 0.5} | {judged.id}
     assert set(hits(store, limit=100)) == expected and 5 < len(expected) < 35
 
@@ -298,16 +317,15 @@ def test_flagged_keeps_only_what_gets_feedback_in_time(stores: Stores) -> None:
     store = stores(keep="flagged", feedback_window_h=1.0)
     keep(store, annotation("a"), annotation("b"))
     run(store.feedback(Event("a", "verdict", False, "ai")))
-    assert store._database is not None
-    store._tidy(store._database)
+    tidy(store)
     assert set(hits(store)) == {"a", "b"}, "feedback may still come"
-    with store._database.writing() as connection:
-        connection.execute(update(Prediction).where(Prediction.expires_id.is_not(None)).values(expires_id=1))
-    store._tidy(store._database)
+    expired = update(Prediction).where(Prediction.expires_id.is_not(None)).values(expires_id=1)
+    run(store.commit(lambda connection: connection.execute(expired)))
+    tidy(store)
     assert hits(store) == ["a"]
 
 
-def test_what_is_too_old_goes_with_its_feedback_and_picture(stores: Stores, tmp_path: Path) -> None:
+def test_what_is_too_old_goes_with_its_feedback_and_picture(stores: Stores) -> None:
     store = stores(keep_days=1.0)
     keep(store, annotation("new"))
     old = annotation("old").model_copy(update={"sha256": SHA})
@@ -324,19 +342,30 @@ def test_what_is_too_old_goes_with_its_feedback_and_picture(stores: Stores, tmp_
         connection.execute(update(Feedback).values(prediction_id=two_days_ago))
         connection.execute(delete(Prediction).where(Prediction.id == row["id"]))
         connection.execute(update(models.Picture).values(id=two_days_ago))
-    store._tidy(database)
+    tidy(store)
     assert hits(store) == ["new"]
     assert (count(store, Feedback), count(store, models.Picture)) == (0, 0)
-    assert [path for path in (tmp_path / "pictures").rglob("*") if path.is_file()] == []
+    assert files(store) == []
 
 
 def test_beyond_the_count_the_oldest_without_feedback_go(stores: Stores) -> None:
     store = stores(keep_count=3)
     keep(store, *(annotation(str(i)) for i in range(6)))
     run(store.feedback(Event("0", "verdict", True)))
-    assert store._database is not None
-    store._tidy(store._database)
+    tidy(store)
     assert hits(store) == ["5", "4", "0"]
+
+
+def test_times_that_no_id_tells_are_refused_and_the_longest_that_are_not_can_be_told(stores: Stores) -> None:
+    longest: dict[str, Any] = {"keep_days": 36525, "results_hours": 438_300, "feedback_window_h": 438_300}
+    for name, most in longest.items():
+        for more in (most + 1, float("inf")):
+            with pytest.raises(ValidationError, match=name):
+                StoreSettings(**{name: more})
+    store = stores(keep="flagged", **longest)
+    keep(store, annotation("a"))
+    tidy(store)
+    assert hits(store) == ["a"]
 
 
 # ---- feedback -------------------------------------------------------------------------------------------------------
@@ -437,7 +466,185 @@ def test_all_pictures_are_kept_where_that_is_wanted_up_to_a_bound(stores: Stores
     assert store.status()["pictures_dropped"] == 1
 
 
-def test_deletion_removes_picture_answers_and_feedback_everywhere(stores: Stores, tmp_path: Path) -> None:
+def test_a_picture_is_made_small_whatever_it_was_allowed_to_be_and_a_damaged_one_is_no_outage(stores: Stores) -> None:
+    store, app = stores(), FastAPI()
+
+    async def store_of() -> Store:
+        return store
+
+    install(app)
+    app.include_router(router(store_of))
+    buffer = BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")  # below what is accepted by default
+    for name, data in (("tiny", buffer.getvalue()), ("damaged", PICTURE)):
+        sha256 = hashlib.sha256(data).hexdigest()
+        keep(store, annotation(name).model_copy(update={"sha256": sha256}))
+        run(store.feedback(Event(name, "verdict", False)))
+        assert run(store.keep_picture(sha256, data))
+        answer = send(app, "GET", f"/v1/pictures/{sha256}?size=small")
+        if name == "tiny":
+            assert answer.status_code == 200 and Image.open(BytesIO(answer.content)).format == "JPEG"
+        else:
+            assert (answer.status_code, answer.json()["code"]) == (422, "truncated")
+
+
+def test_a_picture_that_is_wanted_again_is_not_removed(stores: Stores) -> None:
+    store, hour_ago = stores(), first_id(time.time() - 3601)
+    keep(store, annotation("a").model_copy(update={"sha256": SHA}))
+    run(store.feedback(Event("a", "verdict", False)))
+    expect = partial(events.expect_picture, sha256=SHA, kind="image/jpeg", size_bytes=1, only_flagged=True)
+    assert run(store.commit(expect))
+    run(store.commit(lambda connection: connection.execute(update(models.Picture).values(id=hour_ago))))
+    assert run(store.commit(events.unwanted_picture)) == SHA
+    assert run(store.commit(expect))
+    assert run(store.commit(events.unwanted_picture)) is None
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
+    made = Held(monkeypatch)
+    yield made
+    made.go_on.set()
+
+
+class Held:
+    """Holds up what stores do with files until it is told to let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._monkeypatch, self.go_on = monkeypatch, Signal()
+        self.there: list[str] = []
+        """Pictures whose file somebody is at."""
+
+    def __call__(self, store: Store, what: str) -> None:
+        do = getattr(store._files, what)
+
+        def late(sha256: str, *rest: Any) -> Any:
+            self.there.append(sha256)
+            assert self.go_on.wait(60)
+            return do(sha256, *rest)
+
+        self._monkeypatch.setattr(store._files, what, late)
+
+
+def test_slow_files_keep_nobody_from_the_database(stores: Stores, held: Held) -> None:
+    store = stores()
+    keep(store, annotation("a").model_copy(update={"sha256": SHA}))
+    run(store.feedback(Event("a", "verdict", True)))
+    run(store.keep_picture(SHA, PICTURE))
+    held(store, "read")
+
+    async def ask() -> list[Any]:
+        pictures = [asyncio.ensure_future(store.picture(SHA)) for _ in range(9)]
+        await asyncio.to_thread(wait_for, lambda: len(held.there) == 4)
+        assert names((await asyncio.wait_for(store.search(Query()), 10))[0]) == ["a"]
+        held.go_on.set()
+        return await asyncio.gather(*pictures)
+
+    assert run(ask()) == [(PICTURE, "image/jpeg")] * 9
+
+
+def test_files_that_are_removed_slowly_do_not_keep_others_from_writing(stores: Stores, held: Held) -> None:
+    store, hour_ago = stores(), first_id(time.time() - 3601)
+    held(store, "remove")
+    left = {"id": hour_ago, "media_type": "image/jpeg", "size_bytes": 1, "stored": False}
+    rows = [left | {"sha256": str(number) * 64} for number in range(3)]
+    run(store.commit(lambda connection: connection.execute(models.Picture.__table__.insert(), rows)))
+    assert store._writer is not None
+    store._writer._tidy_at = 0.0
+    run(store.commit(lambda connection: None))  # after which it tidies up
+    wait_for(lambda: held.there)
+    assert store.submit(lambda connection: "written").result(10) == "written"
+    held.go_on.set()
+    wait_for(lambda: count(store, models.Picture) == 0)
+    assert sorted(held.there) == [row["sha256"] for row in rows]
+
+
+@pytest.mark.parametrize("removed", ["before it is written", "after it is written"])
+def test_a_picture_that_is_deleted_on_its_way_in_is_not_kept(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch, removed: str
+) -> None:
+    store = stores()
+    keep(store, annotation("a").model_copy(update={"sha256": SHA}))
+    run(store.feedback(Event("a", "verdict", True)))
+    place = store._files
+    assert place is not None
+    write = place.write
+
+    def meanwhile(sha256: str, data: bytes) -> None:
+        store.submit(partial(events.forget_picture, sha256=sha256, at_s=time.time())).result(60)
+        steps = [partial(place.remove, sha256), partial(write, sha256, data)]
+        for step in steps if removed == "before it is written" else reversed(steps):
+            step()
+
+    monkeypatch.setattr(place, "write", meanwhile)
+    assert not run(store.keep_picture(SHA, PICTURE))
+    assert files(store) == [] and count(store, models.Picture) == 0
+
+
+def test_a_picture_that_is_deleted_on_its_way_in_goes_though_who_writes_it_dies(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = stores()
+    keep(store, annotation("a").model_copy(update={"sha256": SHA}))
+    run(store.feedback(Event("a", "verdict", True)))
+    place = store._files
+    assert place is not None
+    write = place.write
+
+    def meanwhile(sha256: str, data: bytes) -> None:
+        run(store.delete_picture(sha256))
+        write(sha256, data)
+        raise PicturesUnavailable("dead")
+
+    monkeypatch.setattr(place, "write", meanwhile)
+    with pytest.raises(StoreUnavailable):
+        run(store.keep_picture(SHA, PICTURE))
+    assert len(files(store)) == 1
+    hour_ago = first_id(time.time() - 3601)
+    run(store.commit(lambda connection: connection.execute(update(models.Picture).values(id=hour_ago))))
+    tidy(store)
+    assert files(store) == [] and count(store, models.Picture) == 0
+
+
+def somebody_waits(store: Store) -> bool:
+    """Whether a transaction waits for another one."""
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    return bool(run(store.read(lambda connection: connection.execute(text(waiting)).scalar_one())))
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_an_answer_that_is_not_committed_does_not_outlive_the_deletion_of_its_picture(stores: Stores) -> None:
+    store, other = stores(), stores()
+    for each in (store, other):
+        wait_for(lambda each=each: each.status()["state"] == "ready")
+    row = models.row_of(annotation("a").model_copy(update={"sha256": SHA}), time.time(), None)
+    with ThreadPoolExecutor(1) as pool:
+        assert other._database is not None
+        with other._database.writing() as connection:
+            events.write_predictions(connection, [row])
+            deletion = pool.submit(run, store.delete_picture(SHA))
+            wait_for(lambda: deletion.done() or somebody_waits(other))
+        assert deletion.result(60)["predictions"] == 1
+    assert hits(store) == []
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_a_picture_that_was_written_waits_for_a_deletion_that_is_not_committed(stores: Stores) -> None:
+    store, other = stores(), stores()
+    keep(store, annotation("a").model_copy(update={"sha256": SHA}))
+    run(store.feedback(Event("a", "verdict", True)))
+    expect = partial(events.expect_picture, sha256=SHA, kind="image/jpeg", size_bytes=1, only_flagged=True)
+    assert run(store.commit(expect))
+    wait_for(lambda: other.status()["state"] == "ready")
+    assert other._database is not None
+    with other._database.writing() as connection:
+        events.forget_picture(connection, SHA, time.time())
+        stored = store.submit(partial(events.picture_stored, sha256=SHA, only_flagged=True))
+        wait_for(lambda: stored.done() or somebody_waits(other))
+    assert not stored.result(60)
+
+
+def test_deletion_removes_picture_answers_and_feedback_everywhere(stores: Stores) -> None:
     store, other = stores(), stores()
     keep(store, annotation("stays", "ai", "a dog", "dog"))
     wait_for(lambda: other.status()["state"] == "ready")
@@ -445,7 +652,7 @@ def test_deletion_removes_picture_answers_and_feedback_everywhere(stores: Stores
         keep(store, annotation(name, "ai", "a secret dog", "dog").model_copy(update={"sha256": SHA}))
     run(store.feedback(Event("a", "verdict", False)))
     run(store.keep_picture(SHA, PICTURE))
-    assert [path for path in (tmp_path / "pictures").rglob("*") if path.is_file()]
+    assert files(store)
     # one that is in the queue when the deletion comes is not written afterwards
     late = models.row_of(annotation("late").model_copy(update={"sha256": SHA}), time.time(), None)
     assert run(other.delete_picture(SHA)) == {"pictures": 1, "predictions": 2, "feedback": 1}
@@ -454,7 +661,7 @@ def test_deletion_removes_picture_answers_and_feedback_everywhere(stores: Stores
     with database.writing() as connection:
         events.write_predictions(connection, [late])
     assert hits(store) == ["stays"] and hits(store, words="secret") == [] and hits(store, words="dog") == ["stays"]
-    assert [path for path in (tmp_path / "pictures").rglob("*") if path.is_file()] == []
+    assert files(store) == []
     assert run(store.picture(SHA)) is None and count(store, models.Picture) == 0
     assert run(store.delete_picture(SHA)) == {"pictures": 0, "predictions": 0, "feedback": 0}
     # uploaded again it is a picture like any other
@@ -611,6 +818,44 @@ def test_what_the_queue_cannot_hold_is_counted(tmp_path: Path) -> None:
     store.close()
 
 
+def test_while_it_is_gone_retention_waits_for_the_next_attempt_to_reach_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    thread = Writer(Database(f"sqlite:///{tmp_path}/store.db", 60, 60), 10, 10, lambda _: 60.0)
+    waits: list[float] = []
+
+    def wait(timeout: float) -> None:
+        waits.append(timeout)
+        thread._stopping = True
+
+    monkeypatch.setattr(thread._wake, "wait", wait)
+    thread._tidy_at = 0.0
+    thread._failed(StoreUnavailable("gone"))
+    assert thread._take() == ([], [], True)
+    assert len(waits) == 1 and 0 < waits[0] <= 2.0
+
+
+def test_an_answer_that_makes_no_row_is_counted_and_keeps_the_others_from_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def row_of(record: Annotation, *rest: Any) -> dict[str, object]:
+        if record.id == "bad":
+            raise ValueError
+        return models.row_of(record, *rest)
+
+    monkeypatch.setattr(writer, "row_of", row_of)
+    store = Store(StoreSettings(url=f"sqlite:///{tmp_path}/store.db", **PATIENT))
+    for name in ("a", "bad", "b"):
+        store.offer(annotation(name), PICTURE)
+    job = store.submit(lambda connection: None)
+    store.start()
+    with pytest.raises(StoreUnavailable):
+        job.result(10)
+    wait_for(lambda: (store.status()["written"], store.status()["dropped"]) == (2, 1))
+    assert set(hits(store)) == {"a", "b"}
+    store.close()
+
+
 @pytest.mark.parametrize("damage", ["removed", "garbage"])
 def test_a_file_that_is_taken_away_is_noticed(tmp_path: Path, damage: str) -> None:
     file = tmp_path / "store.db"
@@ -662,6 +907,27 @@ def test_closing_writes_what_waits(stores: Stores) -> None:
         store.offer(annotation(f"a{i}"), PICTURE)
     store.close(patience_s=60)
     assert count(stores(), Prediction) == 700
+
+
+def test_closing_keeps_the_pictures_that_wait(stores: Stores) -> None:
+    place = str(stores.folder / "pictures")
+    store = Store(StoreSettings(url=stores.url, pictures="all", pictures_url=place, **PATIENT))
+    for i in range(20):
+        store.offer(annotation(f"a{i}"), PICTURE)
+    store.start()
+    store.close(patience_s=60)
+    assert len(files(store)) == count(stores(), models.Picture) == 20 and store.status()["pictures_dropped"] == 0
+
+
+def test_pictures_that_cannot_be_kept_before_it_is_closed_are_counted(stores: Stores, held: Held) -> None:
+    store = stores(pictures="all")
+    held(store, "write")
+    keep(store, *(annotation(f"a{i}") for i in range(3)))
+    wait_for(lambda: held.there)
+    store.close(patience_s=0.1)
+    assert store.status()["pictures_dropped"] == 2, "and one is being written"
+    held.go_on.set()
+    wait_for(lambda: store.status()["pictures_dropped"] == 3)
 
 
 def test_it_may_be_closed_while_it_starts(stores: Stores) -> None:

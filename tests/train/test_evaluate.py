@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,16 @@ import pytest
 from deployments.captioner import CaptionerModel
 from deployments.checkpoints import resolve
 from deployments.detector import DetectorModel
-from deployments.images import decode
+from deployments.images import ADMITTED, decode
 from deployments.views import render
+from tests.train.small import traced, write_version
 from tests.train.small_models import captioned_folder, labelled_folder, noise, small_captioner, small_detector
 from train import registry, tracking
-from train.captioner_report import exchange, length_figures, meteor, repetitive
+from train.captioner_report import exchange, length_figures, made_up_figures, meteor, repetitive
+from train.detector import Annotations, generators_seen
 from train.detector_report import DAMAGES, THIRDS, TRAITS, file_traits, has_people, source_leakage, trained_on
-from train.evaluate import main
-from train.examples import read_examples
+from train.evaluate import check_held_out, main
+from train.examples import Example, read_examples
 from train.generate import tag_all
 from train.tag_quality import Judge, open_judge
 from train.tagger_report import tagger_figures
@@ -47,11 +50,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         small_detector(folder / "sources", seed=2, labels=["stock", "platform"])
         small_captioner(folder / "captioner")
         labelled_folder(folder / "pictures")
-        captioned_folder(folder / "captions")
+        noise(1000, (12, 12)).save(captioned_folder(folder / "captions") / "Images" / "0_x.jpg")
         (folder / "ghibli").mkdir()
         for number in range(2):
-            noise(500 + number).save(folder / "ghibli" / f"{number}.jpg")
+            # as a data set may hold them, one is smaller than the application accepts
+            noise(500 + number, ((96, 80), (12, 12))[number]).save(folder / "ghibli" / f"{number}.jpg")
         (folder / "easy.yaml").write_text(EASY)
+        labelled_folder(folder / "alone" / "pictures")
+        (folder / "alone" / "ghibli").mkdir()
+        humans = labelled_folder(folder / "humans") / "train.csv"
+        humans.write_text("\n".join(line for line in humans.read_text().splitlines() if not line.endswith(",1")))
         yield folder
 
 
@@ -137,7 +145,8 @@ def test_distance_from_the_training_pictures_is_the_source_classifiers(folder: P
 
 def test_what_is_missing_is_said(folder: Path, report: dict[str, Any]) -> None:
     missing = {told.split(":")[0] for told in report["not_measured"]}
-    assert missing == {"the leakage probe of real sources"}  # its real photos are all of one source
+    # its real photos are all of one source; and nobody has the data that the cards name
+    assert missing == {"the leakage probe of real sources", "whether the test pictures were trained on"}
     assert "the leakage probe of real sources" in (folder / "report" / "report.html").read_text()
 
 
@@ -212,6 +221,43 @@ def test_a_gate_that_is_not_passed_refuses_promotion(folder: Path, capsys: pytes
         registry.main(["promote", "detector", "--to", "canary", *rules])
 
 
+def divided(folder: Path, *sides: str) -> str:
+    """A version of two pictures on each of these sides, one of each class, the same ones whatever the sides."""
+    rows = [
+        {"image": traced(number, number % 2), "label": ("human", "ai")[number % 2], "split": sides[number // 2]}
+        for number in range(2 * len(sides))
+    ]
+    return str(write_version(folder, "aivshuman", rows))
+
+
+def test_a_model_is_not_evaluated_on_what_it_was_trained_on(folder: Path, tmp_path: Path) -> None:
+    own = divided(tmp_path, "train", "val", "test")
+    trained = str(small_detector(tmp_path / "trained", dataset={"name": "aivshuman", "version": Path(own).name}))
+    asked = ["detector", "--resamples=10", "--people-by=", f"--rules={folder}/easy.yaml"]
+    # of another seed, say: the newest version, and what a bare NAME opens
+    other = divided(tmp_path, "test", "test", "train")
+    complaint = f"was trained or tuned on 4 of the 4 test pictures of {other}: .* --with-version {own}"
+    for models in (["--checkpoint", trained], ["--checkpoint", f"{folder}/detector", "--against", trained]):
+        with pytest.raises(SystemExit, match=complaint):
+            main([*asked, *models, "--data", other])
+    # its own test split, with pictures that came since or without
+    for version in (own, divided(tmp_path, "train", "val", "test", "test")):
+        assert check_held_out(read_examples(version, "detector"), resolve(trained)) is None
+
+
+def test_what_nobody_can_tell_of_the_training_pictures_is_said(folder: Path, tmp_path: Path) -> None:
+    examples = read_examples(divided(tmp_path, "train", "val", "test"), "detector")
+    told = check_held_out(examples, resolve(str(folder / "detector")))
+    assert told is not None and told.startswith("whether the test pictures were trained on: the card of ")
+    assert "names colours 1, and beside" in told
+    assert "names no version" in str(check_held_out(examples, resolve(str(folder / "captioner"))))
+    # a version that is gone, but that this one was divided with
+    assert examples.prepared is not None
+    manifest = examples.prepared.manifest.model_copy(update={"settings": {"with_version": ["colours/1"]}})
+    divided_with = replace(examples, prepared=replace(examples.prepared, manifest=manifest))
+    assert check_held_out(divided_with, resolve(str(folder / "detector"))) is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -225,6 +271,8 @@ def test_a_gate_that_is_not_passed_refuses_promotion(folder: Path, capsys: pytes
             ["detector", "--data", "DIR/pictures", "--checkpoint", "DIR/detector", '--extra=["DIR/production"]'],
             "no JPEG",
         ),
+        (["detector", "--data", "DIR/alone/pictures", "--checkpoint", "DIR/detector"], "alone/ghibli has no JPEG"),
+        (["detector", "--data", "DIR/humans", "--checkpoint", "DIR/detector"], "pictures of DIR/humans are all human"),
         (["captioner", "--data", "DIR/captions", "--checkpoint", "DIR/captioner", "--rules", "x.yaml"], "no gate"),
         (["tagger", "--data", "DIR/captions", "--checkpoint", "DIR/captioner"], "for captioning, not a tagger"),
         (
@@ -239,7 +287,7 @@ def test_a_gate_that_is_not_passed_refuses_promotion(folder: Path, capsys: pytes
 def test_what_cannot_be_evaluated_is_said_before_anything_is(
     folder: Path, arguments: list[str], complaint: str
 ) -> None:
-    with pytest.raises(SystemExit, match=complaint):
+    with pytest.raises(SystemExit, match=complaint.replace("DIR", str(folder))):
         main([argument.replace("DIR", str(folder)) for argument in arguments])
 
 
@@ -256,7 +304,7 @@ def test_a_captioner_is_reported_from_end_to_end(folder: Path) -> None:
     model = CaptionerModel(resolve(str(folder / "captioner")))
     examples = read_examples(str(folder / "captions"), "captioner").examples
     said = {row["id"]: row["caption"] for row in report["captions"]}
-    views = np.stack([render(decode(example.read()).image, model.views) for example in examples])
+    views = np.stack([render(decode(example.read(), ADMITTED).image, model.views) for example in examples])
     assert [said[example.id] for example in examples] == model.caption(views)
     assert set(report["scores"]) == {"bleu1", "bleu2", "bleu3", "bleu4", "cider", "rouge_l", "meteor"}
     assert report["templates"]["cases"] == 6 and report["templates"]["synonyms"] == 6
@@ -343,6 +391,26 @@ def test_generators_of_training_are_read_off_the_card(folder: Path, tmp_path: Pa
     plain = {"counts": {"train": {"GLIDE": 3, "photo": 9, "stable-diffusion-1.x": 1}, "val": {"DALL-E 2": 1}}}
     assert trained_on(resolve(str(small_detector(tmp_path / "c", dataset=plain)))) == {"GLIDE", "stable-diffusion-1.x"}
     assert trained_on(resolve(str(small_detector(tmp_path / "b", dataset={})))) is None
+    # what it started from is not known, whatever it was shown since
+    assert trained_on(resolve(str(small_detector(tmp_path / "d", dataset=plain | {"generators": None})))) is None
+
+
+def test_what_a_detector_started_from_was_trained_on_is_not_unseen(folder: Path, tmp_path: Path) -> None:
+    rows = Annotations(
+        np.array([0, 1, 1]), np.array([1.0, 1.0, 0.0]), ("photo", "new-generator", "left-out"), ("a", "b", "c")
+    )
+    base = resolve(str(folder / "detector"))
+    both = ["new-generator", "old-generator"]
+    assert generators_seen(rows, base, new_head=False) == generators_seen(rows, base, new_head=True) == both
+    starter = replace(base, uri="starter:detector")
+    assert generators_seen(rows, starter, new_head=False) == both
+    assert generators_seen(rows, starter, new_head=True) == ["new-generator"]
+    silent = resolve(str(small_detector(tmp_path / "silent", dataset={})))
+    assert generators_seen(rows, silent, new_head=False) is generators_seen(rows, silent, new_head=True) is None
+    # of no task that its card names: somebody's detector if its head fits, else a tower of another trade
+    foreign = replace(silent, card=silent.card.model_copy(update={"task": "unknown"}))
+    assert generators_seen(rows, foreign, new_head=False) is None
+    assert generators_seen(rows, foreign, new_head=True) == ["new-generator"]
 
 
 def test_file_traits_read_the_header_and_not_the_pixels(tmp_path: Path) -> None:
@@ -365,6 +433,18 @@ def test_people_stuttering_and_exchanged_words() -> None:
     assert exchange("A bird", {"dog": "cat"}) is None
     figures = length_figures(["a dog", "a dog", "", "a cat cat"])
     assert (figures["distinct"], figures["empty"], figures["repetitive"]) == (3, 0.25, 0.25)
+
+
+def test_inventions_above_peoples_are_counted_against_the_same_captions(wordnet: Judge) -> None:
+    people = ("a dog with a frisbee", "a dog on grass", "a dog runs")
+    examples = [Example("1", "1.jpg", bytes, captions=people)]
+    # who writes what one person wrote makes up as much as that person, and nothing that nobody wrote
+    figures = made_up_figures([people[0]], examples, wordnet)
+    assert figures["made_up_share"] == 0 and figures["people_made_up_share"] == 0.5
+    assert figures["above_people"] == 0
+    assert made_up_figures(["a dog"], examples, wordnet)["above_people"] == -0.5
+    alone = [Example("1", "1.jpg", bytes, captions=people[:1])]
+    assert made_up_figures([people[0]], alone, wordnet)["above_people"] is None
 
 
 def test_inventions_and_meteor_need_wordnet(wordnet: Judge) -> None:

@@ -115,3 +115,4 @@ def test_one_step_and_the_checkpoint_that_comes_out(family: str, version: Path, 
         again = load_classifier(resolve(str(tmp_path / "out")), LABELS["aivshuman"], new_head=False).eval()
         assert torch.allclose(torch.tensor(module.judge(again, batch)), said, atol=1e-5)
     assert said.std() > 0
+    assert resolve(str(tmp_path / "out")).card.dataset["generators"] == ["board"]

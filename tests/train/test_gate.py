@@ -30,6 +30,23 @@ def test_the_projects_own_rules_are_valid() -> None:
     assert {rule.figure for rule in read.tagger if not rule.optional} >= {"tags.satisfy_rules", "tags.supported"}
 
 
+def test_rules_ask_for_lower_ends_and_the_starter_models_have_them() -> None:
+    read = read_rules()
+    asked = {rule.figure for rule in read.detector + read.captioner}
+    assert asked >= {"intervals.bleu4.low", "intervals.cider.low", "tiers.768_q60.real_accuracy.low"}
+    assert not [figure for figure in asked if figure.endswith(".value") or figure.startswith("scores.")]
+    results = Path(__file__).parents[2] / "benchmarks" / "results"
+    detector = json.loads((results / "detector_quality.json").read_text())
+    assert judge({"kind": "detector", "tiers": detector["test"]}, read).passed
+    lower = {
+        name: low
+        for name, (low, _) in json.loads((results / "captioner_quality.json").read_text())["intervals_95"].items()
+    }
+    own = [rule for rule in read.captioner if rule.figure.startswith("intervals.")]
+    report = {"kind": "captioner", "intervals": {name: {"low": low} for name, low in lower.items()}}
+    assert judge(report, read.model_copy(update={"captioner": own})).passed
+
+
 def test_what_was_not_measured_is_no_success_either() -> None:
     judgement = judge(REPORT, rules({"figure": "unseen.clean", "at_least": 0.5, "optional": True}))
     assert judgement.passed and str(judgement.checks[0]).startswith("absent unseen.clean >= 0.5: not in the report")

@@ -27,10 +27,15 @@ import yaml
 from PIL import Image
 
 from data.errors import DataError
+from data.versions import DataVersion
+from deployments.checkpoints import CheckpointError
 from deployments.verified import SCHEMA
 from tests.jobs import Jobs
-from tests.train.small import flags, jpeg, tiny_vit, traced
+from tests.train.small import flags, jpeg, tiny_vit, traced, write_version
+from tests.train.small_models import small_detector
 from train import registry, retrain, tracking
+from train.evaluate import EvaluationError
+from train.examples import read_examples
 from train.retrain_gate import RetrainRules, compare
 from train.retrain_triggers import Last, TriggerSettings, count_labels, reason_to_begin
 from train.tracking import TrackingConfig
@@ -232,6 +237,75 @@ def test_without_a_reason_there_is_nothing_to_do_and_one_runs_at_a_time(
     client = tracking.connect(waiting.tracking)
     (run,) = retrain.runs(client)
     assert run.info.status == "FAILED" and run.data.tags["deeptrust.step"] == "base"
+
+
+def versions_of(folder: Path, *sides: str) -> list[str]:
+    """A version for each of ``sides``, which says by a letter where each picture is; no letter: it is not there yet."""
+    letters = {"r": "train", "v": "val", "t": "test"}
+    return [
+        write_version(
+            folder / "data",
+            "aivshuman",
+            [
+                {"image": traced(number, number % 2), "label": ("human", "ai")[number % 2], "split": letters[side]}
+                for number, side in enumerate(given)
+            ],
+        ).name
+        for given in sides
+    ]
+
+
+def begun(folder: Path, done: dict[str, dict[str, Any]]) -> retrain.Retraining:
+    """A retraining with these steps done, of which nothing is on record."""
+    retraining = object.__new__(retrain.Retraining)
+    retraining.config, retraining.done, retraining.folder = config(folder), done, folder
+    return retraining
+
+
+def test_old_is_what_production_was_trained_beside_however_many_rounds_lie_between(tmp_path: Path) -> None:
+    first, second, third = versions_of(tmp_path, "rrvvtt", "rrvvtttt", "rrvvtttttt")
+    place = str(tmp_path / "data" / "aivshuman" / third)
+    retraining = begun(tmp_path, {"data": {"older": second, "place": place}})
+    examples = read_examples(place, "detector")
+    ids = {hashlib.sha256(traced(number, number % 2)).hexdigest(): number for number in range(10)}
+
+    def old(**dataset: str) -> set[int]:
+        return {ids[id_] for id_ in retraining._old_ids(examples.beside(dataset))}
+
+    assert old(name="aivshuman", version=first) == set(range(6))
+    # a card that does not say, or names what is not there
+    assert old() == old(name="aivshuman", version="gone") == old(name="colours", version=first) == set(range(8))
+    retraining.done["data"]["older"] = None
+    assert old() == {4, 5, 6, 7, 8, 9}
+
+
+def test_data_that_production_was_trained_on_are_refused_before_training(tmp_path: Path) -> None:
+    one, newest = sorted(versions_of(tmp_path, "rrvvtt", "ttvvrr"))
+    base = small_detector(tmp_path / "base", dataset={"name": "aivshuman", "version": one})
+    with pytest.raises(EvaluationError, match=f"trained or tuned on 2 of the 2 test pictures of .*{newest}"):
+        begun(tmp_path, {"base": {"uri": str(base)}})._data()
+
+
+def test_engines_are_exported_on_some_pictures_and_no_others_are_read(
+    version: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table, columns = DataVersion.table, []
+
+    def watched(self: DataVersion, split: str, names: list[str]) -> pa.Table:
+        columns.extend(names)
+        return table(self, split, names)
+
+    def refused(_: object) -> None:
+        raise CheckpointError("no engine takes it")
+
+    monkeypatch.setattr(DataVersion, "table", watched)
+    monkeypatch.setattr(retrain, "export", refused)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    retraining = begun(tmp_path, {"data": {"place": str(version)}, "train": {"folder": str(tmp_path / "trained")}})
+    assert "no engine takes it" in retraining._export()["told"]
+    photos = list((tmp_path / "photos").iterdir())
+    assert len(photos) == 16 and columns == ["id"]
+    assert all(hashlib.sha256(photo.read_bytes()).hexdigest() == photo.stem for photo in photos)
 
 
 # ------------------------------------------------------------------------------------------ proof: the whole of it

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from deployments.checkpoints import resolve
 from train.retrieval import Bm25, found, human_recalls, main, recalls, retrieval, terms
 
 
@@ -69,15 +70,45 @@ def test_human_documents_never_hold_the_query() -> None:
     assert human_recalls(same, together=False) == pytest.approx(np.ones((12, 2)))
 
 
-def test_the_command_reads_rows_that_were_kept(tmp_path: Path) -> None:
-    (tmp_path / "rows.json").write_text(json.dumps(rows(True)))
-    # the checkpoints are named in the result alone: small folders will do
-    from tests.train.small_models import small_captioner
+def test_the_command_reads_rows_that_were_kept_of_the_same_and_refuses_others(tmp_path: Path) -> None:
+    from tests.train.small_models import captioned_folder, small_captioner
 
-    folder = str(small_captioner(tmp_path / "captioner"))
-    output = tmp_path / "result.json"
-    arguments = ["--data", "kept", "--captioner", folder, "--tagger", "", "--rows", str(tmp_path / "rows.json")]
-    main([*arguments, "--output", str(output), "--resamples", "50"])
+    # what was kept is not captioned again: nobody would say these captions
+    folder, data = str(small_captioner(tmp_path / "captioner")), captioned_folder(tmp_path / "photos")
+    of = {"captioner": resolve(folder).name, "tagger": None, "data": "photos 24 photos, fixed split"}
+    file, output = tmp_path / "rows.json", tmp_path / "result.json"
+    arguments = ["--data", str(data), "--captioner", folder, "--tagger", "", "--rows", str(file)]
+    arguments += ["--output", str(output), "--resamples", "50"]
+    file.write_text(json.dumps(of | {"rows": rows(True)}))
+    main(arguments)
     result = json.loads(output.read_text())
+    assert of.items() <= result.items()
     assert result["photos"] == 80 and result["queries"] == 160
     assert result["systems"]["human_captions_together"]["recall_at_10"]["value"] == 1.0
+
+    output.unlink()
+    for kept, complaint in (
+        (rows(True), "does not say of which captioner"),
+        (of | {"captioner": "other#1", "rows": rows(True)}, "is of captioner other#1, not .*: name another file"),
+        (of | {"tagger": "other#1", "rows": rows(True)}, "is of tagger other#1, not None"),
+        (of | {"data": "photos 23 photos", "rows": rows(True)}, "is of data photos 23 photos, not photos 24"),
+    ):
+        file.write_text(json.dumps(kept))
+        with pytest.raises(SystemExit, match=complaint):
+            main(arguments)
+    assert not output.exists()
+
+
+def test_rows_that_are_kept_are_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.train.small_models import captioned_folder, small_captioner
+
+    monkeypatch.setenv("DEEPTRUST_CACHE", str(tmp_path / "cache"))
+    folder, data = str(small_captioner(tmp_path / "captioner")), captioned_folder(tmp_path / "photos")
+    arguments = ["--data", str(data), "--captioner", folder, "--tagger", "", "--rows", str(tmp_path / "rows.json")]
+    arguments += ["--output", str(tmp_path / "result.json"), "--resamples", "50"]
+    found = []
+    for _ in range(2):
+        main(arguments)
+        found.append(json.loads((tmp_path / "result.json").read_text()) | {"finished_at": None})
+        monkeypatch.setattr("train.generate.caption_all", None)
+    assert found[0] == found[1] and found[0]["captioner"] == resolve(folder).name

@@ -6,8 +6,12 @@ import importlib
 from pathlib import Path
 
 import pytest
+import torch
 from pydantic_settings import CliApp
+from safetensors.torch import save_file
 
+from deployments.checkpoints import Checkpoint, CheckpointError
+from train import extract
 from train.evaluate import EvaluateCommands
 from train.starter import Starter, steps
 
@@ -32,6 +36,38 @@ def test_both_models_get_a_report_of_what_is_extracted() -> None:
     assert [step[step.index("--checkpoint") + 1] for step in (leave_out, report)] == extracted
     commands = CliApp.run(EvaluateCommands, cli_args=report[1:])
     assert commands.captioner is not None and commands.captioner.output == Path.cwd() / "work/reports/captioner"
+
+
+def test_what_is_committed_changes_when_all_of_it_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, target = tmp_path / "checkpoint", tmp_path / "starter" / "detector"
+    for folder in (checkpoint, target):
+        folder.mkdir(parents=True)
+    save_file({"weight": torch.ones(1)}, checkpoint / "model.safetensors")
+    (checkpoint / "config.json").write_text("{}")
+    (checkpoint / "card.json").write_text('{"architecture": "ClipBlocksForImageClassification"}')
+    for name in ("README.md", "config.json"):
+        (target / name).write_text("before")
+    config = extract.ExtractConfig(checkpoint=str(checkpoint), target=target)
+
+    def held() -> dict[str, str]:
+        assert list(target.parent.iterdir()) == [target]
+        return {file.name: file.read_text() for file in target.iterdir()}
+
+    with pytest.raises(CheckpointError, match="no reference for drift"):
+        extract.extract(config)
+
+    def half(_: Checkpoint, folder: Path) -> None:
+        (folder / "config.json").write_text("after")
+        raise CheckpointError("the disk is full")
+
+    monkeypatch.setattr(extract, "_detector", half)
+    with pytest.raises(CheckpointError, match="full"):
+        extract.extract(config)
+    assert held() == {"README.md": "before", "config.json": "before"}
+
+    monkeypatch.setattr(extract, "_detector", lambda _, folder: (folder / "config.json").write_text("after"))
+    extract.extract(config)
+    assert held() == {"README.md": "before", "config.json": "after"}
 
 
 @pytest.mark.parametrize("name", sorted({step[0] for step in made()}))

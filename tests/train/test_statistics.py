@@ -44,6 +44,38 @@ def test_intervals_hold_the_value_and_narrow_with_more_pictures() -> None:
     assert widths[1] < widths[0] / 5
 
 
+def test_copies_of_a_picture_narrow_no_interval() -> None:
+    random = np.random.default_rng(0)
+    ai, real = random.normal(1, size=(40, 1)), random.normal(size=(50, 1))
+    groups = [np.arange(40).repeat(8), np.array([f"group {number}" for number in range(50)]).repeat(8)]
+    sides = [ai[:, 0].repeat(8), real[:, 0].repeat(8)]
+
+    def width(found: dict[str, float]) -> float:
+        return found["high"] - found["low"]
+
+    alone = interval(auc, [ai[:, 0], real[:, 0]], 300, 0)
+    assert interval(auc, sides, 300, 0, groups) == alone
+    assert width(interval(auc, sides, 300, 0)) < width(alone) / 2
+    # groups of one are drawn as pictures are
+    assert interval(auc, [ai[:, 0], real[:, 0]], 300, 0, [np.arange(40)[::-1], np.arange(50)]) == alone
+
+    theirs = [side + random.normal(0, 0.3, 320 + 80 * place) for place, side in enumerate(sides)]
+    assert width(paired_difference(auc, sides, theirs, 300, 0, groups)) > width(
+        paired_difference(auc, sides, theirs, 300, 0)
+    )
+
+    chances, labels = 1 / (1 + np.exp(-np.concatenate(sides))), np.repeat([1, 0], [320, 400])
+    borders = {"human_below": 0.4, "ai_above": 0.6}
+    of_all = np.concatenate([[f"ai {name}" for name in groups[0]], groups[1]])
+    few, many = (verdict_figures(chances, labels, borders, 100, 0, names) for names in (of_all, None))
+    for name in ("roc_auc", "real_accuracy", "ai_recall", "balanced_accuracy"):
+        assert width(few[name]) > 1.5 * width(many[name])
+
+    scores, named = {"one": (ai.repeat(8, 0), real.repeat(8, 0))}, {"one": (groups[0], groups[1])}
+    same = by_generator({"one": (ai, real)}, 0, 100, 0)["mean_over_generators"]
+    assert by_generator(scores, 0, 100, 0, named)["mean_over_generators"] == same
+
+
 def test_a_paired_difference_is_much_narrower_than_its_sides() -> None:
     random = np.random.default_rng(0)
     hard = random.normal(size=400)  # how hard a picture is moves both models alike
