@@ -32,7 +32,7 @@ from app.store import events, key_uses, models, search, writer
 from app.store.database import Database, StoreUnavailable, migrate
 from app.store.events import Event, KeyConflict, UnknownAnswer
 from app.store.models import Base, Feedback, KeyUse, Prediction, first_id, new_id, time_of
-from app.store.pictures import PicturesUnavailable
+from app.store.pictures import PictureFiles, PicturesUnavailable
 from app.store.search import BadCursor, Place, Query
 from app.store.settings import StoreSettings
 from app.store.store import Found, Store, StoreOff
@@ -500,6 +500,14 @@ def test_a_picture_that_is_wanted_again_is_not_removed(stores: Stores) -> None:
     assert run(store.commit(events.unwanted_picture)) is None
 
 
+def want_picture(store: Store) -> PictureFiles:
+    """Keep an answer about a picture and feedback on it, so that the picture may be kept too; where pictures lie."""
+    keep(store, annotation("a").model_copy(update={"sha256": SHA}))
+    run(store.feedback(Event("a", "verdict", True)))
+    assert store._files is not None
+    return store._files
+
+
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
     made = Held(monkeypatch)
@@ -528,8 +536,7 @@ class Held:
 
 def test_slow_files_keep_nobody_from_the_database(stores: Stores, held: Held) -> None:
     store = stores()
-    keep(store, annotation("a").model_copy(update={"sha256": SHA}))
-    run(store.feedback(Event("a", "verdict", True)))
+    want_picture(store)
     run(store.keep_picture(SHA, PICTURE))
     held(store, "read")
 
@@ -564,10 +571,7 @@ def test_a_picture_that_is_deleted_on_its_way_in_is_not_kept(
     stores: Stores, monkeypatch: pytest.MonkeyPatch, removed: str
 ) -> None:
     store = stores()
-    keep(store, annotation("a").model_copy(update={"sha256": SHA}))
-    run(store.feedback(Event("a", "verdict", True)))
-    place = store._files
-    assert place is not None
+    place = want_picture(store)
     write = place.write
 
     def meanwhile(sha256: str, data: bytes) -> None:
@@ -585,10 +589,7 @@ def test_a_picture_that_is_deleted_on_its_way_in_goes_though_who_writes_it_dies(
     stores: Stores, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = stores()
-    keep(store, annotation("a").model_copy(update={"sha256": SHA}))
-    run(store.feedback(Event("a", "verdict", True)))
-    place = store._files
-    assert place is not None
+    place = want_picture(store)
     write = place.write
 
     def meanwhile(sha256: str, data: bytes) -> None:
@@ -631,8 +632,7 @@ def test_an_answer_that_is_not_committed_does_not_outlive_the_deletion_of_its_pi
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 def test_a_picture_that_was_written_waits_for_a_deletion_that_is_not_committed(stores: Stores) -> None:
     store, other = stores(), stores()
-    keep(store, annotation("a").model_copy(update={"sha256": SHA}))
-    run(store.feedback(Event("a", "verdict", True)))
+    want_picture(store)
     expect = partial(events.expect_picture, sha256=SHA, kind="image/jpeg", size_bytes=1, only_flagged=True)
     assert run(store.commit(expect))
     wait_for(lambda: other.status()["state"] == "ready")
