@@ -166,16 +166,24 @@ class SmallService:
 
     def engines(self) -> list[psutil.Process]:
         """vLLM's own processes."""
-        return [process for process in cluster.processes(self.port) if process.name().startswith("VLLM")]
+        return [process for process, title in self._titles() if title.startswith("VLLM")]
 
     def memory_maps(self, deployment: str) -> set[str]:
         """Files that the replicas of a deployment have mapped into their memory."""
         return {
             Path(mapped.path).name
-            for process in cluster.processes(self.port)
-            if process.name().startswith("ray::ServeRepl") and f":{deployment}" in " ".join(process.cmdline())
+            for process, title in self._titles()
+            if title.startswith("ray::ServeReplica") and f":{deployment}" in title
             for mapped in process.memory_maps()
         }
+
+    def _titles(self) -> Iterator[tuple[psutil.Process, str]]:
+        """Every process and its command line, which Ray and vLLM write over with a title; without those that ended
+        since they were listed, as Ray's agents start and end short-lived ones all the time.
+        """
+        for process in cluster.processes(self.port):
+            with suppress(psutil.Error):
+                yield process, " ".join(process.cmdline())
 
     def listening(self) -> list[tuple[str, int]]:
         """Addresses and ports on which any process of this instance listens."""

@@ -91,7 +91,12 @@ class Front:
             time.sleep(0.1)
 
     def haproxies(self) -> list[psutil.Process]:
-        return [one for one in psutil.Process(self.manager.pid).children(recursive=True) if one.name() == "haproxy"]
+        found = []
+        for one in psutil.Process(self.manager.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):  # the old one of a reload ends by itself
+                if one.name() == "haproxy":
+                    found.append(one)
+        return found
 
     def close(self) -> None:
         for one in [*self.haproxies(), psutil.Process(self.manager.pid)]:
