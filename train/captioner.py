@@ -581,8 +581,9 @@ def prepare_job(
     return job, sum(parameter.numel() for parameter in model.parameters())
 
 
-def with_features(job: CaptionerJob) -> CaptionerJob:
-    """The job on tokens of the frozen tower, computed if they are not there; Ray must be there."""
+def with_features(job: CaptionerJob, give_way_s: float = 0.0) -> CaptionerJob:
+    """The job on tokens of the frozen tower, computed if they are not there, as ``compute_features`` does; Ray must be
+    there."""
     config, checkpoint = job.config, resolve(job.checkpoint)
     tower = dict(load_captioner(checkpoint).vision_model.state_dict().items())
     digest = hashlib.sha256(json.dumps([job.version.manifest.version, job.views.model_dump(mode="json")]).encode())
@@ -595,7 +596,15 @@ def with_features(job: CaptionerJob) -> CaptionerJob:
         place = Location.of(config.cache) / f"captioner-{split}-{digest.hexdigest()[:16]}-{sum(source.groups)}"
         threads = config.threads or 1
         found.append(
-            compute_features(source, encoder, place, workers=config.num_workers, threads=threads, deadline=job.deadline)
+            compute_features(
+                source,
+                encoder,
+                place,
+                workers=config.num_workers,
+                threads=threads,
+                deadline=job.deadline,
+                give_way_s=give_way_s,
+            )
         )
     return replace(job, features=(found[0], found[1]))
 

@@ -92,7 +92,7 @@ def launch(
     experiment: str,
     base: Callable[[Any, DataVersion], str],
     prepare: Callable[[Any, DataVersion, Checkpoint], tuple[Any, int]],
-    features: Callable[[Any], Job] | None = None,
+    features: Callable[[Any, float], Job] | None = None,
     callbacks: Sequence[Any] = (),
     parent: str | None = None,
 ) -> Outcome:
@@ -103,8 +103,8 @@ def launch(
         base: from settings and data to the URI of the checkpoint that training starts from.
         prepare: from settings, data and that checkpoint to the job (a dataclass, whose deadline and MLflow run are set
             here) and the model's parameters, for the space that checkpoints need.
-        features: from the job to the job on what is computed once (features of a frozen tower), called when Ray is
-            there.
+        features: from the job, and the seconds after which to give way to serving (0: never), to the job on what is
+            computed once (features of a frozen tower); called when Ray is there.
         callbacks: of Ray Train's ``RunConfig``: how a sweep listens.
         parent: MLflow run id of a sweep.
 
@@ -142,7 +142,8 @@ def launch(
         if finished is None:
             reference = run.reference() if run is not None else None
             ready = replace(job, deadline=began + config.limit_s, run=reference)
-            outcome = _fit(config, lambda: features(ready) if features else ready, place, callbacks)
+            patience_s = config.give_way_s if _gives_way(config, callbacks) else 0.0
+            outcome = _fit(config, lambda: features(ready, patience_s) if features else ready, place, callbacks)
             finished = _finished(folder) if outcome.status == "finished" else None
         else:  # the driver died between the last step and here
             outcome = finished[0]
@@ -265,14 +266,12 @@ def ray_trainer(config: TrainCommand, job: Job, place: Location, callbacks: Sequ
     most = config.num_workers
     reserved = reservation(config, ray.cluster_resources(), _loading(config, job))
     sought = _sought(reserved)
-    # an own Ray has nobody to give way to, and but for a sweep's no dashboard to ask
-    gives_way = config.give_way_s > 0 and (bool(callbacks) or _on_a_cluster())
     storage: dict[str, Any] = {"storage_path": place.path}
     if not place.is_local:
         storage["storage_filesystem"] = place.arrow_filesystem
     return Trainer(
         work,
-        train_loop_config={"job": job, "holds": sought if gives_way else None},
+        train_loop_config={"job": job, "holds": sought if _gives_way(config, callbacks) else None},
         # before a step has brought the model to its GPU, workers exchange numbers of the CPU
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if sought == "GPU" else "gloo"),
         scaling_config=ScalingConfig(
@@ -347,6 +346,11 @@ def reservation(config: TrainCommand, resources: Mapping[str, float], loading: f
 
 def _on_a_cluster() -> bool:
     return os.environ.get("RAY_ADDRESS", "local") != "local"
+
+
+def _gives_way(config: TrainCommand, callbacks: Sequence[Any]) -> bool:
+    """An own Ray has nobody to give way to, and but for a sweep's no dashboard to ask."""
+    return config.give_way_s > 0 and (bool(callbacks) or _on_a_cluster())
 
 
 def publish(folder: Path, target: Location) -> None:

@@ -631,8 +631,9 @@ def prepare_job(
     return job, sum(parameter.numel() for parameter in model.parameters())
 
 
-def with_features(job: DetectorJob) -> DetectorJob:
-    """The job on features of the frozen tower, computed if they are not there; Ray must be there."""
+def with_features(job: DetectorJob, give_way_s: float = 0.0) -> DetectorJob:
+    """The job on features of the frozen tower, computed if they are not there, as ``compute_features`` does; Ray must
+    be there."""
     config, checkpoint = job.config, resolve(job.checkpoint)
     augment = RandomDamage(config.damage, config.variants) if config.augment else Deliver()
     encoder = HeadInputs(job.checkpoint, job.labels)
@@ -659,6 +660,7 @@ def with_features(job: DetectorJob) -> DetectorJob:
                 workers=config.num_workers,
                 threads=config.threads or 1,
                 deadline=job.deadline,
+                give_way_s=give_way_s,
             )
         )
     return with_statistics(replace(job, features=(found[0], found[1])))

@@ -2,7 +2,7 @@
 
 In: a source of pictures (``train.stream``) and an encoder. Out: ``Features``, a source of the same rows, whose shards
 ``VARIANT-NUMBER.npy`` (float16) lie in a folder or on S3, each written whole or not at all; a killed run continues
-where it was.
+where it was, as does one that has let a replica of Serve have its CPUs (``train.giving_way``).
 
 Knows no model and no task.
 """
@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from data.locations import Location
+from train.giving_way import Ask, GiveWay, wait_for_room, waiting_replicas
 from train.order import by_group
 from train.stream import Batch, Source
 
@@ -106,6 +107,8 @@ def compute_features(
     batch: int = 8,
     cpus: float = 0.5,
     deadline: float = float("inf"),
+    give_way_s: float = 0.0,
+    ask: Ask = waiting_replicas,
 ) -> Features:
     """Features of every row in every variant (the source's ``epoch``); what is there already is not computed again.
 
@@ -113,6 +116,8 @@ def compute_features(
         location: its name must change whenever encoder, source or variants' meaning do.
         workers: processes that encode, each with ``threads`` threads and reserving ``cpus``; Ray must be there.
         deadline: ``time.time()`` at which to stop.
+        give_way_s: how long a replica of Serve may wait for a CPU until this stops for it; 0: for ever.
+        ask: who waits.
 
     Raises:
         OutOfTime: it came before the end.
@@ -121,30 +126,61 @@ def compute_features(
     groups = tuple(min(_SHARD, rows - first) for first in range(0, rows, _SHARD))
     features = Features(location, groups, variants)
     location.ready()
-    have = {entry.name for entry in location.files()} if location.exists() else set()
-    missing = [
+    stage: dict[str, Any] = {
+        "fn_constructor_kwargs": {
+            "source": source, "target": features, "encoder": encoder, "batch": batch, "threads": threads
+        },
+        "num_cpus": cpus,
+    }  # fmt: skip
+    while missing := _missing(features):
+        if time.time() > deadline:
+            raise OutOfTime(f"{len(missing)} shards of features are missing")
+        if give_way_s:
+            with GiveWay("CPU", give_way_s, ask) as way:
+                finished = _encode(features, missing, workers, stage, lambda: bool(way.to) or time.time() > deadline)
+        else:
+            finished = _encode(features, missing, workers, stage, lambda: time.time() > deadline)
+        if finished:
+            break
+        if give_way_s and way.to:
+            print(f"features of the frozen tower: stopped, serving wants room for {way.to}", flush=True)
+            found = wait_for_room("CPU", cpus * workers, deadline, ask)
+            if found == "no help":
+                print("serving did not take the room: features keep what they have from now on", flush=True)
+                give_way_s = 0.0
+    return features
+
+
+def _missing(features: Features) -> list[tuple[int, int]]:
+    """Variant and number of each shard that is not there."""
+    have = {entry.name for entry in features.location.files()} if features.location.exists() else set()
+    return [
         (variant, group)
-        for variant in range(variants)
-        for group in range(len(groups))
+        for variant in range(features.variants)
+        for group in range(len(features.groups))
         if features.shard(variant, group).name not in have
     ]
-    if not missing:
-        return features
-    if time.time() > deadline:
-        raise OutOfTime(f"{len(missing)} shards of features are missing")
+
+
+def _encode(
+    features: Features,
+    missing: list[tuple[int, int]],
+    workers: int,
+    stage: dict[str, Any],
+    stop: Callable[[], bool],
+) -> bool:
+    """Compute shards; False: it was told to ``stop`` before the last, and nothing is reserved any more."""
     import ray.data
 
     blocks = [pa.table({"variant": [variant], "group": [group]}) for variant, group in missing]
-    arguments: dict[str, Any] = {"target": features, "encoder": encoder, "batch": batch, "threads": threads}
     dataset = ray.data.from_blocks(blocks).map_batches(
         Encode,
-        fn_constructor_kwargs={"source": source, **arguments},
         batch_size=None,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=min(workers, len(blocks)), max_tasks_in_flight_per_actor=2),
-        num_cpus=cpus,
+        **stage,
     )
-    total, done, began = sum(groups[group] for _, group in missing), 0, time.monotonic()
+    total, done, began = sum(features.groups[group] for _, group in missing), 0, time.monotonic()
     said = began
     for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         done += sum(table["rows"].to_pylist())
@@ -156,6 +192,6 @@ def compute_features(
                 f"{(total - done) / speed / 60:.1f} min left",
                 flush=True,
             )
-        if time.time() > deadline and done < total:
-            raise OutOfTime(f"{total - done} features are missing")
-    return features
+        if done < total and stop():
+            return False
+    return True

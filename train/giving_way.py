@@ -67,12 +67,13 @@ class GiveWay:
     Args:
         resource: what the run holds.
         after_s: how long a replica may wait.
+        every_s: between two questions; five seconds unless it is given.
     """
 
     def __init__(
-        self, resource: Resource, after_s: float, ask: Ask = waiting_replicas, every_s: float = _ASK_S
+        self, resource: Resource, after_s: float, ask: Ask = waiting_replicas, every_s: float | None = None
     ) -> None:
-        self._resource, self._after_s, self._ask, self._every_s = resource, after_s, ask, every_s
+        self._resource, self._after_s, self._ask, self._every_s = resource, after_s, ask, every_s or _ASK_S
         self._since: dict[str, float] = {}
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="give-way", daemon=True)

@@ -466,6 +466,8 @@ def bars(
             "processor time outside no more": ours["cpu_s_each_outside_the_engine"]
             <= theirs["cpu_s_each_outside_the_engine"],
         }
+    failures = sum((row["failures"] for row in table["project"].values()), Counter())
+    found["failures"] = {"by_kind": dict(failures), "none": not failures}
     most = max(row["per_s"] for row in table["project"].values())
     found["of the bare engine"] = {
         "ratio": most / bounds["engine_per_s"],
