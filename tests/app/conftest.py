@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.app.postgres import Postgres, find_programs, postgres_server
+from tests.app.stores import Held, Stores
 
 
 @pytest.fixture(scope="session")
@@ -39,3 +40,20 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"sqlite:///{tmp_path}/deep/store.db"
     name = hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:20]
     return str(request.getfixturevalue("postgres").url(f"test_{name}"))
+
+
+@pytest.fixture
+def stores(database_url: str, tmp_path: Path) -> Iterator[Stores]:
+    """Opens stores on one database of either kind."""
+    made = Stores(database_url, tmp_path)
+    yield made
+    for store in made.opened:
+        store.close()
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[Held]:
+    """Holds up work with files until it is told to let go."""
+    made = Held(monkeypatch)
+    yield made
+    made.go_on.set()
