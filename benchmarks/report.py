@@ -27,17 +27,25 @@ def provenance() -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=RESULTS.parent, check=False
-    ).stdout.strip()
     return {
         "versions": versions,
         "python": platform.python_version(),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
-        "commit": commit,
+        "commit": _commit(),
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _commit() -> str:
+    """The commit that ran, with ``-dirty`` where files differ from it; results, which the run itself writes, aside."""
+
+    def git(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        root = RESULTS.parents[1]
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=root, check=False)
+
+    changed = git("diff", "--quiet", "HEAD", "--", ".", f":(exclude){RESULTS.relative_to(RESULTS.parents[1])}")
+    return git("describe", "--always").stdout.strip() + ("-dirty" if changed.returncode == 1 else "")
 
 
 def cpu_name() -> str:
