@@ -10,10 +10,11 @@ an operating system's supervisor does), and on the head the raylet, the GCS, and
 second try: whether the others answer while one is away.
 
 Out: ``results/chaos.json`` and ``chaos.svg``. A kill is over when the killed process has been replaced and complete
-answers come at ``full_share`` of the rate that they came at before it, over ``window_s``. What it took is compared
-with the cold start of the same run. At the end every request must have been answered, and no picture, answer or name
-may be in the store twice. An answer in which a stage is missing is one, and is counted apart (``answered_in_part``):
-its client does not send again. The result's ``bars`` say which were met; the exit status is 1 when one was missed.
+answers come at ``full_share`` of the rate that is offered, and go on to (``full_rate_after``); the next comes after a
+calm in which they did. What it took is compared with the cold start of the same run. At the end every request must have
+been answered, and no picture, answer or name may be in the store twice. An answer in which a stage is missing is one,
+and is counted apart (``answered_in_part``): its client does not send again. The result's ``bars`` say which were met;
+the exit status is 1 when one was missed.
 
 The service is the real one with tiny models (``tests.app.small_service``): processes, graph, store and HTTP are those
 of production, what the models say is nonsense.
@@ -84,9 +85,9 @@ class ChaosConfig(BaseModel):
     clients: int = Field(16, ge=1)
     share: float = Field(0.7, gt=0, le=1, description="load, of the rate that 16 clients without pauses reach")
     measure_s: float = Field(40.0, gt=0, description="how long that rate is measured")
-    calm_s: float = Field(15.0, gt=0, description="load before each kill, which says what the full rate is")
-    window_s: float = Field(5.0, gt=0, description="time over which a rate is counted")
-    full_share: float = Field(0.9, gt=0, le=1, description="share of the rate before the kill that counts as full")
+    calm_s: float = Field(15.0, gt=0, description="load at the full rate before each kill")
+    window_s: float = Field(5.0, gt=0, description="time over which a rate is counted, three times running")
+    full_share: float = Field(0.9, gt=0, le=1, description="share of the offered rate that counts as full")
     give_up_s: float = Field(300.0, gt=0, description="longest wait for the full rate")
     slowest_of_cold: float = Field(1.5, gt=0, description="bar: longest time to the full rate, of the cold start's")
     others_least: float = Field(
@@ -123,18 +124,19 @@ def full_rate_after(
 ) -> float | None:
     """Seconds from a kill until the full rate is there again; None: not until ``until``.
 
-    The first window counts in which answers come at the full rate, that ends after the killed process was replaced. A
-    kill that no client notices takes no time.
+    It is there from the kill on, or from the first complete answer after it, that begins three windows in which answers
+    come at the full rate, in none of them at less than half of it: what was held up and comes in one burst is no rate.
+    The first of them ends after the killed process was replaced. A kill that no client notices takes no time.
 
     Args:
         times: when complete answers came, in order.
         full: rate that counts as full, a second.
     """
-    steps = int((until - killed_at - window_s) * 10)
-    for step in range(max(0, steps) + 1):
-        begin = killed_at + step / 10
-        end = begin + window_s
-        if end <= until and end >= replaced_at and rate(times, begin, end) >= full:
+    for begin in (killed_at, *times[bisect_left(times, killed_at) :]):
+        if begin + 3 * window_s > until:
+            return None
+        rates = [rate(times, begin + number * window_s, begin + (number + 1) * window_s) for number in range(3)]
+        if begin + window_s >= replaced_at and sum(rates) >= 3 * full and min(rates) >= full / 2:
             return begin - killed_at
     return None
 
@@ -400,11 +402,27 @@ def small_graph(config: dict[str, Any]) -> None:
     application["args"]["tagger"] |= {"max_ongoing_requests": 48, "max_queued_requests": 64}
 
 
-def endure(service: Any, clients: Clients, config: ChaosConfig, kind: str, turn: int, cold_s: float) -> dict[str, Any]:
+def wait_for_calm(complete: Callable[[], Sequence[float]], full: float, calm_s: float, give_up_s: float) -> float:
+    """The rate of complete answers over ``calm_s``, once it is at least ``full``.
+
+    Raises:
+        RuntimeError: it is not, after ``give_up_s``: a kill would be measured on a service that is not well.
+    """
+    limit = time.monotonic() + give_up_s
+    while (calm := rate(complete(), time.monotonic() - calm_s, time.monotonic())) < full:
+        if time.monotonic() > limit:
+            raise RuntimeError(f"before a kill {calm:.2f} complete answers come a second, and {full:.2f} should")
+        time.sleep(0.5)
+    return calm
+
+
+def endure(
+    service: Any, clients: Clients, config: ChaosConfig, kind: str, turn: int, cold_s: float, offered: float
+) -> dict[str, Any]:
     """Kill one, wait until all is as before, and say what clients saw meanwhile."""
     port = service.port
-    time.sleep(config.calm_s)
-    calm = rate(clients.complete(), time.monotonic() - config.calm_s, time.monotonic())
+    full = config.full_share * offered
+    calm = wait_for_calm(clients.complete, full, config.calm_s, config.give_up_s)
     before = len(processes_of(port, kind))
     at = time.monotonic()
     what, victims = kill(port, kind, turn)
@@ -419,7 +437,7 @@ def endure(service: Any, clients: Clients, config: ChaosConfig, kind: str, turn:
         now = time.monotonic()
         if replaced_at == float("inf") and is_replaced(port, kind, gone, before):
             replaced_at = now
-        took = full_rate_after(clients.complete(), at, config.full_share * calm, config.window_s, now, replaced_at)
+        took = full_rate_after(clients.complete(), at, full, config.window_s, now, replaced_at)
     over = time.monotonic()
     until = at + max(over - at if took is None else took, config.window_s)
     clients.wait_for_probes(until)
@@ -474,11 +492,11 @@ def run(config: ChaosConfig, folder: Path, in_service: Callable[..., Any]) -> di
         full = rate(clients.complete(), time.monotonic() - config.measure_s, time.monotonic())
         clients.pace_s = config.clients / (config.share * full)
         print(f"{full:.2f} complete answers a second without pauses; {config.share:.0%} of it now", flush=True)
-        time.sleep(clients.pace_s)
+        time.sleep(config.calm_s)
         for kind in sorted(kinds, key=KINDS.index):  # the head last: it takes the second node with it
             with prepared(service, kind, config):
                 for turn in range(config.times):
-                    rows.append(endure(service, clients, config, kind, turn, cold_s))
+                    rows.append(endure(service, clients, config, kind, turn, cold_s, config.share * full))
         clients.stop(config.give_up_s)
         ended = time.monotonic()
         time.sleep(5)  # what was answered last is written

@@ -9,30 +9,46 @@ from typing import Any
 
 import pytest
 
-from benchmarks.chaos import ChaosConfig, Clients, Kept, full_rate_after, judge, kept, rate, seen
+from benchmarks.chaos import ChaosConfig, Clients, Kept, full_rate_after, judge, kept, rate, seen, wait_for_calm
 
 
 def every(begin: float, end: float, a_second: float) -> list[float]:
     return [begin + number / a_second for number in range(int((end - begin) * a_second))]
 
 
-def test_the_full_rate_is_back_when_the_first_window_is_full_again() -> None:
+def test_the_full_rate_is_back_from_the_answer_on_after_which_it_lasts() -> None:
     # ten a second, nothing for 20 s after the kill at 100, three a second for 10 s, then ten again
     times = every(80, 100, 10) + every(120, 130, 3) + every(130, 160, 10)
     assert rate(times, 90, 100) == pytest.approx(10)
     took = full_rate_after(times, 100, full=9, window_s=5, until=160, replaced_at=118)
-    assert took is not None and 29 <= took <= 30
-    assert full_rate_after(times, 100, full=9, window_s=5, until=133, replaced_at=118) is None, "not yet"
+    assert took is not None and 28 <= took <= 30, "two seconds at the lower rate in fifteen are lost in the windows"
+    assert full_rate_after(times, 100, full=9, window_s=5, until=143, replaced_at=118) is None, "not yet"
     assert full_rate_after(times, 100, full=11, window_s=5, until=160, replaced_at=118) is None
+
+
+def test_a_burst_of_what_was_held_up_is_no_rate() -> None:
+    burst = every(80, 101.9, 3.3) + every(117.6, 117.8, 80)
+    assert full_rate_after(burst, 100, full=2.9, window_s=5, until=160, replaced_at=106) is None
+    took = full_rate_after([*burst, *every(118, 160, 3.3)], 100, full=2.9, window_s=5, until=160, replaced_at=106)
+    assert took == pytest.approx(17.6), "the end of the silence, not a window that begins before it"
 
 
 def test_a_kill_that_nobody_notices_takes_no_time_once_the_process_is_replaced() -> None:
     times = every(80, 160, 10)
-    assert full_rate_after(times, 100, full=9, window_s=5, until=105.1, replaced_at=103) == 0
-    assert full_rate_after(times, 100, full=9, window_s=5, until=104, replaced_at=101) is None, "no whole window yet"
-    late = full_rate_after(times, 100, full=9, window_s=5, until=130, replaced_at=120)
+    assert full_rate_after(times, 100, full=9, window_s=5, until=115.1, replaced_at=103) == 0
+    assert full_rate_after(times, 100, full=9, window_s=5, until=114, replaced_at=101) is None, "no whole windows yet"
+    late = full_rate_after(times, 100, full=9, window_s=5, until=140, replaced_at=120)
     assert late == pytest.approx(15), "as long as it is not replaced it may still be missed"
     assert full_rate_after(times, 100, full=9, window_s=5, until=160, replaced_at=float("inf")) is None
+
+
+def test_nothing_is_killed_before_the_service_is_well_again() -> None:
+    began = time.monotonic()
+    slow = every(began - 60, began + 60, 2.1)
+    with pytest.raises(RuntimeError, match="should"):
+        wait_for_calm(lambda: slow, full=2.9, calm_s=0.5, give_up_s=1.0)
+    well = every(began - 60, began + 60, 10)
+    assert wait_for_calm(lambda: well, full=9, calm_s=0.5, give_up_s=1.0) >= 9
 
 
 def test_what_clients_see_is_told_apart() -> None:
