@@ -35,6 +35,7 @@ import psutil
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
+from benchmarks.load import paired
 from benchmarks.report import RESULTS, write_result
 from data.annotations import FOLDER, read_annotations
 from deployments.annotation import Annotation
@@ -141,9 +142,11 @@ class BareLoop:
 def throughput(config: AnnotateBenchmark, photos: list[Path], work: Path) -> dict[str, Any]:
     """Alternating measurements of the loop, and of a short and a long run."""
     result_file = RESULTS / "annotate_throughput.json"
-    measured: list[dict[str, Any]] = (
-        json.loads(result_file.read_text())["measurements"] if config.append and result_file.is_file() else []
-    )
+    before = json.loads(result_file.read_text()) if config.append and result_file.is_file() else {}
+    of = config.model_dump(mode="json", include={"short", "long", "bare", "shard_pictures", "options"})
+    if before and before.get("of") != of:
+        raise SystemExit(f"error: {result_file} is of other settings ({before.get('of')}): leave --append away")
+    measured: list[dict[str, Any]] = before.get("measurements", [])
     steps = config.steps.split(",")
     loop = BareLoop() if "bare" in steps else None
     if loop:
@@ -165,17 +168,19 @@ def throughput(config: AnnotateBenchmark, photos: list[Path], work: Path) -> dic
             measured.append({"step": step, "photos": len(chosen), "seconds": round(seconds, 2)})
             print(measured[-1], flush=True)
     by_step = {step: [entry for entry in measured if entry["step"] == step] for step in ("bare", "short", "long")}
-    result: dict[str, Any] = {"measurements": measured, "shard_pictures": config.shard_pictures}
+    result: dict[str, Any] = {"of": of, "measurements": measured}
     if not all(by_step.values()):
         return result
-    bare = statistics.median(entry["photos"] / entry["seconds"] for entry in by_step["bare"])
+    bare = [entry["photos"] / entry["seconds"] for entry in by_step["bare"]]
     rates = [
         (long["photos"] - short["photos"]) / (long["seconds"] - short["seconds"])
         for long, short in zip(by_step["long"], by_step["short"], strict=False)
     ]
-    ratio = statistics.median(rates) / bare
+    each = max(1, len(bare) // len(rates))  # a round may have several loops, around its runs
+    loops = [statistics.mean(bare[each * number : each * (number + 1)]) for number in range(len(rates))]
+    ratio = paired(rates, loops)
     return result | {
-        "bare_per_s": round(bare, 3),
+        "bare_per_s_by_round": [round(rate, 3) for rate in bare],
         "annotate_per_s_by_round": [round(rate, 3) for rate in rates],
         "ratio": round(ratio, 3),
         "bars": {"annotate >= 0.9 bare": ratio >= 0.9},

@@ -1,4 +1,4 @@
-"""BLIP-base at its full size (247 M parameters, 384 px) takes two optimiser steps under DDP on this machine.
+"""BLIP-base at its full size (224 M parameters, 384 px) takes two optimiser steps under DDP on this machine.
 
 The architecture is that of ``Salesforce/blip-image-captioning-base``; where its weights cannot be fetched they are
 drawn at random. What is shown: the trainer fits, gradients reach every part, a checkpoint of 1 GB is written and

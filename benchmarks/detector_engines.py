@@ -59,6 +59,8 @@ def main(arguments: list[str] | None = None) -> None:
     wanted = config.count if "parity" in parts else config.batch_size * config.batches
     batches = batches_of(model, read_views(model, config.photos, wanted), config.batch_size)
     result: dict[str, Any] = json.loads(_RESULT.read_text()) if _RESULT.is_file() else {}
+    if result.get("model") != model.checkpoint.name:
+        result = {}  # of another checkpoint: no part of it is this one's
     with tempfile.TemporaryDirectory() as scratch:
         found = candidates(model, ENGINES, Path(scratch), config.threads)
         runners = {

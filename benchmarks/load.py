@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import statistics
 from collections.abc import Awaitable, Callable, Sequence
 
 import httpx
@@ -30,6 +31,15 @@ async def closed_loop(http: httpx.AsyncClient, clients: int, send: Send, go_on: 
             await send(http, number)
 
     await asyncio.gather(*(client() for _ in range(clients)))
+
+
+def paired(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Median over rounds of one side's rate over the other's in the same round: what the machine does hits both alike.
+
+    Raises:
+        ValueError: one side has more rounds, or there are none.
+    """
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 def quantile(values: Sequence[float], share: float) -> float:

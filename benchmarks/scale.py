@@ -24,7 +24,7 @@ import random
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -160,6 +160,11 @@ def models(config: ScaleConfig, settings: dict[str, Any]) -> tuple[Batching, Bat
         calibration = stored("scale_calibration")
         if calibration is None:
             raise SystemExit("error: no scale_calibration.json; run with --parts calibrate first")
+        if calibration["device"] != "cuda" and any(settings[name]["scaling"].gpu_share for name in MODELS):
+            raise SystemExit(
+                f"error: {config.serve_config.name} asks for GPUs, and scale_calibration.json is of a "
+                f"{calibration['device']}: run --parts calibrate on a GPU machine, or take --figures published"
+            )
         one, two = (batching(calibration[name], sizes[name], waits[name]) for name in ("detector", "captioner"))
         engine = generating(calibration["tagger"], settings["max_num_seqs"])
         return replace(one, width=1.0), replace(two, width=1.0), replace(engine, width=1.0)
@@ -280,11 +285,17 @@ def _pictures(graph: Graph, name: str) -> int:
 
 
 def carries(outcome: dict[str, Any], rate: float) -> bool:
-    """All but one in a thousand get their answer in time, and there are not more and more inside."""
+    """All but one in a thousand get their answer in time, there are not more and more inside, and no part is as busy as
+    it can be: at its bound a queue grows too slowly to show in minutes. Places in work may all be taken: who can wait
+    fills them.
+    """
     lost = sum(outcome["not_answered"].values())
-    return lost <= 0.001 * outcome["pictures"] and outcome["growth_per_s"] <= 0.03 * rate
+    busiest = max(share for part, share in outcome["use"].items() if part != "places in work")
+    return lost <= 0.001 * outcome["pictures"] and outcome["growth_per_s"] <= 0.03 * rate and busiest <= _BUSIEST
 
 
+#: Of what a part can do.
+_BUSIEST = 0.97
 #: Which part has to grow when a part of the ingress is full.
 _OF = {"ingress loop": "ingress", "decoding threads": "ingress", "places in work": "ingress"}
 
@@ -413,6 +424,14 @@ def serve_config_part(config: ScaleConfig, settings: dict[str, Any], seconds: fl
     }
 
 
+def _of(config: ScaleConfig, settings: dict[str, Any]) -> dict[str, Any]:
+    """What sizes hang on, as it is in a result file."""
+    asked = config.model_dump(include={"figures", "use", "start_s", "deferred_share", "deferred_in_work"})
+    found = asked | {"graph": settings, "bounds": bounds(*models(config, settings))}
+    back: dict[str, Any] = json.loads(json.dumps(found, default=asdict))
+    return back
+
+
 def size_part(config: ScaleConfig) -> dict[str, Any]:
     """Sizes of all rates, what hangs on the derived figure, and the configuration as it is."""
     settings = graph_settings(config.serve_config)
@@ -427,6 +446,7 @@ def size_part(config: ScaleConfig) -> dict[str, Any]:
     times, origin = ingress_times(int(settings["limits"].get("decode_threads", 2)))
     bound = bounds(*models(config, settings))
     result: dict[str, Any] = {
+        "of": _of(config, settings),
         "figures": config.figures,
         "published": published.sources(),
         "ingress": {"proxy_s": times.proxy_s, "loop_s": times.loop_s, "decode_s": times.decode_s, "from": origin},
@@ -539,7 +559,10 @@ def spike_part(config: ScaleConfig) -> dict[str, Any]:
     settings = graph_settings(config.serve_config)
     usual = config.deferred_in_work or settings["deferred_in_work"]
     rows = []
-    sizes = {one["rate_per_s"]: one for one in (stored("scale_sizes") or {"sizes": []})["sizes"]}
+    kept = stored("scale_sizes") or {}
+    # sizes by other figures or another configuration are others
+    same = kept.get("of") == _of(config, settings)
+    sizes = {one["rate_per_s"]: one for one in kept["sizes"]} if same else {}
     for rate in config.spike_rates[:1] if config.quick else config.spike_rates:
         size = sizes.get(rate) or sized(config, settings, rate, 60.0)
         cases = [(room, usual) for room in (config.room[-1:] if config.quick else config.room)]

@@ -19,8 +19,11 @@ import io
 import os
 import random
 import statistics
+import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -166,6 +169,25 @@ def memory_bytes(port: int) -> int:
     return total
 
 
+@contextmanager
+def watched_memory(port: int, every_s: float = 5.0) -> Iterator[list[int]]:
+    """Readings of ``memory_bytes``, taken again and again until the block ends, the first and the last at its ends."""
+    readings, over = [memory_bytes(port)], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(every_s):
+            readings.append(memory_bytes(port))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield readings
+    finally:
+        over.set()
+        thread.join()
+        readings.append(memory_bytes(port))
+
+
 def cpu_seconds(port: int) -> Counter[str]:
     """Processor time of the application's processes so far, and of this one, the client, by what they are."""
     total: Counter[str] = Counter()
@@ -246,17 +268,18 @@ def main(arguments: list[str] | None = None) -> None:
         }
         print(result["ratio_median"], write_result("serving_ratio", result), flush=True)
     if "overload" in parts:
-        memory, phases = [memory_bytes(port)], []
+        phases = []
         for clients in (config.clients, 4 * config.clients, config.clients):
             spent_before = cpu_seconds(port)
-            load = asyncio.run(drive(config.url, photos, clients, config.warm_s + config.overload_s))
+            with watched_memory(port) as memory:
+                load = asyncio.run(drive(config.url, photos, clients, config.warm_s + config.overload_s))
             load.window = (config.warm_s, config.warm_s + config.overload_s)
             spent = cpu_seconds(port) - spent_before
-            memory.append(memory_bytes(port))
             phases.append(
                 load.summary()
                 | {
                     "clients": clients,
+                    "memory_mb_least_most": [round(size(memory) / 2**20) for size in (min, max)],
                     "cpu_seconds_per_answer": {
                         name: round(value / max(1, load.complete), 3) for name, value in spent.most_common(12)
                     },
@@ -267,7 +290,7 @@ def main(arguments: list[str] | None = None) -> None:
         result = {
             "phases": phases,
             "goodput_of_best": round(phases[1]["goodput_per_s"] / reference, 3),
-            "memory_mb_before_after_each_phase": [round(value / 2**20) for value in memory],
+            "settings": config.model_dump(mode="json", exclude={"photos", "url"}),
         }
         print(result, write_result("serving_overload", result), flush=True)
 

@@ -280,10 +280,10 @@ class EngineReplica:
         finished = []
         while self._running and self._running[0][0] <= self._tokens_done + 1e-9:
             finished.append(heapq.heappop(self._running)[2])
-        while self._outside and len(self._running) < self.size:
-            self._enter(self._outside.popleft())
         if not self._running and self.processor is not None:
             self.processor.leave(self)
+        while self._outside and len(self._running) < self.size:
+            self._enter(self._outside.popleft())
         self.ongoing -= len(finished)
         self.pictures += len(finished)
         self._plan()

@@ -44,6 +44,8 @@ from benchmarks.report import QUICK, RESULTS, write_result
 _CLIENTS = 16
 #: A process that was not there for this share of the readings has no growth an hour.
 _PRESENT = 0.8
+#: What must not come and go: one that was started again has lost what it had grown by.
+_LASTING = re.compile(r"^replica |^VLLM|^raylet$|^gcs_server$|^ServeController$|^HAProxyManager$")
 
 
 class SoakConfig(BaseModel):
@@ -232,9 +234,15 @@ def run(config: SoakConfig, folder: Path, in_service: Callable[..., Any]) -> dic
         "processes": rows,
         "grow_too_much": sorted({name for (name, _), one in found.items() if one.share_an_hour > config.most_growth}),
         "came_or_went": sorted(others),
+        "started_again": started_again(others),
         "mib_over_time": series(readings[:: max(1, round(60 / config.sample_s))]),  # one a minute shows as much
         "settings": config.model_dump(mode="json"),
     }
+
+
+def started_again(names: Iterable[str]) -> list[str]:
+    """Those of what came or went that should have stayed."""
+    return sorted(filter(_LASTING.match, names))
 
 
 def series(readings: Iterable[tuple[float, dict[tuple[str, int], int]]]) -> dict[str, list[tuple[float, float]]]:
@@ -265,7 +273,7 @@ def draw(result: dict[str, Any], folder: Path) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Soak; exit status 1 when an answer failed or a process grows."""
+    """Soak; exit status 1 when an answer failed, or a process grows or was started again."""
     from pydantic_settings import CliApp
 
     from tests.app.small_service import small_service
@@ -277,8 +285,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(plots.table(result["processes"]))
     print({key: value for key, value in result.items() if key not in ("processes", "mib_over_time", "settings")})
     print(draw(result, folder), write_result("soak", result, folder), flush=True)
-    if result["failed"] or result["grow_too_much"]:
-        raise SystemExit("error: an answer failed or a process grows; see above")
+    if result["failed"] or result["grow_too_much"] or result["started_again"]:
+        raise SystemExit("error: an answer failed, or a process grows or was started again; see above")
 
 
 if __name__ == "__main__":

@@ -11,11 +11,11 @@ import argparse
 import asyncio
 import json
 import os
-import statistics
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.load import paired
 from benchmarks.tagger_quality import read_flickr
 from deployments.checkpoints import resolve
 from deployments.offline_tagger import OfflineTagger
@@ -77,15 +77,18 @@ def main() -> None:
         served, offline = [], []
         for repeat in range(options.repeats):
             part = captions[repeat * options.requests : (repeat + 1) * options.requests]
-            begun = time.perf_counter()
-            engine.answer(part)
-            offline.append(len(part) / (time.perf_counter() - begun))
-            served.append(len(part) / asyncio.run(_served(handle, part, options.clients)))
+            for way in ("offline", "served") if repeat % 2 == 0 else ("served", "offline"):
+                if way == "served":
+                    served.append(len(part) / asyncio.run(_served(handle, part, options.clients)))
+                else:
+                    begun = time.perf_counter()
+                    engine.answer(part)
+                    offline.append(len(part) / (time.perf_counter() - begun))
             print(f"repeat {repeat}: offline {offline[-1]:.2f}/s, served {served[-1]:.2f}/s", flush=True)
     finally:
         serve.shutdown()
         ray.shutdown()
-    ratio = statistics.median(served) / statistics.median(offline)
+    ratio = paired(served, offline)
     result = {
         "machine": machine(),
         "threads": engine_environment(settings).get("OMP_NUM_THREADS"),

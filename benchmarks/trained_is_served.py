@@ -333,6 +333,10 @@ def detector_part(config: TrainedIsServed, folder: Path) -> dict[str, Any]:
     trained = np.array([judged[row] for row in range(count)])
     # calibration moves the last layer's bias for `ai`, and nothing else, when the checkpoint is written
     moved = served.network.classifier.bias.detach().numpy() - load_file(best)["classifier.bias"].numpy()
+    if moved[0]:
+        raise RuntimeError(
+            f"the served bias differs from the trained one by {moved}: calibration moves that of `ai` alone"
+        )
     trained = trained + moved
     logits = np.concatenate([served.logits(views[first : first + 8]) for first in range(0, count, 8)])
     told = np.array([row["ai_probability"] for row in replica_answers("detector", uri, views, served.views)])

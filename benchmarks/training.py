@@ -15,7 +15,6 @@ import json
 import os
 import re
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -27,6 +26,7 @@ import psutil
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from benchmarks.load import paired
 from benchmarks.report import RESULTS, provenance, write_result
 from data.session import RaySettings, ray_session
 from data.versions import open_version
@@ -116,11 +116,10 @@ def overhead(config: TrainingBenchmark, folder: Path) -> dict[str, Any]:
                     outcome, _, _ = fit_locally(job, place)
                 measured[way].append(outcome.samples_per_s)
                 print(f"{way}: {outcome.samples_per_s:.1f} pictures/s", flush=True)
-    middle = {way: statistics.median(values) for way, values in measured.items()}
     return {
         "model": "ViT 192 x 6, 160 px, batch 16, one thread",
         "samples_per_s": {way: [round(value, 2) for value in values] for way, values in measured.items()},
-        "ratio": round(middle["ray"] / middle["without"], 4),
+        "ratio": round(paired(measured["ray"], measured["without"]), 4),
     }
 
 

@@ -461,12 +461,12 @@ def bars(
             "p99_ratio": ours["p99_ms"] / theirs["p99_ms"],
             "cpu_outside_ratio": ours["cpu_s_each_outside_the_engine"]
             / max(1e-9, theirs["cpu_s_each_outside_the_engine"]),
-            "throughput >= 1.00, within the range": max(ratios) >= 1.0,
+            "throughput >= 1.00": statistics.median(ratios) >= 1.0,
             "p99 <= 1.0": ours["p99_ms"] <= theirs["p99_ms"],
             "processor time outside no more": ours["cpu_s_each_outside_the_engine"]
             <= theirs["cpu_s_each_outside_the_engine"],
         }
-    failures = sum((row["failures"] for row in table["project"].values()), Counter())
+    failures: Counter[str] = sum((row["failures"] for row in table["project"].values()), Counter())
     found["failures"] = {"by_kind": dict(failures), "none": not failures}
     most = max(row["per_s"] for row in table["project"].values())
     found["of the bare engine"] = {

@@ -59,7 +59,7 @@ def test_bars_are_judged_round_by_round() -> None:
     assert bar["best_peer"] == "litserve"
     assert bar["throughput_ratio"] == pytest.approx(1.0)
     assert bar["throughput_ratio_range"] == pytest.approx([4.7 / 4.8, 4.9 / 4.8])
-    assert bar["throughput >= 1.00, within the range"] and bar["p99 <= 1.0"]
+    assert bar["throughput >= 1.00"] and bar["p99 <= 1.0"]
     assert bar["cpu_outside_ratio"] == pytest.approx(0.04 / 0.06)
     assert found["bars"]["of the original's way"]["ratio"] == pytest.approx(2.4)
     assert found["bars"]["of the bare engine"]["bar >= 0.90"]
@@ -75,11 +75,26 @@ def test_a_slower_project_fails_its_bars() -> None:
             one["loads"] = [load(clients, 3.0, 9000, 0.7) for clients in (1, 16, 64)]
     peers.summary(config, found)
     bar = found["bars"]["64 clients"]
-    assert not bar["throughput >= 1.00, within the range"]
-    assert not bar["p99 <= 1.0"] or bar["p99_ratio"] <= 1
+    assert not bar["throughput >= 1.00"]
+    assert bar["p99 <= 1.0"], "9 s, where the peers took 12.8 s"
     assert not bar["processor time outside no more"]
     assert not found["bars"]["of the bare engine"]["bar >= 0.90"]
     assert not found["bars"]["of the original's way"]["bar >= 2.2"]
+
+
+def test_one_lucky_round_and_a_few_slow_answers_pass_no_bar() -> None:
+    config = peers.PeersConfig(servers="project,litserve,fastapi,original", clients=[1, 16, 64])
+    found = result()
+    for one in found["measurements"]:
+        if one["server"] == "project":
+            per_s = (3.84, 4.08, 4.85)[one["round"]]
+            one["loads"] = [load(clients, per_s, 1000 * clients // 5 + 1, 0.44) for clients in (1, 16, 64)]
+            one["loads"][1]["failures"] = {"429": 1}
+    peers.summary(config, found)
+    bar = found["bars"]["16 clients"]
+    assert bar["throughput_ratio"] == pytest.approx(0.85) and bar["throughput_ratio_range"][1] > 1
+    assert not bar["throughput >= 1.00"] and not bar["p99 <= 1.0"]
+    assert found["bars"]["failures"] == {"by_kind": {"429": 3}, "none": False}
 
 
 def test_what_differs_starts_anew_and_what_does_not_goes_on() -> None:

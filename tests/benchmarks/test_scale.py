@@ -38,6 +38,9 @@ def test_the_taggers_step_gives_back_what_was_published() -> None:
     engine = published.tagger(128)
     for number, figure in published.MISTRAL.items():
         assert number / (100 * engine.step_s(number)) == pytest.approx(figure.value, rel=0.03)
+    most = max(published.MISTRAL)
+    answers = scale.bounds(published.detector(8, 0), published.captioner(8, 0), engine)["tagger"]
+    assert answers <= 1.03 * published.MISTRAL[most].value * 100 / published.TAG_TOKENS, "more than was ever published"
 
 
 def test_the_captioner_alone_takes_what_the_original_took() -> None:
@@ -63,6 +66,25 @@ def test_a_size_carries_its_rate_and_more_needs_more(measured: None) -> None:
     assert all(small["replicas"][name] <= large["replicas"][name] for name in small["replicas"])
     price = large["gpus"] * config.price / (80 * 3600) * 1e6
     assert large["usd_a_million"] == pytest.approx(price)
+
+
+def test_what_is_as_busy_as_it_can_be_carries_nothing_for_long() -> None:
+    outcome = {
+        "not_answered": {},
+        "pictures": 5000,
+        "growth_per_s": 0.33,
+        "use": {"captioner": 0.95, "places in work": 1.0},
+    }
+    assert scale.carries(outcome, 58.78)
+    assert not scale.carries(outcome | {"use": {"captioner": 0.9997, "places in work": 0.5}}, 58.78)
+    assert not scale.carries(outcome | {"growth_per_s": 2.0}, 58.78)
+
+
+def test_what_was_measured_without_a_gpu_sizes_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = scale.ScaleConfig(figures="measured")
+    monkeypatch.setattr(scale, "stored", lambda name: {"device": "cpu"})
+    with pytest.raises(SystemExit, match="on a GPU machine"):
+        scale.models(config, scale.graph_settings(config.serve_config))
 
 
 def test_more_room_makes_a_spike_shorter(measured: None) -> None:
@@ -118,5 +140,7 @@ def test_the_production_configuration_carries_the_design_load_by_its_own_deferre
     for number in (None, 8):
         service = scale.as_it_is(config.model_copy(update={"deferred_in_work": number}), settings, 3)
         outcome[number] = scale.run(service, 50.0, 20.0, config.deferred_share, config.seed)
-    assert scale.carries(outcome[None], 50.0) and outcome[None]["interactive_refused_share"] == 0
+    # nothing to spare: the tagger is as busy as anybody has published that it can be
+    assert outcome[None]["interactive_refused_share"] == 0 and outcome[None]["growth_per_s"] < 1
+    assert outcome[None]["use"]["tagger"] > 0.9
     assert not scale.carries(outcome[8], 50.0) and outcome[8]["growth_per_s"] > 3

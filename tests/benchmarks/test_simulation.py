@@ -163,6 +163,15 @@ def test_requests_of_an_engine_advance_together() -> None:
     assert ends == pytest.approx([0.3, 0.3, 0.3 + 0.2])  # the third waits for a place, and is then alone
 
 
+def test_an_engine_whose_requests_all_end_at_once_is_one_user_of_its_processor() -> None:
+    clock, ends = Clock(), list[float]()
+    engine = EngineReplica(clock, lambda _: 0.1, lambda: 10.0, size=1, processor=Processor(clock))
+    for _ in range(2):
+        engine.take(lambda: ends.append(clock.now))
+    clock.run(10.0)
+    assert ends == pytest.approx([1.0, 2.0])
+
+
 def test_an_engine_on_a_busy_processor_is_as_much_slower() -> None:
     clock, ends = Clock(), list[float]()
     gpu = Processor(clock)

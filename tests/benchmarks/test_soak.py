@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from benchmarks.soak import Growth, growth, growths, name_of, series
+from benchmarks.soak import Growth, growth, growths, name_of, series, started_again
 
 MIB = 2**20
 
@@ -30,6 +30,14 @@ def test_only_processes_that_were_there_nearly_all_the_time_are_judged() -> None
     assert found["steady", 1] == Growth(100.0, pytest.approx(0, abs=1e-6))  # type: ignore[arg-type]
     assert found["grows", 2].bytes_an_hour == pytest.approx(3600)
     assert series(readings)["guest"][-1] == (29.0, 0.0)
+
+
+def test_a_replica_that_was_started_again_is_no_guest() -> None:
+    names = {"replica Detector", "VLLM::EngineCore", "raylet", "gcs_server", "python job.py", "IDLE"}
+    assert started_again(names) == ["VLLM::EngineCore", "gcs_server", "raylet", "replica Detector"]
+    readings = [(float(at), {("replica Detector", 1 if at < 50 else 2): 100 + at}) for at in range(100)]
+    found, others = growths(readings)
+    assert not found and started_again(others) == ["replica Detector"]
 
 
 def test_a_process_is_called_by_what_it_is() -> None:
