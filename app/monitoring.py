@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
@@ -31,26 +32,31 @@ class MonitoringSettings(BaseModel):
     data: Path | None = Field(None, description="where Prometheus keeps its data; unset: in the instance's folder")
     retention: str = Field("15d", pattern=r"^\d+[hdwy]$", description="how long it keeps them")
     scrape_interval_s: int = Field(10, ge=1, le=300)
+    alertmanager: str | None = Field(
+        None,
+        pattern=r"^[^\s/]+:\d+$",
+        description="HOST:PORT of the Alertmanager that is told of alerts; unset: they only stand on Prometheus' page",
+    )
 
 
 class MonitoringError(RuntimeError):
     """Prometheus cannot be started; the message says why and what to do."""
 
 
-def configuration(discovery: Path, scrape_interval_s: int) -> str:
+def configuration(discovery: Path, scrape_interval_s: int, alertmanager: str | None = None) -> str:
     """Prometheus's configuration file."""
     every = f"{scrape_interval_s}s"
-    return yaml.safe_dump(
-        {
-            "global": {"scrape_interval": every, "scrape_timeout": every, "evaluation_interval": every},
-            "rule_files": [str(_ALERTS)],
-            "scrape_configs": [
-                # Ray names the job `ray` in its file
-                {"job_name": "ray", "file_sd_configs": [{"files": [str(discovery)], "refresh_interval": "10s"}]}
-            ],
-        },
-        sort_keys=False,
-    )
+    content: dict[str, Any] = {
+        "global": {"scrape_interval": every, "scrape_timeout": every, "evaluation_interval": every},
+        "rule_files": [str(_ALERTS)],
+        "scrape_configs": [
+            # Ray names the job `ray` in its file
+            {"job_name": "ray", "file_sd_configs": [{"files": [str(discovery)], "refresh_interval": "10s"}]}
+        ],
+    }
+    if alertmanager is not None:
+        content["alerting"] = {"alertmanagers": [{"static_configs": [{"targets": [alertmanager]}]}]}
+    return yaml.safe_dump(content, sort_keys=False)
 
 
 def command(settings: MonitoringSettings, port: int) -> list[str]:
@@ -72,7 +78,7 @@ def command(settings: MonitoringSettings, port: int) -> list[str]:
     data = settings.data or cluster.metrics_folder(port)
     data.mkdir(parents=True, exist_ok=True)
     file = data / "prometheus.yml"
-    file.write_text(configuration(discovery, settings.scrape_interval_s))
+    file.write_text(configuration(discovery, settings.scrape_interval_s, settings.alertmanager))
     return [
         program,
         f"--config.file={file}",
@@ -101,6 +107,10 @@ def main(arguments: list[str] | None = None) -> None:
     except MonitoringError as error:
         sys.exit(f"error: {error}")
     print(f"Prometheus: http://{settings.listen}/  alerts: http://{settings.listen}/alerts; Ctrl-C stops", flush=True)
+    if settings.alertmanager is None:
+        print("nobody is told of alerts, they only stand on that page: --alertmanager HOST:PORT", flush=True)
+    else:
+        print(f"alerts go to the Alertmanager at {settings.alertmanager}", flush=True)
     # in this one's place
     os.execve(line[0], line, environment(port))
 

@@ -32,9 +32,12 @@ OTHER = "other"
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _TENTHS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
-_COUNTS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)
-_FEW = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0)
 _WORDS = (2.0, 4.0, 6.0, 8.0, 10.0, 12.0, 15.0, 20.0, 30.0, 50.0)
+# Ray's agent takes the middle of its bucket for every value (ray-project/ray#64852), so that a mean is right where the
+# middles are the values: whole numbers, usual sizes of a full batch, and whether two verdicts agree
+_FEW = (0.5, 1.5, 2.5, 3.5, 4.5, 5.5, 6.5, 7.5, 8.5, 9.5, 10.5)
+_COUNTS = (*_FEW[:9], 15.5, 16.5, 31.5, 32.5, 63.5, 64.5, 127.5, 128.5)
+_AGREEMENT = (0.001, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.05)
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,12 @@ METRICS = {
             "Requests to all routes by class of status; 401, 403 and 429 by themselves, with the name of the key",
             most=1024,
         ),
-        _histogram("request_seconds", _SECONDS, ("endpoint",), "Time from a request's head to its answer"),
+        _histogram(
+            "request_seconds",
+            _SECONDS,
+            ("endpoint",),
+            "Time from a request's head to its answer, without what was refused with 429 or accepted for later",
+        ),
         _counter("pictures", ("outcome",), "Pictures: `answered`, `partial` (a stage failed), `failed` (all did)"),
         _gauge("pictures_in_work", (), "Pictures that an ingress replica has in work"),
         _gauge("pictures_limit", (), "Pictures that an ingress replica lets in at present"),
@@ -128,7 +136,7 @@ METRICS = {
         ),
         _histogram(
             "trial_agreement",
-            _TENTHS,
+            _AGREEMENT,
             ("stage", "revision"),
             "How well a candidate's answer agrees with production's: 1 or 0 for verdicts, words in common for text",
         ),
@@ -215,9 +223,11 @@ class Metrics:
     # ---- the ingress --------------------------------------------------------------------------------------------
 
     def request(self, endpoint: str, code: str, seconds: float, revision: str = "") -> None:
-        """A request has been answered: ``ok``, or with the code of a problem."""
+        """A request has been answered: ``ok``, ``accepted`` for later, or with the code of a problem."""
         self.record("requests", 1, endpoint, code, revision)
-        self.record("request_seconds", seconds, endpoint)
+        # these take no time: the more of them, the faster would the others look
+        if code not in ("accepted", "overloaded"):
+            self.record("request_seconds", seconds, endpoint)
 
     def picture(self, record: Annotation, in_service: Mapping[str, str] = MappingProxyType({})) -> None:
         """A picture has been through the graph: all that its record says.

@@ -24,7 +24,11 @@ _APP = 'application=~"$application"'
 
 
 _ERRORS, _ROUTE = 'status=~"4..|4xx|5xx"', "{{route}} {{status}}"
+_TIMEOUT = 'code="timeout", revision!=""'
 _REFUSED, _KEY = 'status=~"401|403|429"', "{{status}} {{key}}"
+
+#: Ray's agent takes the middle of its bucket for every value, and a quantile is a guess within its bucket.
+_APPROXIMATE = "Approximate, by buckets"
 
 
 @dataclass(frozen=True)
@@ -91,10 +95,13 @@ def _share_so_far(metric: str, by: str, matchers: str) -> str:
     return f"(sum by ({by}) ({metric}{{{_APP}, {matchers}}}) or {everything} * 0) / {everything}"
 
 
-def _share_of_requests(matchers: str) -> str:
-    everything = _rate("ray_deeptrust_requests_total", "application")
+def _share_of_requests(*matchers: str) -> str:
+    """Share of those that one of ``matchers`` fits; no two of them fit the same."""
+    requests = "ray_deeptrust_requests_total"
+    chosen = " or ".join(f"rate({requests}{{{_APP}, {each}}}{_RATE})" for each in matchers)
+    everything = _rate(requests, "application")
     # 0 and not nothing, where there has been none
-    return f"({_rate('ray_deeptrust_requests_total', 'application', matchers)} or {everything} * 0) / {everything}"
+    return f"(sum by (application) ({chosen}) or {everything} * 0) / {everything}"
 
 
 SERVICE = Board(
@@ -118,14 +125,16 @@ SERVICE = Board(
                         Query(_quantile(quantile, "ray_deeptrust_request_seconds"), f"{quantile:.0%}")
                         for quantile in (0.5, 0.95, 0.99)
                     ),
+                    f"{_APPROXIMATE}; without what was refused with 429 or accepted for later",
                 ),
                 Panel(
                     "Share of requests that fail on our side",
                     "percentunit",
                     (
-                        Query(_share_of_requests('code=~"internal_error|unavailable|timeout"'), "failed"),
+                        Query(_share_of_requests('code=~"internal_error|unavailable"', _TIMEOUT), "failed"),
                         Query(_share_of_requests('code="overloaded"'), "refused (429)"),
                     ),
+                    "A timeout before a model was asked is a body that did not arrive, and not counted",
                 ),
                 Panel(
                     "Pictures by outcome",
@@ -227,6 +236,7 @@ SERVICE = Board(
                     "Time of a stage, median",
                     "s",
                     (Query(_quantile(0.5, "ray_deeptrust_stage_seconds", "stage"), "{{stage}}"),),
+                    _APPROXIMATE,
                 ),
                 Panel(
                     "Time of a stage, 95 %, by revision",
@@ -237,16 +247,19 @@ SERVICE = Board(
                             "{{stage}} {{revision}}",
                         ),
                     ),
+                    _APPROXIMATE,
                 ),
                 Panel(
                     "Pictures in a batch, mean",
                     "short",
                     (Query(_mean("ray_deeptrust_batch_pictures", "stage, revision"), "{{stage}} {{revision}}"),),
+                    "Exact up to 8 and for 16, 32, 64 and 128; others approximate, by buckets",
                 ),
                 Panel(
                     "Time of a batch, mean",
                     "s",
                     (Query(_mean("ray_deeptrust_batch_seconds", "stage, revision"), "{{stage}} {{revision}}"),),
+                    _APPROXIMATE,
                 ),
                 Panel(
                     "Revisions in service",
@@ -334,6 +347,7 @@ PREDICTIONS = Board(
                     "Probability of AI, mean",
                     "percentunit",
                     (Query(_mean("ray_deeptrust_ai_probability", "revision"), "{{revision}}"),),
+                    _APPROXIMATE,
                 ),
                 Panel(
                     "What files declare",
@@ -364,7 +378,8 @@ PREDICTIONS = Board(
                             _mean_so_far("ray_deeptrust_trial_agreement", "stage, revision"), "{{stage}} {{revision}}"
                         ),
                     ),
-                    "By the candidate's revision, over all that the replicas have compared",
+                    "By the candidate's revision, over all that the replicas have compared; of captions and tags "
+                    "approximate, by buckets",
                 ),
             ),
         ),
@@ -397,11 +412,13 @@ PREDICTIONS = Board(
                     "Words of a caption, mean",
                     "short",
                     (Query(_mean("ray_deeptrust_caption_words", "revision"), "{{revision}}"),),
+                    _APPROXIMATE,
                 ),
                 Panel(
                     "Words of a caption, longest twentieth",
                     "short",
                     (Query(_quantile(0.95, "ray_deeptrust_caption_words", "revision"), "{{revision}}"),),
+                    _APPROXIMATE,
                 ),
                 Panel(
                     "Tags of a picture, mean",
@@ -464,6 +481,7 @@ DRIFT = Board(
                     "Probability of AI, mean",
                     "percentunit",
                     (Query(_mean("ray_deeptrust_ai_probability", "revision"), "{{revision}}"),),
+                    _APPROXIMATE,
                 ),
             ),
         ),
@@ -606,9 +624,10 @@ CAPACITY = Board(
                     "`SPILLED` is on disk",
                 ),
                 Panel(
-                    "Disk left",
+                    "Root disk left",
                     "percentunit",
                     (Query("ray_node_disk_free / (ray_node_disk_free + ray_node_disk_usage)", "{{ip}}"),),
+                    "Ray of `cluster.yaml` stores no more objects at 10 %; a spill folder on another disk is not seen",
                 ),
                 Panel(
                     "Memory of each kind of process",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import defaultdict
 from typing import Any
 
@@ -106,6 +107,33 @@ def test_series_are_bounded_whatever_comes(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(series) == MOST_SERIES + 1
     assert seen[-2] == {"stage": "other", "revision": "other"}
     assert seen[-1] == {"stage": "detector", "revision": "revision-0"}, "those that were there first stay"
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("batch_pictures", (*range(1, 9), 16, 32, 64, 128)),
+        ("picture_tags", range(1, 11)),
+        ("trial_agreement", (0, 1)),
+    ],
+)
+def test_what_ray_makes_of_a_histogram_is_the_value_itself(
+    monkeypatch: pytest.MonkeyPatch, name: str, values: tuple[float, ...]
+) -> None:
+    from ray._private.telemetry.open_telemetry_metric_recorder import OpenTelemetryMetricRecorder
+
+    monkeypatch.setattr(OpenTelemetryMetricRecorder, "_init_metrics", lambda self: None)
+    recorder, bounds = OpenTelemetryMetricRecorder(), METRICS[name].buckets
+    recorder.register_histogram_metric(name, "", list(bounds))
+    middles = recorder.get_histogram_bucket_midpoints(name)
+    assert [middles[bisect_left(bounds, value)] for value in values] == pytest.approx(list(values), abs=0.01)
+
+
+def test_the_time_to_answer_is_of_requests_that_were_worked_on(recorded: Recorded) -> None:
+    for number, code in enumerate(("ok", "accepted", "overloaded", "timeout")):
+        Metrics().request("/v1/detect", code, float(number))
+    assert [value for value, _ in recorded.of["request_seconds"]] == [0.0, 3.0]
+    assert len(recorded.of["requests"]) == 4
 
 
 def test_requests_feedback_trials_and_the_store(recorded: Recorded) -> None:
