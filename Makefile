@@ -87,7 +87,7 @@ review: setup $(VENV)-review/.done  ## Label Studio for reviewers, until Ctrl-C 
 	$(PY) -m app.review start --program $(VENV)-review/bin/label-studio
 
 stop:  ## end it: accepted requests first, at once when asked again; no process and no port is left
-	@test -x $(PY) && $(PY) -m app.stop || true
+	@! test -x $(PY) || $(PY) -m app.stop
 
 test: dev  ## all tests, the end-to-end ones against the real application
 	$(PY) -m pytest

@@ -2,9 +2,10 @@
 ``serve_config.yaml``, on standard output.
 
 In: the two files and an image that holds this code and the packages of ``requirements/gpu.txt``. Out: a manifest for
-KubeRay 1.5 or later (labels of a worker group, ``authOptions``). The head works on no GPU; each bare-metal node becomes
-a group of workers. On Kubernetes the application has to listen on every interface of its pod, and therefore wants API
-keys: a secret ``deeptrust-keys`` with the file that ``python -m app.keys`` keeps. Knows no cluster.
+KubeRay 1.5.1 or later (labels of a worker group, ``authOptions``); with an older one Ray does not start,
+because it asks for a token and finds none. The head works on no GPU; each bare-metal node becomes a group of workers.
+On Kubernetes the application has to listen on every interface of its pod, and therefore wants API keys: a secret
+``deeptrust-keys`` with the file that ``python -m app.keys`` keeps. Knows no cluster.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _CODE, _KEYS = "/opt/deeptrust", "/etc/deeptrust-keys"
 #: Said otherwise on Kubernetes: by the group, the operator, or the image.
 _NOT_CARRIED = (
     *("HEAD_", "WORKER_", "OBJECT_STORE_", "SPILL_", "RAY_FOLDER", "GCS_PORT", "METRICS_PORT", "DASHBOARD_PORT"),
-    *("RAY_AUTH_", "RAY_METRICS_GRAFANA_", "RAY_PROMETHEUS_HOST", "RAY_GRAFANA_HOST", "PYTHONPATH", "PATH"),
+    *("RAY_AUTH_TOKEN_PATH", "RAY_METRICS_GRAFANA_", "RAY_PROMETHEUS_HOST", "RAY_GRAFANA_HOST", "PYTHONPATH", "PATH"),
     *("DEEPTRUST_CACHE", "RAY_enable_autoscaler_v2", "MLFLOW_TRACKING_URI", VARIABLE),
     # a pod's own files: Ray's defaults do
     *(f"RAY_SERVE_HAPROXY_{name}_" for name in ("CONFIG", "SOCKET", "METRICS", "SERVER_STATE")),

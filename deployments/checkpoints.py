@@ -10,12 +10,15 @@ Knows no HTTP, no Ray and no model class.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 #: Files that unpickle when they are loaded; a checkpoint that has one is refused.
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib")
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w.-]+)?$")
+#: MLflow's client tries for many minutes; whoever remembers an answer does not wait that long.
+_BRIEFLY = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "tokenizer.model", "*.jinja"]
+
+_log = logging.getLogger("ray.serve")  # a replica's log
 
 
 class CheckpointError(RuntimeError):
@@ -213,34 +220,80 @@ def pinned(uri: str) -> str:
 
 
 def _from_mlflow(uri: str) -> Path:
-    """A model version's artifacts. The alias is looked up every time; what it names is fetched once for each
-    version.
-    """
+    """A model version's artifacts. The registry is asked every time; what it names is fetched once for each version."""
     import mlflow
-    from mlflow.tracking import MlflowClient
 
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     registry = mlflow_uri()
-    client = MlflowClient(registry, registry)
-    name = uri.removeprefix("models:/")
-    if "@" in name:
-        model, alias = name.split("@", 1)
-        version = client.get_model_version_by_alias(model, alias)
-    else:
-        model, number = name.split("/", 1)
-        version = client.get_model_version(model, number)
+    version, source = _registered(registry, uri.removeprefix("models:/"))
 
     def fetch(folder: Path) -> None:
         local = Path(
             mlflow.artifacts.download_artifacts(
-                artifact_uri=version.source, dst_path=str(folder / "download"), tracking_uri=registry
+                artifact_uri=source, dst_path=str(folder / "download"), tracking_uri=registry
             )
         )
         for file in local.iterdir():
             shutil.move(str(file), folder / file.name)
         shutil.rmtree(folder / "download", ignore_errors=True)
 
-    return _fetched(f"mlflow:{registry}:{model}/{version.version}:{version.source}", fetch)
+    return _fetched(f"mlflow:{registry}:{version}:{source}", fetch)
+
+
+def _registered(registry: str, name: str) -> tuple[str, str]:
+    """``MODEL/VERSION`` that has the name ``MODEL@ALIAS`` or ``MODEL/VERSION``, and where its artifacts are. The
+    registry's last answer is kept in the cache and holds while it does not answer: a replica can start meanwhile.
+    """
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+    from sqlalchemy.exc import OperationalError
+
+    kept = cache_root() / "registry" / f"{hashlib.sha256(f'{registry}:{name}'.encode()).hexdigest()[:24]}.json"
+    try:
+        with _unless_set(_BRIEFLY if kept.is_file() else {}):
+            client = MlflowClient(registry, registry)
+            if "@" in name:
+                model, alias = name.split("@", 1)
+                found = client.get_model_version_by_alias(model, alias)
+            else:
+                model, number = name.split("/", 1)
+                found = client.get_model_version(model, number)
+    except (MlflowException, OperationalError) as error:
+        if isinstance(error, MlflowException) and error.get_http_status_code() < 500:
+            raise  # an answer
+        try:
+            version, source = json.loads(kept.read_text())
+        except (OSError, ValueError):
+            raise error from None
+        _log.warning("the registry does not answer (%s): models:/%s is %s, as it was last", error, name, version)
+        return version, source
+    answer = f"{model}/{found.version}", str(found.source)
+    with contextlib.suppress(OSError):  # a full disk costs what would be remembered, and not the replica
+        _keep(kept, json.dumps(answer))
+    return answer
+
+
+@contextlib.contextmanager
+def _unless_set(variables: dict[str, str]) -> Iterator[None]:
+    """Environment variables for a while, but for those that somebody has set."""
+    added = {key: value for key, value in variables.items() if key not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for key in added:
+            os.environ.pop(key, None)
+
+
+def _keep(file: Path, text: str) -> None:
+    """Write a small file whole, unless it says so already."""
+    if file.is_file() and file.read_text() == text:
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, partial = tempfile.mkstemp(prefix=f".{file.name}-", dir=file.parent)
+    with os.fdopen(descriptor, "w") as written:
+        written.write(text)
+    Path(partial).replace(file)
 
 
 def _from_s3(uri: str) -> Path:

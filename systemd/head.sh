@@ -1,6 +1,7 @@
 #!/bin/bash
 # What deeptrust-head@.service runs on the head, as the user that `ray up` logs in as:
-#   start    Ray, by the very command of cluster.yaml, in the foreground
+#   start    Ray, by the very command of cluster.yaml, and stays until a process is gone that a head cannot be without: exit
+#            status 1, and systemd ends what is left
 #   deploy   serve_config.yaml, as soon as Ray's dashboard takes it; exit status 1 if it does not within eight minutes
 set -euo pipefail
 code=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -17,10 +18,28 @@ print(yaml.safe_load(open(sys.argv[1]))["head_start_ray_commands"][-1].strip())'
         echo "~/ray_bootstrap_config.yaml is missing: bring the cluster up first (ray up cluster.yaml)" >&2
         exit 1
     fi
-    exec /bin/bash -c "$command --block"
+    /bin/bash -c "$command"
+    # not left to `ray start --block`: it stays when one of them ends with code 0 or by SIGTERM
+    # systemd gives the unit a session of its own; the oldest, because each of them forks
+    pid_of() { pgrep -o -s 0 "$@" || true; }
+    declare -A running
+    running[raylet]=$(pid_of -x raylet)
+    running[gcs_server]=$(pid_of -x gcs_server)
+    running[dashboard]=$(pid_of -f 'ray/dashboard/dashboard[.]py')
+    running[autoscaler]=$(pid_of -f 'ray/autoscaler/_private/monitor[.]py')
+    echo "watching ${!running[*]}: ${running[*]}"
+    while sleep 1; do
+        for name in "${!running[@]}"; do
+            if ! kill -0 "${running[$name]}" 2>/dev/null; then
+                echo "Ray's $name has ended: see $RAY_FOLDER/session_latest/logs" >&2
+                # a raylet that is only asked to end tells the GCS first, and waits for it
+                kill -KILL "${running[@]}" 2>/dev/null || true
+                exit 1
+            fi
+        done
+    done
     ;;
 deploy)
-    export RAY_API_SERVER_ADDRESS=http://127.0.0.1:$DASHBOARD_PORT
     cd "$code"
     until=$((SECONDS + 480))
     until serve deploy serve_config.yaml; do

@@ -5,14 +5,18 @@ nodes is what `serve_config.yaml` counts on.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
@@ -20,6 +24,7 @@ from ray.scripts import scripts
 
 from app import cluster
 from app.config import read_serve_config
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 SHELL = {"PATH": "/usr/bin:/bin", "RAY_HEAD_IP": "192.0.2.1", "OMP_NUM_THREADS": "1"}
@@ -176,29 +181,113 @@ def test_set_up_installs_the_pinned_list_and_nothing_else(config: dict[str, Any]
             subprocess.run(["bash", "-n", "-c", command], check=True)
 
 
-def test_the_heads_unit_runs_the_command_of_this_file_until_ray_ends(config: dict[str, Any], tmp_path: Path) -> None:
-    shell(tmp_path, config["setup_commands"][0])
+#: A `ray` that writes its arguments down and leaves stand-ins of what a head cannot be without.
+RAY = """#!{python}
+import json, os, pathlib, subprocess, sys
+home = pathlib.Path.home()
+(home / "words").write_text("\\n".join(sys.argv[1:]))
+up, tell = os.pipe()
+if os.fork() == 0:
+    for output in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    parts = {{
+        "raylet": (home / "raylet", "raylet"),
+        "gcs_server": (home / "gcs_server", "gcs_server"),
+        "dashboard": ("{sleep}", "python /ray/dashboard/dashboard.py"),
+        "autoscaler": ("{sleep}", "python /ray/autoscaler/_private/monitor.py"),
+    }}
+    running = {{part: subprocess.Popen([name, "60"], executable=file).pid for part, (file, name) in parts.items()}}
+    (home / "running").write_text(json.dumps(running))
+    os.write(tell, b"!")
+    for _ in running:
+        os.wait()
+else:
+    os.read(up, 1)
+"""
+
+
+@pytest.fixture
+def head(config: dict[str, Any], tmp_path: Path) -> Iterator[Path]:
+    """A head's home, set up, with programs that only pretend."""
+    first = config["setup_commands"][0].replace("DASHBOARD_PORT=8265", "DASHBOARD_PORT=9999")
+    for command in (first, config["head_setup_commands"][0]):
+        shell(tmp_path, command)
     programs = tmp_path / "deeptrust" / "venv" / "bin"
     programs.mkdir(parents=True)
+    sleep = shutil.which("sleep") or ""
+    for name in ("raylet", "gcs_server"):
+        shutil.copy(sleep, tmp_path / name)
     (programs / "python").write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
-    for name in ("ray", "serve"):
-        (programs / name).write_text(f'#!/bin/bash\nprintf "%s\\n" {name} "$@"\n')
+    (programs / "ray").write_text(RAY.format(python=sys.executable, sleep=sleep))
+    (programs / "serve").write_text('#!/bin/bash\nprintf "%s\\n" "$@" $RAY_DASHBOARD_ADDRESS $RAY_API_SERVER_ADDRESS\n')
     for program in programs.iterdir():
         program.chmod(0o755)
-    script = ROOT / "systemd" / "head.sh"
-    environment = SHELL | {"HOME": str(tmp_path)}
-
-    def run(what: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["bash", str(script), what], env=environment, capture_output=True, text=True, check=False)
-
-    refused = run("start")
-    assert refused.returncode == 1 and "ray up cluster.yaml" in refused.stderr
     (tmp_path / "ray_bootstrap_config.yaml").touch()
-    words = run("start").stdout.splitlines()
-    assert words[:2] == ["ray", "start"] and words[-1] == "--block"
-    said = scripts.start.make_context("start", words[2:-1]).params
-    assert said == start_options(tmp_path, config["head_start_ray_commands"][1])
-    assert run("deploy").stdout.splitlines() == ["serve", "deploy", "serve_config.yaml"]
+    yield tmp_path
+    for part in running(tmp_path).values():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(part, signal.SIGKILL)
+
+
+def running(head: Path) -> dict[str, int]:
+    """Process ids of the stand-ins."""
+    file = head / "running"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def unit(head: Path, what: str) -> subprocess.Popen[str]:
+    """The script of the head's unit, as systemd starts it."""
+    return subprocess.Popen(
+        ["bash", str(ROOT / "systemd" / "head.sh"), what],
+        env=SHELL | {"HOME": str(head)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def started(head: Path) -> subprocess.Popen[str]:
+    """The same, once it looks after the stand-ins."""
+    process = unit(head, "start")
+    assert process.stdout is not None
+    said = process.stdout.readline().split()
+    assert said[:1] == ["watching"] and sorted(map(int, said[-4:])) == sorted(running(head).values())
+    return process
+
+
+def test_the_heads_unit_starts_ray_by_the_command_of_this_file(head: Path, config: dict[str, Any]) -> None:
+    (head / "ray_bootstrap_config.yaml").unlink()
+    refused = unit(head, "start")
+    assert "ray up cluster.yaml" in refused.communicate()[1] and refused.returncode == 1
+    (head / "ray_bootstrap_config.yaml").touch()
+    process = started(head)
+    words = (head / "words").read_text().splitlines()
+    assert words[0] == "start" and "--block" not in words
+    said = scripts.start.make_context("start", words[1:]).params
+    assert process.poll() is None
+    process.terminate()
+    assert process.wait(timeout=10) == -signal.SIGTERM, "`systemctl stop`"
+    assert said == start_options(head, config["head_start_ray_commands"][1])
+
+
+@pytest.mark.parametrize("part", ["raylet", "gcs_server", "dashboard", "autoscaler"])
+def test_the_heads_unit_ends_with_any_part_of_ray_that_a_head_needs(head: Path, part: str) -> None:
+    """Whatever its exit code: `ray start --block` takes an end by SIGTERM for intended, and stays."""
+    process = started(head)
+    os.kill(running(head)[part], signal.SIGTERM)
+    assert process.wait(timeout=30) == 1
+    assert process.stderr is not None
+    assert f"Ray's {part} has ended" in process.stderr.readline()
+    wait_for(lambda: not any(psutil.pid_exists(one) for one in running(head).values()), what="the others end too")
+
+
+def test_the_heads_unit_and_people_find_the_dashboard_where_it_is(head: Path) -> None:
+    """`serve` asks at port 8265 unless it is told; the launcher writes that on the head, where it is true."""
+    place = "http://127.0.0.1:9999"
+    deployed = unit(head, "deploy").communicate()[0].splitlines()
+    assert deployed == ["deploy", "serve_config.yaml", place, place]
+    assert environment(head)["RAY_DASHBOARD_ADDRESS"] == place
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze: apt-get install systemd")

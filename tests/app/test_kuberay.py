@@ -72,6 +72,9 @@ def test_ray_is_ours_and_asks_for_a_token(made: dict[str, Any]) -> None:
     cluster = made["spec"]["rayClusterConfig"]
     assert cluster["rayVersion"] == version("ray")
     assert cluster["authOptions"] == {"mode": "token"}
+    for container in containers(made):
+        # an operator that does not know `authOptions` starts nothing that is open to everybody
+        assert {"name": "RAY_AUTH_MODE", "value": "token"} in container["env"]
 
 
 def test_the_command_prints_it(capsys: pytest.CaptureFixture[str], made: dict[str, Any]) -> None:

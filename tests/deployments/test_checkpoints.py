@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,3 +72,82 @@ def test_a_folder_is_published_whole_and_the_first_one_stays(tmp_path: Path) -> 
         publish(build, target)
     assert (target / "file").read_text() == "first"
     assert [path.name for path in target.parent.iterdir()] == ["model"]
+
+
+class Registry(ThreadingHTTPServer):
+    """As much of an MLflow server as an alias and a version need; `answer` is what it says."""
+
+    def __init__(self, folder: Path) -> None:
+        version = {"name": "detector", "version": "3", "source": str(folder)}
+        self.answer: tuple[int, dict[str, Any]] = 200, {"model_version": version}
+        self.asked: list[str] = []
+        super().__init__(("127.0.0.1", 0), Answers)
+
+
+class Answers(BaseHTTPRequestHandler):
+    server: Registry
+
+    def do_GET(self) -> None:
+        self.server.asked.append(self.path)
+        status, content = self.server.answer
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(content).encode())
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def registry(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
+    """The registry that `models:/` means; what is fetched goes into a cache of the test's own."""
+    monkeypatch.setenv("DEEPTRUST_CACHE", str(tmp_path / "cache"))
+    for pause in ("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "MLFLOW_HTTP_REQUEST_BACKOFF_JITTER"):
+        monkeypatch.setenv(pause, "0")
+    for patience in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
+        monkeypatch.delenv(patience, raising=False)
+    with Registry(folder) as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{server.server_port}")
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.parametrize("uri", ["models:/detector@production", "models:/detector/3"])
+def test_what_the_registry_said_last_holds_while_it_does_not_answer(
+    registry: Registry, caplog: pytest.LogCaptureFixture, uri: str
+) -> None:
+    revision = resolve(uri).revision
+    registry.answer = 503, {}
+    registry.asked.clear()
+    logger = logging.getLogger("ray.serve")
+    logger.addHandler(caplog.handler)  # it does not propagate once Serve has set it up
+    assert resolve(uri).revision == revision
+    assert "does not answer" in caplog.text and f"{uri} is detector/3" in caplog.text
+    assert len(registry.asked) == 4, "MLflow's own patience is for whoever knows nothing"
+    registry.shutdown()
+    registry.server_close()
+    assert resolve(uri).revision == revision, "nothing listens"
+    logger.removeHandler(caplog.handler)
+
+
+def test_what_the_registry_answers_counts_and_not_what_it_said_before(registry: Registry, folder: Path) -> None:
+    uri = "models:/detector@production"
+    resolve(uri)
+    save_file({"weight": torch.zeros(2)}, folder / "model.safetensors")
+    _, content = registry.answer
+    registry.answer = 200, {"model_version": content["model_version"] | {"version": "4"}}
+    moved = resolve(uri).revision
+    registry.answer = 503, {}
+    assert resolve(uri).revision == moved
+    registry.answer = 404, {"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "no such alias"}
+    with pytest.raises(CheckpointError, match="no such alias"):
+        resolve(uri)
+
+
+def test_a_registry_that_never_answered_is_an_error(registry: Registry) -> None:
+    registry.answer = 503, {}
+    with pytest.raises(CheckpointError, match="models:/detector@production"):
+        resolve("models:/detector@production")
