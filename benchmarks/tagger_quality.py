@@ -19,14 +19,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.report import RESULTS, write_result
 from deployments.checkpoints import Checkpoint, resolve
 from deployments.offline_tagger import OfflineTagger
 from deployments.tag_lexicon import WordNet
 from deployments.tag_rules import clean_tags, proposed
-from deployments.tagger import load_prompt, machine
+from deployments.tagger import load_prompt
 from train.tag_quality import Judge, measure_tags
 
-RESULT = Path(__file__).parent / "results" / "tagger_quality.json"
+RESULT = RESULTS / "tagger_quality.json"
 
 
 def read_flickr(folder: Path, limit: int, seed: int) -> list[dict[str, Any]]:
@@ -76,7 +77,6 @@ def main() -> None:
         "photos": len(rows),
         "uri": options.uri,
         "prompt": load_prompt().version,
-        "machine": machine(),
     }
     if options.answers and options.answers.exists():
         kept = json.loads(options.answers.read_text())
@@ -106,9 +106,8 @@ def main() -> None:
         {"caption": caption, "model": answer, "tags": some}
         for caption, answer, some in list(zip(captions, raw, tags, strict=True))[:12]
     ]
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps({key: value for key, value in result.items() if key != "examples"}, indent=1))
+    print(write_result(options.output.stem, result, options.output.parent))
 
 
 if __name__ == "__main__":

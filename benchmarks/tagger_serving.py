@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.load import paired
+from benchmarks.report import RESULTS, write_result
 from benchmarks.tagger_quality import read_flickr
 from deployments.checkpoints import resolve
 from deployments.offline_tagger import OfflineTagger
@@ -24,10 +25,9 @@ from deployments.tagger import (
     build_tagger,
     engine_arguments,
     engine_environment,
-    machine,
 )
 
-RESULT = Path(__file__).parent / "results" / "tagger_serving.json"
+RESULT = RESULTS / "tagger_serving.json"
 
 
 async def _served(handle: Any, captions: list[str], clients: int) -> float:
@@ -90,7 +90,6 @@ def main() -> None:
         ray.shutdown()
     ratio = paired(served, offline)
     result = {
-        "machine": machine(),
         "threads": engine_environment(settings).get("OMP_NUM_THREADS"),
         "dtype": engine_arguments(settings)["dtype"],
         "clients": options.clients,
@@ -102,9 +101,7 @@ def main() -> None:
         "load_average": os.getloadavg(),
         "bars": {"served >= 0.75 offline": ratio >= 0.75},
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result, indent=1))
+    print(json.dumps(result, indent=1), write_result(options.output.stem, result, options.output.parent))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import platform
 import re
 import time
 from dataclasses import dataclass, field
@@ -474,14 +473,3 @@ def build_tagger(settings: TaggerSettings, name: str = "Tagger", **options: Any)
         **options,
     )
     return deployment.bind(settings)
-
-
-def machine() -> dict[str, Any]:
-    """What a benchmark's figures depend on: processor flags that matter, cores, and the number format they lead to."""
-    flags = processor_flags()
-    return {
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "flags": sorted(flags & {"avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "bf16"}),
-        "dtype": fast_dtype("cpu", flags),
-    }

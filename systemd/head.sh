@@ -47,6 +47,8 @@ deploy)
             echo "serve_config.yaml was not taken: see $RAY_FOLDER/session_latest/logs/dashboard.log" >&2
             exit 1
         fi
+        # systemd starts nothing again before this has ended
+        [ -z "${MAINPID:-}" ] || kill -0 "$MAINPID" || exit 1
         sleep 5
     done
     ;;

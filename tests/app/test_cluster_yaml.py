@@ -235,11 +235,11 @@ def running(head: Path) -> dict[str, int]:
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
-def unit(head: Path, what: str) -> subprocess.Popen[str]:
+def unit(head: Path, what: str, **variables: str) -> subprocess.Popen[str]:
     """The script of the head's unit, as systemd starts it."""
     return subprocess.Popen(
         ["bash", str(ROOT / "systemd" / "head.sh"), what],
-        env=SHELL | {"HOME": str(head)},
+        env=SHELL | {"HOME": str(head)} | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -288,6 +288,13 @@ def test_the_heads_unit_and_people_find_the_dashboard_where_it_is(head: Path) ->
     deployed = unit(head, "deploy").communicate()[0].splitlines()
     assert deployed == ["deploy", "serve_config.yaml", place, place]
     assert environment(head)["RAY_DASHBOARD_ADDRESS"] == place
+
+
+def test_nothing_is_deployed_to_a_head_that_has_ended(head: Path) -> None:
+    (head / "deeptrust/venv/bin/serve").write_text("#!/bin/sh\nexit 1\n")
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    assert unit(head, "deploy", MAINPID=str(ended.pid)).wait(timeout=30) == 1
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze: apt-get install systemd")
