@@ -9,6 +9,7 @@ Knows tables only through the migrations.
 from __future__ import annotations
 
 import contextlib
+import sqlite3
 import threading
 import time
 from collections.abc import Iterator
@@ -164,15 +165,29 @@ class Database:
 
     def _set_up_sqlite(self, connection: Any, _: Any) -> None:
         connection.isolation_level = None  # transactions begin where SQLAlchemy says, and not at the driver's guess
+        connection.execute(f"PRAGMA busy_timeout = {int(self.timeout_s * 1000)}")
+        self._write_ahead(connection)
         for pragma in (
-            f"busy_timeout = {int(self.timeout_s * 1000)}",
-            "journal_mode = WAL",
             "synchronous = FULL",
             "foreign_keys = ON",
             "secure_delete = ON",  # what somebody wants deleted is overwritten
             "cache_size = -4096",  # KiB; it fills up over thousands of answers
         ):
             connection.execute(f"PRAGMA {pragma}")
+
+    def _write_ahead(self, connection: Any) -> None:
+        """Only the first of all who open a new file changes its journal. SQLite refuses that at once, whatever
+        ``busy_timeout`` says, while another is about to write: who makes the tables.
+        """
+        until = time.monotonic() + self.timeout_s
+        while True:
+            try:
+                connection.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError:
+                if time.monotonic() >= until:
+                    raise
+            time.sleep(0.02)
 
     def _set_up_sqlite_reader(self, connection: Any, _: Any) -> None:
         connection.isolation_level = None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import sqlite3
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -92,6 +94,16 @@ def _open(url: str) -> None:
 def test_several_processes_open_a_new_database_at_once(database_url: str) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(_open, [database_url] * 4))
+
+
+def test_a_new_file_that_another_is_about_to_write_to_is_waited_for(tmp_path: Path) -> None:
+    other = sqlite3.connect(tmp_path / "store.db", isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    late = threading.Timer(0.3, lambda: other.execute("ROLLBACK"))
+    late.start()
+    _open(f"sqlite:///{tmp_path}/store.db")
+    late.join()
+    assert other.execute("SELECT count(*) FROM predictions").fetchone() == (0,)
 
 
 @pytest.mark.parametrize("bad", ["mysql://x/y", "nonsense", "sqlite://"])
