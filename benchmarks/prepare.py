@@ -20,10 +20,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import suppress
 from itertools import chain, repeat
 from multiprocessing import get_context
 from multiprocessing.synchronize import Barrier
@@ -35,6 +34,7 @@ import psutil
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
+from benchmarks.memory import pss, sampled
 from benchmarks.report import write_result
 from data.identify import jpeg_quality, read_jpeg_header
 from data.prepare import Flickr30kConfig, prepare
@@ -246,7 +246,7 @@ def memory(config: PrepareBenchmarkConfig, work: Path) -> dict[str, Any]:
         raw = make_small_pictures(work / f"small-{count}", count)
         shutil.rmtree(work / "out", ignore_errors=True)
         process = subprocess.Popen(_command(config, raw, work / "out", config.processes), cwd=_ROOT)
-        with peak_pss(process.pid) as peak:
+        with sampled(Family(process.pid).pss, 0.5) as peak:
             if process.wait():
                 raise SystemExit("prepare failed")
         peaks[count] = max(peak)
@@ -272,37 +272,22 @@ def make_small_pictures(folder: Path, count: int) -> Path:
     return folder
 
 
-@contextmanager
-def peak_pss(pid: int, every_s: float = 0.5) -> Iterator[list[int]]:
-    """Samples of the PSS of a process and all below it, and of Ray's processes that were started since."""
-    samples, over = [0], threading.Event()
+class Family:
+    """A process and all that were ever seen below it: Ray's daemons are children of the driver, workers of those, and
+    may outlive whose children they are.
+    """
 
-    def watch() -> None:
-        known: dict[int, psutil.Process] = {}
-        while not over.wait(every_s):
-            try:
-                # Ray's daemons are children of the driver, workers are children of those
-                for process in psutil.Process(pid).children(recursive=True):
-                    known.setdefault(process.pid, process)
-                known.setdefault(pid, psutil.Process(pid))
-            except psutil.Error:
-                continue
-            samples.append(sum(map(_pss, known.values())))
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._known: dict[int, psutil.Process] = {}
 
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield samples
-    finally:
-        over.set()
-        watcher.join()
-
-
-def _pss(process: psutil.Process) -> int:
-    try:
-        return process.memory_full_info().pss
-    except psutil.Error:
-        return 0
+    def pss(self) -> int:
+        """Of those that are there, in bytes."""
+        with suppress(psutil.Error):
+            driver = psutil.Process(self._pid)
+            for process in (driver, *driver.children(recursive=True)):
+                self._known.setdefault(process.pid, process)
+        return pss(self._known.values())
 
 
 # ------------------------------------------------------------------------------------------------------------ versions

@@ -19,12 +19,10 @@ import io
 import os
 import random
 import statistics
-import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app import cluster
 from benchmarks.load import closed_loop, session
+from benchmarks.memory import pss, sampled
 from benchmarks.report import write_result
 
 
@@ -160,32 +159,7 @@ class BackToBack:
 
 def memory_bytes(port: int) -> int:
     """Proportional set size of every process of the application together."""
-    total = 0
-    for process in cluster.processes(port):
-        try:
-            total += process.memory_full_info().pss
-        except psutil.Error:
-            continue
-    return total
-
-
-@contextmanager
-def watched_memory(port: int, every_s: float = 5.0) -> Iterator[list[int]]:
-    """Readings of ``memory_bytes``, taken again and again until the block ends, the first and the last at its ends."""
-    readings, over = [memory_bytes(port)], threading.Event()
-
-    def watch() -> None:
-        while not over.wait(every_s):
-            readings.append(memory_bytes(port))
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield readings
-    finally:
-        over.set()
-        thread.join()
-        readings.append(memory_bytes(port))
+    return pss(cluster.processes(port))
 
 
 def cpu_seconds(port: int) -> Counter[str]:
@@ -271,7 +245,7 @@ def main(arguments: list[str] | None = None) -> None:
         phases = []
         for clients in (config.clients, 4 * config.clients, config.clients):
             spent_before = cpu_seconds(port)
-            with watched_memory(port) as memory:
+            with sampled(partial(memory_bytes, port), 5.0) as memory:
                 load = asyncio.run(drive(config.url, photos, clients, config.warm_s + config.overload_s))
             load.window = (config.warm_s, config.warm_s + config.overload_s)
             spent = cpu_seconds(port) - spent_before

@@ -12,6 +12,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -135,14 +136,10 @@ def compute_features(
     while missing := _missing(features):
         if time.time() > deadline:
             raise OutOfTime(f"{len(missing)} shards of features are missing")
-        if give_way_s:
-            with GiveWay("CPU", give_way_s, ask) as way:
-                finished = _encode(features, missing, workers, stage, lambda: bool(way.to) or time.time() > deadline)
-        else:
-            finished = _encode(features, missing, workers, stage, lambda: time.time() > deadline)
-        if finished:
-            break
-        if give_way_s and way.to:
+        with GiveWay("CPU", give_way_s, ask) if give_way_s else nullcontext() as way:
+            if _encode(features, missing, workers, stage, lambda: bool(way and way.to) or time.time() > deadline):
+                break
+        if way and way.to:
             print(f"features of the frozen tower: stopped, serving wants room for {way.to}", flush=True)
             found = wait_for_room("CPU", cpus * workers, deadline, ask)
             if found == "no help":

@@ -46,6 +46,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from app import cluster
 from benchmarks import plots
 from benchmarks.load import closed_loop, quantile, session
+from benchmarks.memory import pss
 from benchmarks.peers.model import BATCH, CHECKPOINT, PORT, THREADS, WAIT_S
 from benchmarks.report import QUICK, RESULTS, write_result
 from benchmarks.serving import read_photos
@@ -210,11 +211,7 @@ class Running:
 
     def memory_bytes(self) -> int:
         """Proportional set size of its processes."""
-        total = 0
-        for process in self.processes():
-            with contextlib.suppress(psutil.Error):
-                total += process.memory_full_info().pss
-        return total
+        return pss(self.processes())
 
 
 @contextmanager

@@ -1,0 +1,37 @@
+"""Memory of processes that are measured from outside, at one moment and over time. Knows no benchmark."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+
+import psutil
+
+
+def pss(processes: Iterable[psutil.Process]) -> int:
+    """Proportional set size of all of them together, in bytes; of those that have ended, nothing."""
+    total = 0
+    for process in processes:
+        with suppress(psutil.Error):
+            total += process.memory_full_info().pss
+    return total
+
+
+@contextmanager
+def sampled(read: Callable[[], int], every_s: float) -> Iterator[list[int]]:
+    """What ``read`` says again and again until the block ends, the first and the last at its ends."""
+    samples, over = [read()], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(every_s):
+            samples.append(read())
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield samples
+    finally:
+        over.set()
+        watcher.join()
+        samples.append(read())
