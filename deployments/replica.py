@@ -20,6 +20,7 @@ import asyncio
 import contextlib
 import logging
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +31,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
-from deployments import telemetry
+from deployments import memory, telemetry
 from deployments.annotation import Stage
 from deployments.checkpoints import Checkpoint, CheckpointError, resolve
 from deployments.health import Health, known_picture
@@ -170,6 +171,7 @@ class Replica(Generic[Model]):
     """What the model is in the graph; a subclass says it."""
 
     def __init__(self) -> None:
+        memory.keep_freed()
         self._metrics = Metrics()
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
@@ -178,6 +180,7 @@ class Replica(Generic[Model]):
         self._busy_since: float | None = None
         self._health = Health()
         self._known: tuple[Model, dict[str, Any]] | None = None
+        self._replaced: weakref.ref[Model] | None = None
 
     def load(self, checkpoint: Checkpoint) -> Model:
         """Load a checkpoint, on a thread beside the one that computes."""
@@ -223,6 +226,7 @@ class Replica(Generic[Model]):
             self._health.renewed()
             before = None if current is None else current.checkpoint.revision
             self._metrics.in_service(self.stage, checkpoint.revision, before)
+            self._replaced = None if current is None else weakref.ref(current)
 
     def _loaded(self, checkpoint: Checkpoint) -> tuple[Model, dict[str, Any]]:
         """A checkpoint's model, and its answer to the known picture.
@@ -365,6 +369,9 @@ class Replica(Generic[Model]):
         """
         if self._model is not None:
             self._metrics.in_service(self.stage, self._model.checkpoint.revision)
+        if self._replaced is not None and self._replaced() is None:  # the last request that it began has its answer
+            self._replaced = None
+            await asyncio.to_thread(memory.give_back)
         since = self._busy_since
         if since is not None and time.monotonic() - since > _STUCK_AFTER_S:
             raise RuntimeError(f"a batch has been running for {time.monotonic() - since:.0f} s")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from deployments import health
+from deployments import health, memory
 from deployments.captioner import Captioner
 from deployments.checkpoints import CheckpointError
 from deployments.detector import Detector
@@ -181,6 +181,23 @@ async def test_another_revision_has_a_known_answer_of_its_own(folder: Path) -> N
     replica._health.every_s = 0.0
     assert abs(replica._known[1]["ai_probability"] - before) > 0.02
     assert await outcome(replica) == ""
+
+
+async def test_memory_of_a_revision_that_was_replaced_goes_back_when_nobody_has_it_any_more(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_back: list[bool] = []
+    monkeypatch.setattr(memory, "give_back", lambda: given_back.append(True))
+    replica = await started(Detector, folder / "detector", always=False)
+    in_work = replica.model
+    await replica.check_health()
+    await replica.reconfigure({"uri": str(folder / "another")})
+    await replica.check_health()
+    assert not given_back, "a batch is still being computed by it"
+    del in_work
+    await replica.check_health()
+    await replica.check_health()
+    assert given_back == [True]
 
 
 async def test_a_replica_that_has_just_answered_is_not_asked(folder: Path) -> None:

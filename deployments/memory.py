@@ -1,0 +1,38 @@
+"""What a process does with memory that its model has let go of: it keeps it for the next batch.
+
+A network's activations are tens of megabytes, taken and let go of layer by layer. jemalloc, which replicas run with
+(`app/cluster.py`), hands blocks of that size back to the system between two uses, and the system zeroes each of their
+pages again: a fifth to a third of a batch's time on a CPU (`benchmarks/TRIED.md`). What is kept is what the largest
+batch takes. On GPUs activations are not in this memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+#: ``MALLCTL_ARENAS_ALL`` of jemalloc.h.
+_EVERY_ARENA = 4096
+
+
+def keep_freed() -> None:
+    """Have this process keep from now on what it frees; nothing changes where its allocator is not jemalloc."""
+    if (jemalloc := _jemalloc()) is None:
+        return
+    count, size = ctypes.c_uint(), ctypes.c_size_t(ctypes.sizeof(ctypes.c_uint))
+    jemalloc.mallctl(b"arenas.narenas", ctypes.byref(count), ctypes.byref(size), None, ctypes.c_size_t(0))
+    never = ctypes.c_ssize_t(-1)
+    # those that there are, and what those begin with that are still to come
+    for name in ("arenas", *(f"arena.{index}" for index in range(count.value))):
+        new, length = ctypes.byref(never), ctypes.c_size_t(ctypes.sizeof(never))
+        jemalloc.mallctl(f"{name}.dirty_decay_ms".encode(), None, None, new, length)
+
+
+def give_back() -> None:
+    """Hand back what is free at this moment: weights that another revision's have replaced."""
+    if (jemalloc := _jemalloc()) is not None:
+        jemalloc.mallctl(f"arena.{_EVERY_ARENA}.purge".encode(), None, None, None, ctypes.c_size_t(0))
+
+
+def _jemalloc() -> ctypes.CDLL | None:
+    process = ctypes.CDLL(None)
+    return process if hasattr(process, "mallctl") else None
