@@ -4,14 +4,16 @@
 
 Makes an environment for each (``.venv-peers/``; what is pinned in ``requirements-NAME.txt`` beside this file comes from
 whatever pip is set up with, PyTorch and the like from the environment that this runs in), lets each server try a few
-settings of its own (``tune``), and then measures round after round, the servers in turn, 1 to 64 clients without think
-time. In every round the bounds are measured too: the bare engine, and the matrix product that it is made of.
+settings of its own (``tune``), and then measures round after round, 1 to 64 clients without think time. All servers are
+up, and all but the one that is measured are stopped (SIGSTOP): turns are seconds apart, since what a machine does in one
+minute and in the next can differ by a third. In every round the bounds are measured too: the bare engine, and the matrix
+product that it is made of. Allocators are alike (jemalloc that keeps what is freed), but for the original's way.
 
 Out: ``results/peers.json`` and a plot. What has been measured is kept: the same command goes on after an interruption.
 
 * throughput, p50, p99 of answers, each server alone on the machine, the clients beside it
 * processor time a picture of all its processes, and that beyond the bare engine's
-* memory: proportional set size of all its processes after the load of 16 clients
+* memory: proportional set size of all its processes after the load
 
 What this project does for a picture and no other: it reads provenance, validates limits, and records metrics.
 """
@@ -53,6 +55,8 @@ from benchmarks.serving import read_photos
 
 ROOT = Path(__file__).parents[2]
 _HERE = Path(__file__).parent
+#: Long enough for health checks that were due meanwhile.
+_SETTLE_S = 2.0
 
 
 class PeersConfig(BaseModel):
@@ -132,6 +136,11 @@ def _bento(python: Path, port: int) -> list[str]:
     return [str(python), "-m", "bentoml", "serve", service, "--host", "127.0.0.1", "--port", str(port)]
 
 
+#: What replicas of this project do about memory (deployments/memory.py), for processes without Ray.
+_ALLOCATOR = {
+    "LD_PRELOAD": str(Path(sysconfig.get_path("purelib")) / "ray" / "core" / "libjemalloc.so"),
+    "MALLOC_CONF": "background_thread:true,narenas:2,dirty_decay_ms:-1,muzzy_decay_ms:0",
+}
 _BATCHES = [{BATCH: "4"}, {BATCH: "8"}, {BATCH: "16"}]
 SERVERS = {
     server.name: server
@@ -213,6 +222,28 @@ class Running:
         """Proportional set size of its processes."""
         return pss(self.processes())
 
+    def pause(self) -> None:
+        """Stop its processes where they are."""
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                process.suspend()
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """It runs meanwhile, and has had time to see to what it missed."""
+        self.resume()
+        time.sleep(_SETTLE_S)
+        try:
+            yield
+        finally:
+            self.pause()
+
+    def resume(self) -> None:
+        """Have its processes go on."""
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                process.resume()
+
 
 @contextmanager
 def started(server: Server, settings: dict[str, str], config: PeersConfig, log: Path) -> Iterator[Running]:
@@ -229,6 +260,8 @@ def started(server: Server, settings: dict[str, str], config: PeersConfig, log: 
         with _project(port, settings, config) as running:
             yield running
         return
+    if server.name != "original":
+        own |= _ALLOCATOR
     with tempfile.TemporaryDirectory() as home, log.open("w") as output:
         process = subprocess.Popen(
             server.command(python, port),
@@ -251,6 +284,7 @@ def started(server: Server, settings: dict[str, str], config: PeersConfig, log: 
             _wait(f"{url}{server.ready}", process, log)
             yield Running(f"{url}{server.path}", family)
         finally:
+            Running(url, family).resume()  # who is stopped does not end
             for one in reversed(family()):
                 with contextlib.suppress(psutil.Error):
                     one.terminate()
@@ -277,6 +311,7 @@ def _project(port: int, settings: dict[str, str], config: PeersConfig) -> Iterat
         wait_until_ready(instance, 600)
         yield Running(f"{instance.url}/v1/detect", lambda: cluster.processes(port))
     finally:
+        Running(instance.url, lambda: cluster.processes(port)).resume()  # who is stopped does not end
         cluster.stop(port)
 
 
@@ -343,6 +378,7 @@ def bare(config: PeersConfig, photos: list[bytes], batch: int) -> dict[str, Any]
         for number, data in enumerate(photos[:batch]):
             (Path(folder) / f"{number:03}.jpg").write_bytes(data)
         own = {"OMP_NUM_THREADS": str(config.threads), "PYTHONPATH": str(ROOT), CHECKPOINT: config.checkpoint}
+        own |= _ALLOCATOR
         command = [sys.executable, "-m", "benchmarks.peers.bare", folder, str(batch), str(config.bare_s)]
         done = subprocess.run(command, env=os.environ | own, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -369,38 +405,42 @@ def tune(config: PeersConfig, photos: list[bytes], result: dict[str, Any], rate:
 
 
 def measure(config: PeersConfig, photos: list[bytes], result: dict[str, Any], logs: Path) -> None:
-    """Round after round, each server alone, in another order every time."""
+    """Round after round, at each number of clients the servers in turn, in another order every time."""
     names = config.servers.split(",")
-    done = {(one["round"], one["server"]) for one in result["measurements"]}
-    for number in range(config.rounds):
-        if (number, "bare") not in done:
-            result["measurements"].append({"round": number, "server": "bare", **bare(config, photos, 8)})
-            write_result("peers", result, config.output)
-        rate = next(
-            one["with_decoding_per_s"]
-            for one in result["measurements"]
-            if one["server"] == "bare" and one["round"] == number
-        )
-        for name in names[number % len(names) :] + names[: number % len(names)]:
-            if (number, name) in done:
-                continue
-            server = SERVERS[name]
-            loads, memory = [], 0
-            with started(
-                server, result["settings"].get(name, server.tries[0]), config, logs / f"{name}.log"
-            ) as running:
-                asyncio.run(drive(running, server.send, photos, 4, 2.0, 8 / rate))  # warm
-                for clients in config.clients:
+    done = {(one["round"], one["server"], one.get("clients")) for one in result["measurements"]}
+
+    def keep(**measured: Any) -> None:
+        result["measurements"].append(measured)
+        write_result("peers", result, config.output)
+
+    with contextlib.ExitStack() as up:
+        running: dict[str, Running] = {}
+        for name in names:
+            settings = result["settings"].get(name, SERVERS[name].tries[0])
+            running[name] = up.enter_context(started(SERVERS[name], settings, config, logs / f"{name}.log"))
+            asyncio.run(drive(running[name], SERVERS[name].send, photos, 8, 2.0, 4.0))  # warm
+            running[name].pause()
+        for number in range(config.rounds):
+            if (number, "bare", None) not in done:
+                keep(round=number, server="bare", **bare(config, photos, 8))
+            rate = next(
+                one["with_decoding_per_s"]
+                for one in result["measurements"]
+                if one["server"] == "bare" and one["round"] == number
+            )
+            for turn, clients in enumerate(config.clients):
+                first = (number + turn) % len(names)
+                for name in names[first:] + names[:first]:
+                    if (number, name, clients) in done:
+                        continue
                     # all have had an answer by then, from a server at three quarters of the engine
                     warm_s = 2.0 + 1.3 * clients / rate
-                    loads.append(asyncio.run(drive(running, server.send, photos, clients, warm_s, config.measure_s)))
-                    print(f"  round {number} {name}, {clients} clients: {loads[-1]['per_s']:.2f}/s", flush=True)
-                    if clients <= 16:
-                        memory = running.memory_bytes()
-            result["measurements"].append(
-                {"round": number, "server": name, "memory_mb": round(memory / 2**20), "loads": loads}
-            )
-            write_result("peers", result, config.output)
+                    one = running[name]
+                    with one.awake():
+                        load = asyncio.run(drive(one, SERVERS[name].send, photos, clients, warm_s, config.measure_s))
+                        memory = one.memory_bytes()
+                    print(f"  round {number} {name}, {clients} clients: {load['per_s']:.2f}/s", flush=True)
+                    keep(round=number, server=name, memory_mb=round(memory / 2**20), **load)
 
 
 # -------------------------------------------------------------------------------------------------------------- figures
@@ -413,10 +453,9 @@ def summary(config: PeersConfig, result: dict[str, Any]) -> None:
     table: dict[str, dict[int, dict[str, Any]]] = {}
     rates: dict[tuple[str, int], list[float]] = {}
     for name in config.servers.split(","):
-        rounds = [one for one in result["measurements"] if one["server"] == name]
         table[name] = {}
         for clients in config.clients:
-            loads = [load for one in rounds for load in one["loads"] if load["clients"] == clients]
+            loads = [one for one in result["measurements"] if (one["server"], one.get("clients")) == (name, clients)]
             latencies = [value for load in loads for value in load["latencies_ms"]]
             rates[name, clients] = [load["per_s"] for load in loads]
             table[name][clients] = {
@@ -427,7 +466,7 @@ def summary(config: PeersConfig, result: dict[str, Any]) -> None:
                 "answers": len(latencies),
                 "cpu_s_each": statistics.median(load["cpu_s_each"] for load in loads),
                 "cpu_s_each_outside_the_engine": statistics.median(load["cpu_s_each"] for load in loads) - engine_cpu_s,
-                "memory_mb": statistics.median(one["memory_mb"] for one in rounds),
+                "memory_mb": statistics.median(load["memory_mb"] for load in loads),
                 "failures": sum((Counter(load["failures"]) for load in loads), Counter()),
             }
     result["servers"] = table
