@@ -4,10 +4,11 @@
 
 Makes an environment for each (``.venv-peers/``; what is pinned in ``requirements-NAME.txt`` beside this file comes from
 whatever pip is set up with, PyTorch and the like from the environment that this runs in), lets each server try a few
-settings of its own (``tune``), and then measures round after round, 1 to 64 clients without think time. All servers are
-up, and all but the one that is measured are stopped (SIGSTOP): turns are seconds apart, since what a machine does in one
-minute and in the next can differ by a third. In every round the bounds are measured too: the bare engine, and the matrix
-product that it is made of. Allocators are alike (jemalloc that keeps what is freed), but for the original's way.
+settings of its own (``tune``), and then measures round after round, 1 to 64 clients without think time. All servers
+are up, and all but the one that is measured are stopped (SIGSTOP): turns are seconds apart, since what a machine does
+in one minute and in the next can differ by a third. In every round the bounds are measured too: the bare engine, and
+the matrix product that it is made of. Allocators are alike (jemalloc that keeps what is freed), but for the original's
+way.
 
 Out: ``results/peers.json`` and a plot. What has been measured is kept: the same command goes on after an interruption.
 

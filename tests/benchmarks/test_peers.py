@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -108,15 +109,20 @@ def test_what_differs_starts_anew_and_what_does_not_goes_on() -> None:
 
 def test_who_is_not_measured_stands_still_and_goes_on_afterwards() -> None:
     process = psutil.Popen([sys.executable, "-c", "while True: pass"])
+
+    def stands_still() -> bool:
+        time.sleep(0.1)  # a signal takes its time
+        return process.status() == psutil.STATUS_STOPPED
+
     try:
         running = peers.Running("", lambda: [process])
         running.pause()
-        assert process.status() == psutil.STATUS_STOPPED
+        assert stands_still()
         with running.awake():
-            assert process.status() != psutil.STATUS_STOPPED
-        assert process.status() == psutil.STATUS_STOPPED
+            assert not stands_still()
+        assert stands_still()
         running.resume()
-        assert process.status() != psutil.STATUS_STOPPED
+        assert not stands_still()
     finally:
         process.kill()
         process.wait()
