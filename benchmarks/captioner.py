@@ -1,7 +1,8 @@
 """Captions and tokens a second of the captioner as it is served, beside the library's plain ``generate()``.
 
-Both sides read the same pictures with the same weights and settings in one run: in every round each batch is captioned
-by the one and then by the other, the order changing from round to round, and what counts is the ratio of such a pair.
+Both sides read the same pictures with the same weights and settings in one run, each in a process of its own, the
+served one with the allocator that replicas have: in every round each batch is captioned by the one and then by the
+other, the order changing from round to round, and what counts is the ratio of such a pair.
 Three tables: speed by batch and beams, whether the tokens are the same, and where the time of a batch goes.
 
 BLIP-base is measured at its full size. Where its weights cannot be fetched they are drawn at random: that changes no
@@ -18,13 +19,17 @@ Out: ``results/captioner_speed.json`` and plots. Knows no Serve: what requests a
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
+import os
 import statistics
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -34,12 +39,13 @@ from transformers import AutoModelForImageTextToText
 from transformers.cache_utils import EncoderDecoderCache
 
 from benchmarks.blip_base import Architecture, random_blip
+from benchmarks.memory import ALLOCATOR
 from benchmarks.plots import COLOURS, save, table
 from benchmarks.report import QUICK, RESULTS, write_result
 from deployments.captioner import CaptionerModel
 from deployments.checkpoints import Checkpoint, resolve
 from deployments.images import decode
-from deployments.views import render
+from deployments.views import ViewSpec, render
 
 #: Parts of a batch, in the order of the plot.
 PARTS = ("image tower", "cross keys and values", "decoder layers", "output layer", "cache re-ordering", "search")
@@ -68,60 +74,115 @@ class CaptionerBenchmark(BaseModel):
     quick: bool = Field(False, description="the starter alone, two small batches, once: shows that it works")
 
 
-class Sides:
-    """The same checkpoint twice: as it is served, and as the library loads and runs it."""
+class Loaded:
+    """A checkpoint as it is served, or as the library loads and runs it; in a process of its own."""
 
-    def __init__(self, checkpoint: Checkpoint, **settings: Any) -> None:
-        self.served = CaptionerModel(checkpoint)
-        self.settings = self.served.generation | settings
-        self.plain: Any = AutoModelForImageTextToText.from_pretrained(  # nosec B615 # a folder on disk
-            checkpoint.folder, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
-        )
-        network = self.served.network
-        self.plain.to(network.device, network.dtype).eval()
+    def __init__(self, uri: str, served: bool, threads: int, settings: dict[str, Any]) -> None:
+        torch.set_num_threads(threads)
+        self._model = CaptionerModel(resolve(uri))
+        self.settings = self._model.generation | settings
+        self._served = served
+        self.network: Any = self._model.network
+        if not served:
+            self.network = AutoModelForImageTextToText.from_pretrained(  # nosec B615 # a folder on disk
+                self._model.checkpoint.folder, use_safetensors=True, trust_remote_code=False, dtype=torch.float32
+            )
+            self.network.to(self._model.network.device, self._model.network.dtype).eval()
 
-    def run(self, side: str, views: np.ndarray, beams: int) -> torch.Tensor:
-        """Token ids of a batch's captions."""
+    def about(self) -> dict[str, Any]:
+        """What is measured, and what to give it."""
+        text = self.network.config.text_config
+        return {
+            "model": self._model.checkpoint.name,
+            "parameters": sum(parameter.numel() for parameter in self.network.parameters()),
+            "settings": self.settings,
+            "views": self._model.views,
+            "tokens_that_say_nothing": (text.bos_token_id, text.pad_token_id),
+        }
+
+    @torch.inference_mode()
+    def write(self, views: np.ndarray, beams: int) -> tuple[float, np.ndarray]:
+        """How long a batch takes, in seconds, and its captions' token ids."""
         settings = self.settings | {"num_beams": beams}
-        if side == "served":
-            return self.served.write(views, **settings)
-        with torch.inference_mode():
-            pixels = self.served.pixels(views)
-            return self.plain.generate(pixel_values=pixels, **self.served.prompt(len(views)), **settings)
+        begun = time.perf_counter()
+        if self._served:
+            ids = self._model.write(views, **settings)
+        else:
+            pixels = self._model.pixels(views)
+            ids = self.network.generate(pixel_values=pixels, **self._model.prompt(len(views)), **settings)
+        ids = ids.cpu()  # on a GPU the time is over when the answer is there
+        return time.perf_counter() - begun, ids.numpy()
 
-    def network(self, side: str) -> Any:
-        return self.served.network if side == "served" else self.plain
-
-
-def seconds(call: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
-    """How long a call takes, and its answer."""
-    begun = time.perf_counter()
-    answer = call().cpu()  # on a GPU the time is over when the answer is there
-    return time.perf_counter() - begun, answer
-
-
-def written(ids: torch.Tensor, begin: int, pad: int) -> int:
-    """Tokens that were written, ends of sentences included."""
-    return int(((ids != pad) & (ids != begin)).sum())
+    def where(self, views: np.ndarray, beams: int) -> dict[str, float]:
+        """Milliseconds a picture of each part; ``search`` is what is in no other."""
+        with timed(self.network) as spent:
+            total, _ = self.write(views, beams)
+        spent["search"] = total - sum(spent.values())
+        return {part: round(1000 * spent[part] / len(views), 1) for part in PARTS}
 
 
-def compare(sides: Sides, views: np.ndarray, beams: int, rounds: int) -> dict[str, Any]:
+_loaded: Loaded | None = None
+
+
+def _load(*arguments: Any) -> dict[str, Any]:
+    global _loaded
+    _loaded = Loaded(*arguments)
+    return _loaded.about()
+
+
+def _ask(method: str, *arguments: Any) -> Any:
+    return getattr(_loaded, method)(*arguments)
+
+
+class Side:
+    """One of the two, and the process that it is in: what is served has the allocator of replicas."""
+
+    def __init__(self, checkpoint: Checkpoint, served: bool, threads: int, **settings: Any) -> None:
+        self._process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        with mock.patch.dict(os.environ, ALLOCATOR if served else {}):
+            self.about = self._process.submit(_load, checkpoint.uri, served, threads, settings).result()
+
+    def write(self, views: np.ndarray, beams: int) -> tuple[float, np.ndarray]:
+        """See ``Loaded.write``."""
+        return self._process.submit(_ask, "write", views, beams).result()
+
+    def where(self, views: np.ndarray, beams: int) -> dict[str, float]:
+        """See ``Loaded.where``."""
+        return self._process.submit(_ask, "where", views, beams).result()
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.shutdown()
+
+
+@contextlib.contextmanager
+def both(checkpoint: Checkpoint, threads: int, **settings: Any) -> Iterator[dict[str, Side]]:
+    """The same checkpoint twice."""
+    with contextlib.ExitStack() as stack:
+        sides = {}
+        for name in ("plain", "served"):
+            sides[name] = Side(checkpoint, name == "served", threads, **settings)
+            stack.callback(sides[name].close)
+        yield sides
+
+
+def compare(sides: dict[str, Side], views: np.ndarray, beams: int, rounds: int) -> dict[str, Any]:
     """Both sides on one batch, in turn."""
-    config = sides.plain.config.text_config
     times: dict[str, list[float]] = {"plain": [], "served": []}
-    ids: dict[str, torch.Tensor] = {}
+    ids: dict[str, np.ndarray] = {}
     same = True
     for number in range(rounds):
         for side in ("plain", "served") if number % 2 == 0 else ("served", "plain"):
-            taken, ids[side] = seconds(lambda side=side: sides.run(side, views, beams))  # type: ignore[misc]
+            taken, ids[side] = sides[side].write(views, beams)
             times[side].append(taken)
-        same = same and torch.equal(ids["plain"], ids["served"])
+        same = same and np.array_equal(ids["plain"], ids["served"])
     ratios = sorted(plain / served for plain, served in zip(times["plain"], times["served"], strict=True))
-    tokens = written(ids["plain"], config.bos_token_id, config.pad_token_id)
+    # tokens that were written, ends of sentences included
+    tokens = int((~np.isin(ids["plain"], sides["plain"].about["tokens_that_say_nothing"])).sum())
     row: dict[str, Any] = {"batch": len(views), "beams": beams}
-    for side, each in times.items():
-        row[f"{side}_captions_per_s"] = round(len(views) / statistics.median(each), 3)
-        row[f"{side}_tokens_per_s"] = round(tokens / statistics.median(each), 2)
+    for name, each in times.items():
+        row[f"{name}_captions_per_s"] = round(len(views) / statistics.median(each), 3)
+        row[f"{name}_tokens_per_s"] = round(tokens / statistics.median(each), 2)
     return row | {
         "ratio": round(statistics.median(ratios), 3),
         "lowest": round(ratios[0], 3),
@@ -180,46 +241,37 @@ def timed(network: Any) -> Iterator[dict[str, float]]:
             handle.remove()
 
 
-def where(sides: Sides, views: np.ndarray, beams: int) -> dict[str, Any]:
-    """Milliseconds a picture of each part, on both sides; ``search`` is what is in no other."""
-    result: dict[str, Any] = {"batch": len(views), "beams": beams}
-    for side in ("plain", "served"):
-        with timed(sides.network(side)) as spent:
-            total, _ = seconds(lambda side=side: sides.run(side, views, beams))  # type: ignore[misc]
-        spent["search"] = total - sum(spent.values())
-        result[side] = {part: round(1000 * spent[part] / len(views), 1) for part in PARTS}
-    return result
-
-
-def blip_base(config: CaptionerBenchmark, folder: Path) -> Sides:
-    """BLIP-base: the checkpoint that is named, or random weights."""
+def blip_base(config: CaptionerBenchmark, folder: Path) -> tuple[Checkpoint, dict[str, Any]]:
+    """BLIP-base, the checkpoint that is named or random weights, and how its captions are to be written."""
     if config.checkpoint:
-        return Sides(resolve(config.checkpoint))
+        return resolve(config.checkpoint), {}
     if not (config.config and config.processor and config.vocabulary):
         raise SystemExit("error: random weights want all of --config, --processor and --vocabulary")
     described = Architecture(config=config.config, processor=config.processor, vocabulary=config.vocabulary)
     random_blip(described, folder, spread=0.05)
-    return Sides(resolve(str(folder)), max_new_tokens=config.length, min_new_tokens=config.length)
+    return resolve(str(folder)), {"max_new_tokens": config.length, "min_new_tokens": config.length}
 
 
-def measured(sides: Sides, name: str, config: CaptionerBenchmark) -> dict[str, Any]:
+def measured(sides: dict[str, Side], config: CaptionerBenchmark, name: str = "") -> dict[str, Any]:
     """All batches of a model, and where their time goes."""
-    views = views_of(sides, config)
+    about = sides["plain"].about
+    views = views_of(about["views"], config)
     sizes = [int(size) for size in config.batches.split(",")]
     beams = [int(number) for number in config.beams.split(",")]
-    for side in ("plain", "served"):
-        sides.run(side, views[:1], beams[-1])
+    for side in sides.values():
+        side.write(views[:1], beams[-1])
     rows, parts = [], []
     for size in sizes:
         for number in beams:
             rows.append(compare(sides, views[:size], number, config.rounds))
             print(rows[-1], flush=True)
             if size in _PROFILED:
-                parts.append(where(sides, views[:size], number))
+                spent = {which: side.where(views[:size], number) for which, side in sides.items()}
+                parts.append({"batch": size, "beams": number} | spent)
     return {
-        "model": name,
-        "parameters": sum(parameter.numel() for parameter in sides.plain.parameters()),
-        "settings": sides.settings,
+        "model": name or about["model"],
+        "parameters": about["parameters"],
+        "settings": about["settings"],
         "speed": rows,
         "milliseconds_per_picture": parts,
         "batches_at_the_bar": {
@@ -229,13 +281,13 @@ def measured(sides: Sides, name: str, config: CaptionerBenchmark) -> dict[str, A
     }
 
 
-def views_of(sides: Sides, config: CaptionerBenchmark) -> np.ndarray:
+def views_of(spec: ViewSpec, config: CaptionerBenchmark) -> np.ndarray:
     """As many views as the largest batch has."""
     largest = max(int(size) for size in config.batches.split(","))
     photos = sorted(config.photos.rglob("*.jpg"))[:largest]
     if not photos:
         raise SystemExit(f"error: {config.photos} holds no .jpg; name another folder with --photos")
-    found = [render(decode(photo.read_bytes()).image, sides.served.views) for photo in photos]
+    found = [render(decode(photo.read_bytes()).image, spec) for photo in photos]
     return np.stack([found[number % len(found)] for number in range(largest)])
 
 
@@ -284,18 +336,16 @@ def main(arguments: list[str] | None = None) -> None:
     if config.quick:
         config = config.model_copy(update={"batches": "1,2", "rounds": 1})
         folder = QUICK
-    torch.set_num_threads(config.threads)
     result: dict[str, Any] = {"threads": config.threads, "rounds": config.rounds, "bar": _BAR}
     begun = time.monotonic()
     if config.starter:
-        sides = Sides(resolve(config.starter))
-        result["starter"] = measured(sides, sides.served.checkpoint.name, config)
-        del sides
+        with both(resolve(config.starter), config.threads) as sides:
+            result["starter"] = measured(sides, config)
     if not config.quick and (config.checkpoint or config.config):
         with tempfile.TemporaryDirectory(prefix="blip-", dir=config.scratch) as name:
-            sides = blip_base(config, Path(name) / "blip-base")
-            result["blip_base"] = measured(sides, config.checkpoint or "random weights", config)
-            del sides
+            checkpoint, settings = blip_base(config, Path(name) / "blip-base")
+            with both(checkpoint, config.threads, **settings) as sides:
+                result["blip_base"] = measured(sides, config, config.checkpoint or "random weights")
     result["minutes"] = round((time.monotonic() - begun) / 60, 1)
     for model in ("starter", "blip_base"):
         if model in result:

@@ -1,12 +1,22 @@
-"""Memory of processes that are measured from outside, at one moment and over time. Knows no benchmark."""
+"""Memory of processes that are measured from outside, at one moment and over time; and the allocator that the project's
+models run with, for processes without Ray. Knows no benchmark.
+"""
 
 from __future__ import annotations
 
+import sysconfig
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import psutil
+
+#: What Ray and ``deployments.memory`` do in a replica, as a process's environment.
+ALLOCATOR = {
+    "LD_PRELOAD": str(Path(sysconfig.get_path("purelib")) / "ray" / "core" / "libjemalloc.so"),
+    "MALLOC_CONF": "background_thread:true,narenas:2,dirty_decay_ms:-1,muzzy_decay_ms:0",
+}
 
 
 def pss(processes: Iterable[psutil.Process]) -> int:

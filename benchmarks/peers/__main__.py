@@ -49,7 +49,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from app import cluster
 from benchmarks import plots
 from benchmarks.load import closed_loop, quantile, session
-from benchmarks.memory import pss
+from benchmarks.memory import ALLOCATOR, pss
 from benchmarks.peers.model import BATCH, CHECKPOINT, PORT, THREADS, WAIT_S
 from benchmarks.report import QUICK, RESULTS, write_result
 from benchmarks.serving import read_photos
@@ -137,11 +137,6 @@ def _bento(python: Path, port: int) -> list[str]:
     return [str(python), "-m", "bentoml", "serve", service, "--host", "127.0.0.1", "--port", str(port)]
 
 
-#: What replicas of this project do about memory (deployments/memory.py), for processes without Ray.
-_ALLOCATOR = {
-    "LD_PRELOAD": str(Path(sysconfig.get_path("purelib")) / "ray" / "core" / "libjemalloc.so"),
-    "MALLOC_CONF": "background_thread:true,narenas:2,dirty_decay_ms:-1,muzzy_decay_ms:0",
-}
 _BATCHES = [{BATCH: "4"}, {BATCH: "8"}, {BATCH: "16"}]
 SERVERS = {
     server.name: server
@@ -179,17 +174,19 @@ def environment(name: str, root: Path) -> Path:
     """
     if not name:
         return Path(sys.executable)
-    wanted = (_HERE / f"requirements-{name}.txt").read_text()
+    pinned = (_HERE / f"requirements-{name}.txt").read_text()
+    shared = os.path.realpath(sysconfig.get_path("purelib"))
+    wanted = f"{pinned}{shared}\n"
     folder = root / name
     python, stamp = folder / "bin" / "python", folder / "made"
     if stamp.is_file() and stamp.read_text() == wanted:
         return python
-    print(f"making the environment of {name}: {len(wanted.split())} pinned packages", flush=True)
+    print(f"making the environment of {name}: {len(pinned.split())} pinned packages", flush=True)
     shutil.rmtree(folder, ignore_errors=True)
     base = Path(sys.base_prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
     subprocess.run([str(base if base.is_file() else sys.executable), "-m", "venv", str(folder)], check=True)
     version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    (folder / "lib" / version / "site-packages" / "shared.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (folder / "lib" / version / "site-packages" / "shared.pth").write_text(f"{shared}\n")
     install: list[str | Path] = [python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps"]
     # `--ignore-installed`: what the shared environment has is not to count as installed
     subprocess.run([*install, "--ignore-installed", "-r", _HERE / f"requirements-{name}.txt"], check=True)
@@ -262,7 +259,7 @@ def started(server: Server, settings: dict[str, str], config: PeersConfig, log: 
             yield running
         return
     if server.name != "original":
-        own |= _ALLOCATOR
+        own |= ALLOCATOR
     with tempfile.TemporaryDirectory() as home, log.open("w") as output:
         process = subprocess.Popen(
             server.command(python, port),
@@ -379,7 +376,7 @@ def bare(config: PeersConfig, photos: list[bytes], batch: int) -> dict[str, Any]
         for number, data in enumerate(photos[:batch]):
             (Path(folder) / f"{number:03}.jpg").write_bytes(data)
         own = {"OMP_NUM_THREADS": str(config.threads), "PYTHONPATH": str(ROOT), CHECKPOINT: config.checkpoint}
-        own |= _ALLOCATOR
+        own |= ALLOCATOR
         command = [sys.executable, "-m", "benchmarks.peers.bare", folder, str(batch), str(config.bare_s)]
         done = subprocess.run(command, env=os.environ | own, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
