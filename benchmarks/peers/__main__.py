@@ -328,11 +328,23 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path, timeout_s: floa
 # ------------------------------------------------------------------------------------------------------------ measuring
 
 
+def answers_per_s(finished: list[float], since: float) -> float:
+    """From ``since`` on: between the last answer before it and the last of all, moments in ascending order.
+
+    Answers come a batch at a time. Those in a window of fixed ends would be a batch more or less: a sixth of twelve
+    seconds'.
+    """
+    before = [moment for moment in finished if moment < since]
+    later = len(finished) - len(before)
+    return later / (finished[-1] - (before[-1] if before else since)) if later else 0.0
+
+
 async def drive(
     running: Running, send: Sender, photos: list[bytes], clients: int, warm_s: float, seconds: float
 ) -> dict[str, Any]:
     """Clients without think time: answers, how long they took, and what they cost, once all have had their first."""
     latencies: list[float] = []
+    finished: list[float] = []
     failures: Counter[str] = Counter()
     begun = time.perf_counter()
     ends = begun + warm_s + seconds
@@ -348,8 +360,10 @@ async def drive(
         if answer.status_code != 200:
             failures[str(answer.status_code)] += 1
             await asyncio.sleep(0.05)
-        elif begun + warm_s <= now < ends:
-            latencies.append(now - sent)
+        elif now < ends:
+            finished.append(now)
+            if now >= begun + warm_s:
+                latencies.append(now - sent)
 
     async def cost() -> float:
         await asyncio.sleep(warm_s)
@@ -360,12 +374,13 @@ async def drive(
     async with session(clients, 300) as http:
         watched = asyncio.ensure_future(cost())
         await asyncio.gather(watched, closed_loop(http, clients, ask, lambda _: time.perf_counter() < ends))
+    per_s = answers_per_s(finished, begun + warm_s)
     return {
         "clients": clients,
         "answers": len(latencies),
-        "per_s": len(latencies) / seconds,
+        "per_s": per_s,
         "latencies_ms": [round(value * 1000) for value in latencies],
-        "cpu_s_each": watched.result() / max(1, len(latencies)),
+        "cpu_s_each": watched.result() / seconds / per_s if per_s else 0.0,
         "failures": dict(failures),
     }
 

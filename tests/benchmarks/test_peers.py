@@ -107,6 +107,14 @@ def test_what_differs_starts_anew_and_what_does_not_goes_on() -> None:
     assert config.fingerprint() != config.model_copy(update={"measure_s": 1.0}).fingerprint()
 
 
+@pytest.mark.parametrize("since", [0.5, 1.5, 2.9])
+def test_where_a_window_begins_within_a_batch_does_not_matter(since: float) -> None:
+    finished = [moment for batch in range(1, 11) for moment in [batch * 2.0] * 8]  # four a second
+    assert peers.answers_per_s(finished, 20 + since) == 0.0
+    assert peers.answers_per_s(finished, 4 + since) == pytest.approx(4.0)
+    assert peers.answers_per_s([], since) == 0.0
+
+
 def test_who_is_not_measured_stands_still_and_goes_on_afterwards() -> None:
     process = psutil.Popen([sys.executable, "-c", "while True: pass"])
 
