@@ -33,6 +33,8 @@ def parse(uri: str) -> tuple[float, float, float]:
 class _Sleeper:
     """In a model's place."""
 
+    in_parts = False
+
     def __init__(self, uri: str, task: Any, architecture: str) -> None:
         self.base_s, self.each_s, _ = parse(uri)
         self.views = ViewSpec()

@@ -273,7 +273,7 @@ class _PictureStage(_ModelStage):
         views = batch.pop(self.stage)
         for first in range(0, len(chosen), self._batch_size):
             part, started = chosen[first : first + self._batch_size], time.perf_counter()
-            answers = self._replica.answer(self._model, views[part])
+            answers = self._replica.answers(self._model, views[part])
             for index, answer in zip(part, answers, strict=True):
                 self.enter(records[index], answer, batch["provenance"][index])
             self._time([records[index] for index in part], started)

@@ -33,6 +33,7 @@ class CaptionerModel:
         self.checkpoint = checkpoint
         self.views = ViewSpec.from_processor(checkpoint.folder)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.in_parts = self.device == "cpu"
         self._normalise = Normalisation.from_processor(checkpoint.folder)
         self._tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)  # nosec B615 # a folder on disk
         dtype = torch.bfloat16 if self.device == "cuda" else torch.float32

@@ -9,6 +9,7 @@ layer was given, projected as the checkpoint's reference says. Knows no HTTP and
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -45,12 +46,18 @@ def last_layer(network: torch.nn.Module, labels: int) -> torch.nn.Module | None:
 
 @contextlib.contextmanager
 def reading(layer: torch.nn.Module | None) -> Iterator[list[torch.Tensor]]:
-    """A list of what the layer is given meanwhile."""
+    """A list of what the layer is given meanwhile, on this thread."""
     read: list[torch.Tensor] = []
     if layer is None:
         yield read
         return
-    handle = layer.register_forward_pre_hook(lambda _, given: read.append(given[0]))
+    own = threading.get_ident()  # another thread may be computing another part of a batch
+
+    def hook(_: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        if threading.get_ident() == own:
+            read.append(given[0])
+
+    handle = layer.register_forward_pre_hook(hook)
     try:
         yield read
     finally:
@@ -89,6 +96,7 @@ class DetectorModel:
         self.last_layer = last_layer(self._model, len(names))
         self.reference: Reference | None = read_reference(checkpoint.folder)
         self.engine = open_engine(checkpoint, self.device) if engine else None
+        self.in_parts = self.device == "cpu" and self.engine is None  # an engine has threads of its own
 
     @property
     def network(self) -> Any:

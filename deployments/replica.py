@@ -1,7 +1,9 @@
 """What the picture models' replicas share: loading by URI, swapping a revision in place, batches on a worker thread.
 
 A replica's event loop never computes: Serve's health checks, cancellations and queueing run on it. Batches run on one
-thread of their own. A new revision is loaded on another, beside the one in service, which goes on answering until the
+thread of their own, which on a CPU has as many parts of a batch computed beside each other as it may use cores: threads
+that share every layer wait for each other after each, and whatever else a core does meanwhile keeps all of them. A new
+revision is loaded on another, beside the one in service, which goes on answering until the
 two are exchanged between two batches: no request is lost, none waits, and for that time both are in memory.
 
 Pictures are batched by ``serve.batch``, behind a ``Door``. ``serve.batch`` closes a batch when its wait is over,
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
 import weakref
@@ -97,6 +100,8 @@ class PictureModel(Protocol):
 
     checkpoint: Checkpoint
     views: ViewSpec
+    in_parts: bool
+    """Parts of a batch may be computed by several threads at a time, and gain by it."""
 
 
 Model = TypeVar("Model", bound=PictureModel)
@@ -171,10 +176,14 @@ class Replica(Generic[Model]):
     """What the model is in the graph; a subclass says it."""
 
     def __init__(self) -> None:
+        import torch
+
         memory.keep_freed()
         self._metrics = Metrics()
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="model")
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="load")
+        threads, use = torch.get_num_threads(), torch.set_num_threads  # of the thread that calls it
+        self._worker = ThreadPoolExecutor(1, "model", use, (threads,))
+        self._loader = ThreadPoolExecutor(1, "load", use, (threads,))
+        self._parts, self._most_parts = ThreadPoolExecutor(threads, "part", use, (1,)), threads
         self._door = Door()
         self._model: Model | None = None
         self._busy_since: float | None = None
@@ -189,6 +198,14 @@ class Replica(Generic[Model]):
     def answer(self, model: Model, views: np.ndarray) -> Sequence[dict[str, Any] | NotFinite]:
         """Answers to a batch of uint8 views ``(n, V, S, S, 3)``, on the worker thread."""
         raise NotImplementedError
+
+    def answers(self, model: Model, views: np.ndarray) -> Sequence[dict[str, Any] | NotFinite]:
+        """As ``answer``, in as many parts as there are threads for where that is faster."""
+        parts = min(self._most_parts, len(views)) if model.in_parts else 1
+        if parts <= 1:
+            return self.answer(model, views)
+        found = self._parts.map(functools.partial(self.answer, model), np.array_split(views, parts))
+        return [answer for part in found for answer in part]
 
     def known_answer(self, model: Model) -> dict[str, Any]:
         """The answer to the known picture; the same whenever the same model computes it.
@@ -330,7 +347,7 @@ class Replica(Generic[Model]):
         chosen = [index for index in alive(deadline) if specs[index] == model.views]
         if chosen:
             try:
-                found = await self.compute(self.answer, model, np.stack([views[index] for index in chosen]))
+                found = await self.compute(self.answers, model, np.stack([views[index] for index in chosen]))
             except ModelFailed as error:
                 self._health.failed(str(error))
                 raise

@@ -50,7 +50,7 @@ from app import cluster
 from benchmarks import plots
 from benchmarks.load import closed_loop, quantile, session
 from benchmarks.memory import ALLOCATOR, pss
-from benchmarks.peers.model import BATCH, CHECKPOINT, PORT, THREADS, WAIT_S
+from benchmarks.peers.model import BATCH, CHECKPOINT, PORT, THREADS, WAIT_S, WORKERS
 from benchmarks.report import QUICK, RESULTS, write_result
 from benchmarks.serving import read_photos
 
@@ -138,6 +138,8 @@ def _bento(python: Path, port: int) -> list[str]:
 
 
 _BATCHES = [{BATCH: "4"}, {BATCH: "8"}, {BATCH: "16"}]
+#: Two processes that share no layer, with a thread each: what a replica of this project does by threads.
+_WORKERS = {BATCH: "4", WORKERS: "2", "OMP_NUM_THREADS": "1"}
 SERVERS = {
     server.name: server
     for server in (
@@ -159,9 +161,9 @@ SERVERS = {
             "/predict",
             "/health",
             _form,
-            [*_BATCHES, {BATCH: "8", WAIT_S: "0.05"}],
+            [*_BATCHES, {BATCH: "8", WAIT_S: "0.05"}, _WORKERS],
         ),
-        Server("bentoml", "bentoml", _bento, "/predict", "/readyz", _forms, _BATCHES),
+        Server("bentoml", "bentoml", _bento, "/predict", "/readyz", _forms, [*_BATCHES, _WORKERS]),
     )
 }
 

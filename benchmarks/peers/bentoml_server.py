@@ -6,10 +6,10 @@ from pathlib import Path
 import bentoml
 import numpy as np
 
-from benchmarks.peers.model import BATCH, Detector, setting
+from benchmarks.peers.model import BATCH, WORKERS, Detector, setting
 
 
-@bentoml.service(workers=1, traffic={"timeout": 300, "max_concurrency": 1024})
+@bentoml.service(workers=int(setting(WORKERS, 1)), traffic={"timeout": 300, "max_concurrency": 1024})
 class DetectorService:
     """The detector as a BentoML service."""
 

@@ -8,7 +8,7 @@ import litserve as ls
 import numpy as np
 from fastapi import Request
 
-from benchmarks.peers.model import BATCH, PORT, WAIT_S, Detector, setting
+from benchmarks.peers.model import BATCH, PORT, WAIT_S, WORKERS, Detector, setting
 
 
 class DetectorAPI(ls.LitAPI):
@@ -39,7 +39,7 @@ if __name__ == "__main__":
     # `mcp` is there for vLLM, in another version than LitServe's tools for language models can use; no part of this
     ls.server._MCP_AVAILABLE = False
     api = DetectorAPI(max_batch_size=int(setting(BATCH, 8)), batch_timeout=setting(WAIT_S, 0.005))
-    server = ls.LitServer(api, accelerator="cpu", workers_per_device=1, timeout=300)
+    server = ls.LitServer(api, accelerator="cpu", workers_per_device=int(setting(WORKERS, 1)), timeout=300)
     server.run(
         host="127.0.0.1", port=int(os.environ[PORT]), num_api_servers=1, log_level="warning", generate_client_file=False
     )

@@ -20,8 +20,8 @@ from deployments.pixels import Normalisation
 from deployments.views import ViewSpec, render
 
 #: How the program tells servers what to serve, where, and in what batches.
-CHECKPOINT, PORT, BATCH, WAIT_S, THREADS = (
-    f"DEEPTRUST_PEER_{name}" for name in ("CHECKPOINT", "PORT", "BATCH", "WAIT_S", "THREADS")
+CHECKPOINT, PORT, BATCH, WAIT_S, THREADS, WORKERS = (
+    f"DEEPTRUST_PEER_{name}" for name in ("CHECKPOINT", "PORT", "BATCH", "WAIT_S", "THREADS", "WORKERS")
 )
 
 

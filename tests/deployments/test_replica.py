@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from deployments.checkpoints import resolve
+from deployments.detector import DetectorModel
 from deployments.pixels import ViewMismatch
 from deployments.replica import DeadlineExceeded, Door, ModelFailed, Replica, alive
 from deployments.views import ViewSpec
+from tests.train.small_models import small_detector
 
 pytestmark = pytest.mark.anyio
 
@@ -101,7 +108,7 @@ async def test_one_who_is_let_in_at_the_moment_of_going_away_gives_the_place_bac
 
 
 def loaded(views: ViewSpec) -> Any:
-    return SimpleNamespace(views=views, checkpoint=SimpleNamespace(revision="r1"))
+    return SimpleNamespace(views=views, checkpoint=SimpleNamespace(revision="r1"), in_parts=False)
 
 
 class Slow(Replica[Any]):
@@ -142,6 +149,29 @@ async def test_pictures_that_come_one_by_one_during_a_batch_are_computed_togethe
     # the first goes alone, or with whoever comes within the wait; all others come while it is computed
     assert len(replica.sizes) == 2
     assert sum(replica.sizes) == 7
+
+
+async def test_parts_of_a_batch_are_computed_beside_each_other_and_answered_in_order(replica: Slow) -> None:
+    replica._parts, replica._most_parts = ThreadPoolExecutor(3), 3
+    replica.model.in_parts = True
+    together = threading.Barrier(3, timeout=10)  # broken unless three are at it at a time
+
+    def answer(model: Any, views: np.ndarray) -> list[dict[str, Any]]:
+        together.wait()
+        return Slow.answer(replica, model, views)
+
+    replica.answer = answer  # type: ignore[method-assign]
+    answers = await asyncio.gather(*(replica.batched(picture(value), SPEC, time.time() + 60) for value in range(8)))
+    assert [answer["value"] for answer in answers] == list(range(8))
+    assert sorted(replica.sizes) == [2, 3, 3]
+
+
+async def test_a_batch_of_one_and_a_model_that_gains_nothing_are_computed_whole(replica: Slow) -> None:
+    replica._parts, replica._most_parts = ThreadPoolExecutor(3), 3
+    await asyncio.gather(*(replica.batched(picture(value), SPEC, time.time() + 60) for value in range(4)))
+    replica.model.in_parts = True
+    await replica.batched(picture(1), SPEC, time.time() + 60)
+    assert replica.sizes == [4, 1]
 
 
 async def test_a_batch_is_never_larger_than_the_door(replica: Slow) -> None:
@@ -197,3 +227,17 @@ async def test_what_a_model_raises_is_logged_here_and_named_there(replica: Slow,
 async def test_positions_of_those_who_have_time_left() -> None:
     now = time.time()
     assert alive([now + 10, now - 1, now + 10]) == [0, 2]
+
+
+def test_parts_that_are_computed_beside_each_other_have_the_outputs_of_the_whole(tmp_path: Path) -> None:
+    small_detector(tmp_path)
+    model = DetectorModel(resolve(str(tmp_path)))
+    assert model.in_parts
+    views = np.random.default_rng(0).integers(0, 256, (16, *model.views.shape), dtype=np.uint8)
+    logits, embeddings = model.outputs(views)
+    with ThreadPoolExecutor(4, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for _ in range(10):
+            parts = list(pool.map(model.outputs, np.array_split(views, 8)))
+            np.testing.assert_allclose(np.concatenate([part[0] for part in parts]), logits, atol=1e-5)
+            # of each part its own, and not whatever another thread gave the layer meanwhile
+            np.testing.assert_allclose(np.concatenate([part[1] for part in parts]), embeddings, atol=1e-5)  # type: ignore[arg-type]
