@@ -85,7 +85,11 @@ class CaptionerModel:
         Raises:
             ViewMismatch: another size than the checkpoint's.
         """
-        texts = self._tokenizer.batch_decode(self.write(views, **settings), skip_special_tokens=True)
+        return self.text(self.write(views, **settings))
+
+    def text(self, ids: torch.Tensor) -> list[str]:
+        """Captions of token ids, without the words that all of them begin with."""
+        texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [text.strip().removeprefix(self._prompt).strip()[:512] for text in texts]
 
     def knows(self, text: str) -> bool:
