@@ -105,7 +105,8 @@ class Loaded:
         if self._replica is None:
             return self._generated(views)
         begun = time.perf_counter()
-        captions = [answer["text"] for answer in self._replica.answers(self._model, views)]
+        answers = self._replica.answers(self._model, views)
+        captions = [answer["text"] for answer in answers if isinstance(answer, dict)]
         return time.perf_counter() - begun, captions, 0
 
     def where(self, views: np.ndarray, beams: int) -> dict[str, float]:
