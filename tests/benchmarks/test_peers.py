@@ -64,7 +64,7 @@ def test_bars_are_judged_round_by_round() -> None:
     assert bar["throughput_ratio"] == pytest.approx(1.0)
     assert bar["throughput_ratio_range"] == pytest.approx([4.7 / 4.8, 4.9 / 4.8])
     assert bar["throughput >= 1.00"] and bar["p99 <= 1.0"]
-    assert bar["cpu_outside_ratio"] == pytest.approx(0.04 / 0.06)
+    assert bar["cpu_s_each_more"] == pytest.approx(-0.02)
     assert found["bars"]["of the original's way"]["ratio"] == pytest.approx(2.4)
     assert found["bars"]["of the bare engine"]["bar >= 0.90"]
     assert "litserve" in peers.show(found)
