@@ -279,12 +279,13 @@ def started(server: Server, settings: dict[str, str], config: PeersConfig, log: 
                 seen.update({one.pid: one for one in (tree, *tree.children(recursive=True))})
             return list(seen.values())
 
+        url = f"http://127.0.0.1:{port}"
+        running = Running(f"{url}{server.path}", family)
         try:
-            url = f"http://127.0.0.1:{port}"
             _wait(f"{url}{server.ready}", process, log)
-            yield Running(f"{url}{server.path}", family)
+            yield running
         finally:
-            Running(url, family).resume()  # who is stopped does not end
+            running.resume()  # who is stopped does not end
             for one in reversed(family()):
                 with contextlib.suppress(psutil.Error):
                     one.terminate()
@@ -301,6 +302,7 @@ def _project(port: int, settings: dict[str, str], config: PeersConfig) -> Iterat
     from benchmarks.peers.project import configuration
 
     instance = cluster.start(port, max(2, os.cpu_count() or 2), 200 * 2**20)
+    running = Running(f"{instance.url}/v1/detect", lambda: cluster.processes(port))
     try:
         batch, wait_s = int(settings.get(BATCH, 8)), float(settings.get(WAIT_S, 0.0))
         chosen = configuration(port, config.checkpoint, batch, wait_s)
@@ -309,9 +311,9 @@ def _project(port: int, settings: dict[str, str], config: PeersConfig) -> Iterat
                 one["ray_actor_options"]["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(config.threads)}}
         deploy(instance, chosen)
         wait_until_ready(instance, 600)
-        yield Running(f"{instance.url}/v1/detect", lambda: cluster.processes(port))
+        yield running
     finally:
-        Running(instance.url, lambda: cluster.processes(port)).resume()  # who is stopped does not end
+        running.resume()  # who is stopped does not end
         cluster.stop(port)
 
 

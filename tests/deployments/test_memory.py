@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from pathlib import Path
-
-import ray
 
 from app import cluster
+from benchmarks.memory import ALLOCATOR
 
 #: What a network does: blocks of 24 MB, taken and let go of one after the other. The lines: page faults of the last
 #: rounds, resident MB then, and after what is free has been handed back.
@@ -41,9 +39,9 @@ print(resident_mb())
 
 
 def layers(way: str, allocator: bool = True) -> list[int]:
-    own = {name: value for name, value in cluster.environment(8000).items() if name == "MALLOC_CONF"}
+    own = {"MALLOC_CONF": cluster.environment(8000)["MALLOC_CONF"]}
     if allocator:
-        own["LD_PRELOAD"] = str(Path(ray.__file__).parent / "core" / "libjemalloc.so")
+        own["LD_PRELOAD"] = ALLOCATOR["LD_PRELOAD"]
     ran = subprocess.run(
         [sys.executable, "-c", _LAYERS, way], env=os.environ | own, capture_output=True, text=True, check=True
     )
