@@ -628,9 +628,8 @@ def validate_part(config: ScaleConfig) -> dict[str, Any]:
     seconds, warm_s = (30.0, 10.0) if config.quick else (config.load_s, config.warm_s)
     result: dict[str, Any] = {"bar": 0.15, "stand_ins": scale_measure.validate_stand_ins(seconds, warm_s)}
     if not config.quick:
-        scale_measure.calibrate_apart(config.photos, config.count, config.seed)
-        calibration = stored("scale_calibration")
-        assert calibration is not None
+        calibration = calibrate_part(config)  # both of one run
+        print(write_result("scale_calibration", calibration, config.output), flush=True)
         photos = read_photos(config.photos, config.count, config.seed)
         result["starter"] = scale_measure.validate_starter(photos, calibration, config.cpu_config, 3 * seconds, warm_s)
     for name in ("stand_ins", "starter"):
@@ -665,7 +664,7 @@ def calibrate_part(config: ScaleConfig) -> dict[str, Any]:
 
     photos = read_photos(config.photos, config.count, config.seed)
     uris = {name: f"starter:{name}" for name in MODELS}
-    result = scale_measure.calibrate(photos, uris, config.threads, 2 if config.quick else config.repeats)
+    result = scale_measure.calibrate_apart(photos, uris, config.threads, 2 if config.quick else config.repeats)
 
     def draw(axes: Any) -> None:
         for number, name in enumerate(MODELS):
@@ -727,7 +726,7 @@ def main(arguments: list[str] | None = None) -> None:
     if unknown := set(parts) - set(_PARTS):
         raise SystemExit(f"error: no part {', '.join(sorted(unknown))}; there are {', '.join(_PARTS)}")
     for part in parts:
-        # `validate` calibrates again itself, so that both are of one run
+        # `validate` does that itself
         if part == "calibrate" and "validate" in parts and not config.quick:
             continue
         run_part, name = _PARTS[part]

@@ -15,20 +15,21 @@ import asyncio
 import io
 import json
 import math
+import multiprocessing
 import os
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import httpx
 import numpy as np
@@ -49,6 +50,7 @@ from benchmarks.graph_simulation import (
     poisson,
 )
 from benchmarks.load import closed_loop, quantile, session
+from benchmarks.memory import ALLOCATOR
 from benchmarks.plots import table
 from benchmarks.published import Step
 from benchmarks.serving import cpu_seconds, memory_bytes
@@ -63,13 +65,13 @@ DETECTOR, CAPTIONER, TAGGER = "stand-in:0.06+0.01", "stand-in:0.25+0.02", "stand
 
 
 def calibrate(photos: Sequence[bytes], uris: dict[str, str], threads: int, repeats: int) -> dict[str, Any]:
-    """Seconds of each model by batch size, and of decoding, in this process."""
+    """Seconds of each model by batch size, computed as its replica does, and of decoding, in this process."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
     import torch
 
-    from deployments.captioner import CaptionerModel
+    from deployments.captioner import Captioner, CaptionerModel
     from deployments.checkpoints import resolve
-    from deployments.detector import DetectorModel
+    from deployments.detector import Detector, DetectorModel
     from deployments.images import ImageLimits, decode
     from deployments.offline_tagger import OfflineTagger
     from deployments.provenance import read_provenance
@@ -99,7 +101,11 @@ def calibrate(photos: Sequence[bytes], uris: dict[str, str], threads: int, repea
         "uris": uris,
     }
     captions: list[str] = []
-    for name, run in (("detector", detector.detect), ("captioner", captioner.caption)):
+    runs: dict[str, Callable[[np.ndarray], Sequence[Any]]] = {
+        "detector": partial(Detector().answers, detector),
+        "captioner": partial(Captioner().answers, captioner),
+    }
+    for name, run in runs.items():
         run(np.stack(views[name][:8]))
         rows = []
         for size in (1, 2, 4, 8) if detector.device == "cpu" else (1, 2, 4, 8, 16, 32):
@@ -111,11 +117,11 @@ def calibrate(photos: Sequence[bytes], uris: dict[str, str], threads: int, repea
                 times.append(time.perf_counter() - begun)
                 works.append(time.process_time() - worked)
                 if name == "captioner":
-                    captions += list(answers)
+                    captions += [answer["text"] for answer in answers]
             rows.append({"size": size, "seconds": statistics.median(times), "cores": sum(works) / sum(times)})
             print(f"  {name}, {size} at a time: {statistics.median(times):.3f} s", flush=True)
         result[name] = rows
-    del detector, captioner
+    del runs, run, detector, captioner
     settings = TaggerSettings(device="gpu" if torch.cuda.is_available() else "cpu")
     engine = OfflineTagger(resolve(uris["tagger"]), settings)
     captions = list(dict.fromkeys(captions)) or ["a dog runs on the grass"]
@@ -143,6 +149,15 @@ def calibrate(photos: Sequence[bytes], uris: dict[str, str], threads: int, repea
         print(f"  tagger, {size} at a time: {statistics.median(times):.3f} s", flush=True)
     result["tagger"] = rows
     return result
+
+
+def calibrate_apart(photos: Sequence[bytes], uris: dict[str, str], threads: int, repeats: int) -> dict[str, Any]:
+    """``calibrate`` in a process of its own: with the allocator of replicas, and gone when a service starts."""
+    with (
+        mock.patch.dict(os.environ, ALLOCATOR),
+        ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process,
+    ):
+        return process.submit(calibrate, photos, uris, threads, repeats).result()
 
 
 def _family_seconds() -> float:
@@ -616,10 +631,3 @@ def _wait_for_replicas(instance: cluster.Instance, count: int, timeout_s: float 
     raise RuntimeError(
         f"not {count} replicas after {timeout_s:.0f} s but {running}: choose fewer with --replicas if it is memory"
     )
-
-
-def calibrate_apart(photos: Path, count: int, seed: int) -> None:
-    """Run ``calibrate`` in a process of its own, so that its models are gone before a service starts."""
-    command = [sys.executable, "-m", "benchmarks.scale", "--parts", "calibrate", "--photos", str(photos)]
-    command += ["--count", str(count), "--seed", str(seed)]
-    subprocess.run(command, cwd=ROOT, check=True)
