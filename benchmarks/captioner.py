@@ -19,17 +19,13 @@ Out: ``results/captioner_speed.json`` and plots. Knows no Serve: what requests a
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
-import os
 import statistics
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -39,7 +35,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.cache_utils import EncoderDecoderCache
 
 from benchmarks.blip_base import Architecture, random_blip
-from benchmarks.memory import ALLOCATOR
+from benchmarks.memory import ALLOCATOR, process_with
 from benchmarks.plots import COLOURS, save, table
 from benchmarks.report import QUICK, RESULTS, write_result
 from deployments.captioner import Captioner, CaptionerModel
@@ -150,9 +146,8 @@ class Side:
     """One of the two, and the process that it is in: what is served has the allocator of replicas."""
 
     def __init__(self, checkpoint: Checkpoint, served: bool, threads: int, **settings: Any) -> None:
-        self._process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-        with mock.patch.dict(os.environ, ALLOCATOR if served else {}):
-            self.about = self._process.submit(_load, checkpoint.uri, served, threads, settings).result()
+        self._process = process_with(ALLOCATOR if served else {})
+        self.about = self._process.submit(_load, checkpoint.uri, served, threads, settings).result()
 
     def write(self, views: np.ndarray, beams: int) -> tuple[float, list[str], int]:
         """See ``Loaded.write``."""

@@ -4,11 +4,15 @@ models run with, for processes without Ray. Knows no benchmark.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import sysconfig
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from unittest import mock
 
 import psutil
 
@@ -17,6 +21,14 @@ ALLOCATOR = {
     "LD_PRELOAD": str(Path(sysconfig.get_path("purelib")) / "ray" / "core" / "libjemalloc.so"),
     "MALLOC_CONF": "background_thread:true,narenas:2,dirty_decay_ms:-1,muzzy_decay_ms:0",
 }
+
+
+def process_with(environment: Mapping[str, str]) -> ProcessPoolExecutor:
+    """A process of its own that is started with these variables, such as ``ALLOCATOR``: to be shut down by its user."""
+    process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+    with mock.patch.dict(os.environ, environment):
+        process.submit(os.getpid).result()  # the first task starts it
+    return process
 
 
 def pss(processes: Iterable[psutil.Process]) -> int:

@@ -15,21 +15,17 @@ import asyncio
 import io
 import json
 import math
-import multiprocessing
 import os
 import random
 import statistics
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import httpx
 import numpy as np
@@ -37,7 +33,8 @@ import psutil
 import yaml
 
 from app import cluster
-from app.serve import ServeSettings, deploy, serving, wait_until_ready
+from app.serve import deploy, wait_until_ready
+from benchmarks.application import application
 from benchmarks.graph_simulation import (
     Admitted,
     Batching,
@@ -50,7 +47,7 @@ from benchmarks.graph_simulation import (
     poisson,
 )
 from benchmarks.load import closed_loop, quantile, session
-from benchmarks.memory import ALLOCATOR
+from benchmarks.memory import ALLOCATOR, process_with
 from benchmarks.plots import table
 from benchmarks.published import Step
 from benchmarks.serving import cpu_seconds, memory_bytes
@@ -153,10 +150,7 @@ def calibrate(photos: Sequence[bytes], uris: dict[str, str], threads: int, repea
 
 def calibrate_apart(photos: Sequence[bytes], uris: dict[str, str], threads: int, repeats: int) -> dict[str, Any]:
     """``calibrate`` in a process of its own: with the allocator of replicas, and gone when a service starts."""
-    with (
-        mock.patch.dict(os.environ, ALLOCATOR),
-        ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process,
-    ):
+    with process_with(ALLOCATOR) as process:
         return process.submit(calibrate, photos, uris, threads, repeats).result()
 
 
@@ -478,9 +472,7 @@ def validate_starter(
     photos: Sequence[bytes], calibration: dict[str, Any], config: Path, seconds: float, warm_s: float
 ) -> dict[str, Any]:
     """The application as ``make serve`` starts it, its models' times as ``calibrate`` measured them in the same run."""
-    os.environ["PORT"] = str(cluster.free_port(8312))
-    with tempfile.TemporaryDirectory() as folder, _store(folder), serving(ServeSettings(config=config)) as instance:
-        wait_until_ready(instance, 900)
+    with application(config) as instance:
         asyncio.run(load(instance.url, photos, 20.0, 0.0, clients=8))  # warm
         cost = overheads(instance.port, photos, idle_s=20.0)
         detector = batching(calibration["detector"], 8, 0.0)
@@ -513,19 +505,6 @@ def validate_starter(
         ]
         rows = compare(instance.url, photos, model, phases, warm_s)
     return {"one_client": cost, "hops_s": statistics.fmean(hops_s), "loads": rows}
-
-
-@contextmanager
-def _store(folder: str) -> Iterator[None]:
-    """A store of its own: another application's queue is not to be worked on here."""
-    before = os.environ.get("DEEPTRUST_STORE_URL")
-    os.environ["DEEPTRUST_STORE_URL"] = f"sqlite:///{folder}/store.db"
-    try:
-        yield
-    finally:
-        os.environ.pop("DEEPTRUST_STORE_URL")
-        if before is not None:
-            os.environ["DEEPTRUST_STORE_URL"] = before
 
 
 def worst(rows: Sequence[dict[str, Any]]) -> float:

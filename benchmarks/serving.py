@@ -1,10 +1,10 @@
-"""The whole graph under load, against the running application (``make serve``).
+"""The whole graph under load: an application that it starts, or a running one (``--url``).
 
 Three measurements, each on real photos over HTTP with the client on the same machine:
 
 * ``photos``    every photo answered completely, none 5xx, no replica restarted
-* ``ratio``     throughput against the same three models called back to back in this process, without HTTP, in
-alternating rounds
+* ``ratio``     throughput against the same three models called back to back in a process of their own, without HTTP,
+with the allocator of replicas, in alternating rounds
 * ``overload``  four times the clients that saturate it, no think time: goodput against its best, what is refused,
 memory, and which process works how long for an answer. Steady state: what is answered in the first seconds, while the
 batches fill, and after the clients have stopped does not count
@@ -21,6 +21,7 @@ import random
 import statistics
 import time
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -32,8 +33,9 @@ import psutil
 from pydantic import BaseModel, ConfigDict, Field
 
 from app import cluster
+from benchmarks.application import application
 from benchmarks.load import closed_loop, session
-from benchmarks.memory import pss, sampled
+from benchmarks.memory import ALLOCATOR, process_with, pss, sampled
 from benchmarks.report import write_result
 
 
@@ -43,7 +45,7 @@ class ServingConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     photos: Path = Field(description="folder of photos (JPEG, PNG), searched recursively")
-    url: str = Field("http://127.0.0.1:8000", description="the running application")
+    url: str | None = Field(None, description="the running application; null: one is started, as by `make serve`")
     parts: str = Field("photos,ratio,overload", description="which measurements")
     count: int = Field(500, ge=8, description="photos sent by `photos`")
     clients: int = Field(16, ge=1, description="clients that saturate it")
@@ -126,7 +128,7 @@ async def drive(url: str, photos: list[bytes], clients: int, seconds: float | No
 
 
 class BackToBack:
-    """The same three checkpoints in this process, batch after batch: decoding included, no HTTP, no Ray."""
+    """The same three checkpoints in one process, batch after batch: decoding included, no HTTP, no Ray."""
 
     def __init__(self, uris: dict[str, str]) -> None:
         from deployments.captioner import CaptionerModel
@@ -155,6 +157,19 @@ class BackToBack:
             )
         self.tagger.tag(captions)
         return time.perf_counter() - started
+
+
+_direct: BackToBack | None = None
+
+
+def _load(uris: dict[str, str]) -> None:
+    global _direct
+    _direct = BackToBack(uris)
+
+
+def _run(photos: list[bytes]) -> float:
+    assert _direct is not None
+    return _direct.run(photos)
 
 
 def memory_bytes(port: int) -> int:
@@ -203,70 +218,90 @@ def read_photos(folder: Path, count: int, seed: int) -> list[bytes]:
     return photos
 
 
+def ratio_part(config: ServingConfig, url: str, photos: list[bytes]) -> dict[str, Any]:
+    """The service and the models back to back, in turn."""
+    models = httpx.get(f"{url}/v1/models").json()
+    with process_with(ALLOCATOR) as direct:
+        direct.submit(_load, {stage: models[stage]["uri"] for stage in ("detector", "captioner", "tagger")}).result()
+        direct.submit(_run, photos[:8]).result()
+        rounds = []
+        for number in range(config.rounds):
+            chosen = random.Random(number).sample(photos, config.round_photos)
+            seconds = {}
+            for way in ("back to back", "served") if number % 2 == 0 else ("served", "back to back"):
+                if way == "back to back":
+                    seconds[way] = direct.submit(_run, chosen).result()
+                    continue
+                load = asyncio.run(drive(url, chosen, config.clients))
+                if load.complete != len(chosen):  # a refusal is quick
+                    raise SystemExit(
+                        f"error: {load.complete} complete answers to {len(chosen)} photos: {load.summary()}"
+                    )
+                seconds[way] = load.seconds
+            bare, served = seconds["back to back"], seconds["served"]
+            rounds.append(
+                {"back_to_back_s": round(bare, 2), "served_s": round(served, 2), "ratio": round(bare / served, 3)}
+            )
+            print(rounds[-1], flush=True)
+    return {
+        "rounds": rounds,
+        "ratio_median": statistics.median(entry["ratio"] for entry in rounds),
+        "clients": config.clients,
+        "photos_a_round": config.round_photos,
+    }
+
+
+def overload_part(config: ServingConfig, url: str, port: int, photos: list[bytes]) -> dict[str, Any]:
+    """As many clients as saturate it, four times as many, and as many as before."""
+    phases = []
+    for clients in (config.clients, 4 * config.clients, config.clients):
+        spent_before = cpu_seconds(port)
+        with sampled(partial(memory_bytes, port), 5.0) as memory:
+            load = asyncio.run(drive(url, photos, clients, config.warm_s + config.overload_s))
+        load.window = (config.warm_s, config.warm_s + config.overload_s)
+        spent = cpu_seconds(port) - spent_before
+        phases.append(
+            load.summary()
+            | {
+                "clients": clients,
+                "memory_mb_least_most": [round(size(memory) / 2**20) for size in (min, max)],
+                "cpu_seconds_per_answer": {
+                    name: round(value / max(1, load.complete), 3) for name, value in spent.most_common(12)
+                },
+            }
+        )
+        print(phases[-1], flush=True)
+    reference = max(phases[0]["goodput_per_s"], phases[2]["goodput_per_s"])
+    return {
+        "phases": phases,
+        "goodput_of_best": round(phases[1]["goodput_per_s"] / reference, 3),
+        "settings": config.model_dump(mode="json", exclude={"photos", "url"}),
+    }
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the chosen parts and write ``results/serving_PART.json``."""
     from pydantic_settings import CliApp
 
     config = CliApp.run(ServingConfig, cli_args=arguments)
-    port = int(config.url.rsplit(":", 1)[1])
+    parts = config.parts.split(",")
     photos = read_photos(config.photos, config.count, config.seed)
     print(f"{len(photos)} photos, {sum(map(len, photos)) / len(photos) / 1000:.0f} kB on average", flush=True)
-    asyncio.run(drive(config.url, photos[:32], config.clients))  # warm
-    parts = config.parts.split(",")
-    if "photos" in parts:
-        before = replicas(port)
-        load = asyncio.run(drive(config.url, photos, config.clients))
-        result = load.summary() | {"clients": config.clients, "replicas_restarted": len(before - replicas(port))}
-        print(result, write_result("serving_photos", result), flush=True)
-    if "ratio" in parts:
-        models = httpx.get(f"{config.url}/v1/models").json()
-        direct = BackToBack({stage: models[stage]["uri"] for stage in ("detector", "captioner", "tagger")})
-        direct.run(photos[:8])
-        rounds = []
-        for number in range(config.rounds):
-            chosen = random.Random(number).sample(photos, config.round_photos)
-            bare = direct.run(chosen)
-            load = asyncio.run(drive(config.url, chosen, config.clients))
-            if load.complete != len(chosen):  # a refusal is quick
-                raise SystemExit(f"error: {load.complete} complete answers to {len(chosen)} photos: {load.summary()}")
-            served = load.seconds
-            rounds.append(
-                {"back_to_back_s": round(bare, 2), "served_s": round(served, 2), "ratio": round(bare / served, 3)}
-            )
-            print(rounds[-1], flush=True)
-        result = {
-            "rounds": rounds,
-            "ratio_median": statistics.median(entry["ratio"] for entry in rounds),
-            "clients": config.clients,
-            "photos_a_round": config.round_photos,
-        }
-        print(result["ratio_median"], write_result("serving_ratio", result), flush=True)
-    if "overload" in parts:
-        phases = []
-        for clients in (config.clients, 4 * config.clients, config.clients):
-            spent_before = cpu_seconds(port)
-            with sampled(partial(memory_bytes, port), 5.0) as memory:
-                load = asyncio.run(drive(config.url, photos, clients, config.warm_s + config.overload_s))
-            load.window = (config.warm_s, config.warm_s + config.overload_s)
-            spent = cpu_seconds(port) - spent_before
-            phases.append(
-                load.summary()
-                | {
-                    "clients": clients,
-                    "memory_mb_least_most": [round(size(memory) / 2**20) for size in (min, max)],
-                    "cpu_seconds_per_answer": {
-                        name: round(value / max(1, load.complete), 3) for name, value in spent.most_common(12)
-                    },
-                }
-            )
-            print(phases[-1], flush=True)
-        reference = max(phases[0]["goodput_per_s"], phases[2]["goodput_per_s"])
-        result = {
-            "phases": phases,
-            "goodput_of_best": round(phases[1]["goodput_per_s"] / reference, 3),
-            "settings": config.model_dump(mode="json", exclude={"photos", "url"}),
-        }
-        print(result, write_result("serving_overload", result), flush=True)
+    with ExitStack() as stack:
+        url = config.url or stack.enter_context(application()).url
+        port = int(url.rsplit(":", 1)[1])
+        asyncio.run(drive(url, photos[:32], config.clients))  # warm
+        if "photos" in parts:
+            before = replicas(port)
+            load = asyncio.run(drive(url, photos, config.clients))
+            result = load.summary() | {"clients": config.clients, "replicas_restarted": len(before - replicas(port))}
+            print(result, write_result("serving_photos", result), flush=True)
+        if "ratio" in parts:
+            result = ratio_part(config, url, photos)
+            print(result["ratio_median"], write_result("serving_ratio", result), flush=True)
+        if "overload" in parts:
+            result = overload_part(config, url, port, photos)
+            print(result["goodput_of_best"], write_result("serving_overload", result), flush=True)
 
 
 if __name__ == "__main__":
