@@ -97,9 +97,16 @@ proofs: dev  ## the tests that take minutes each (kills, sweeps, thousands of bo
 	$(PY) -m pytest -m proof
 
 PHOTOS ?= samples
-bench: dev  ## beside the peers, and how large it must be (PHOTOS=FOLDER of JPEGs; on a quiet machine)
-	$(PY) -m benchmarks.peers --photos $(PHOTOS) --rounds 2
-	$(PY) -m benchmarks.scale --photos $(PHOTOS) --parts validate,size,spike
+bench: dev  ## every claim of speed in turn, on a quiet machine (PHOTOS=FOLDER of JPEGs; CAPTIONED= and DATA=PREPARED for two more)
+	$(PY) -m benchmarks.peers --photos $(PHOTOS) --clients '[16,64]' --rounds 1
+	$(PY) -m benchmarks.serving --photos $(PHOTOS) --parts ratio
+	$(PY) -m benchmarks.captioner --photos $(PHOTOS)
+	$(PY) -m benchmarks.hops
+	$(PY) -m benchmarks.annotate --photos $(PHOTOS) --parts throughput --long 192 --rounds 1
+	$(PY) -m benchmarks.prepare --photos $(PHOTOS) --parts throughput --pictures 3000 --rounds 1
+	$(if $(CAPTIONED),$(PY) -m benchmarks.tagger_serving --flickr $(CAPTIONED))
+	$(if $(DATA),$(PY) -m benchmarks.training --data $(DATA)/aivshuman --parts overhead --rounds 1)
+	$(PY) -m benchmarks.scale --photos $(PHOTOS) --parts validate,size,spike --load-s 30
 
 bench-quick: dev  ## the same, short: shows that it works
 	$(PY) -m benchmarks.peers --photos $(PHOTOS) --quick

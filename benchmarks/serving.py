@@ -226,7 +226,8 @@ def ratio_part(config: ServingConfig, url: str, photos: list[bytes]) -> dict[str
         direct.submit(_run, photos[:8]).result()
         rounds = []
         for number in range(config.rounds):
-            chosen = random.Random(number).sample(photos, config.round_photos)
+            enough = photos * -(-config.round_photos // len(photos))
+            chosen = random.Random(number).sample(enough, config.round_photos)
             seconds = {}
             for way in ("back to back", "served") if number % 2 == 0 else ("served", "back to back"):
                 if way == "back to back":
