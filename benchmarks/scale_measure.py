@@ -332,16 +332,23 @@ class Phase:
         return list(poisson(random.Random(seed), lambda _: self.rate, warm_s + self.seconds))
 
 
-def predicted(service: Service, phase: Phase, warm_s: float, seeds: int = 8) -> dict[str, float]:
-    """The model's figures for the same load, over several runs of a longer time than was measured."""
+def predicted(
+    service: Service, phase: Phase, warm_s: float, moments: Sequence[float] = (), seeds: int = 8
+) -> dict[str, float]:
+    """The model's figures for the same load, over several runs.
+
+    Args:
+        moments: when the requests were sent: what chance did to the load is no error of the model. Empty: of clients
+            without think time, for longer than was measured.
+    """
     latencies: list[float] = []
-    length = max(phase.seconds, 300.0)
+    length = phase.seconds if moments else max(phase.seconds, 300.0)
     for seed in range(seeds):
         graph = Graph(service, seed)
-        if phase.clients:
-            feed_clients(graph, phase.clients)
+        if moments:
+            feed(graph, iter(moments))
         else:
-            feed(graph, poisson(random.Random(seed), lambda _: phase.rate, warm_s + length))
+            feed_clients(graph, phase.clients)
         graph.clock.run(warm_s + length)
         latencies += [
             ended - arrived for arrived, ended, _, how in graph.outcomes if how == "answered" and ended >= warm_s
@@ -359,8 +366,9 @@ def compare(
     """Each load on the service and in the model, and how far they are apart."""
     rows = []
     for number, phase in enumerate(phases):
-        seen = asyncio.run(load(url, photos, phase.seconds, warm_s, phase.clients, phase.moments(warm_s, 100 + number)))
-        measured, model = seen.figures(), predicted(service, phase, warm_s)
+        moments = phase.moments(warm_s, 100 + number)
+        seen = asyncio.run(load(url, photos, phase.seconds, warm_s, phase.clients, moments))
+        measured, model = seen.figures(), predicted(service, phase, warm_s, moments)
         errors = {name: model[name] / measured[name] - 1 for name in model}
         rows.append(
             {

@@ -126,6 +126,9 @@ def test_the_time_between_processes_is_what_the_model_lacks() -> None:
     figures = predicted(service((0.03,)), Phase("one", 10.0, clients=1), 1.0, seeds=1)
     assert figures["p50_s"] == pytest.approx(alone + 0.03, rel=0.02)
     assert figures["throughput_per_s"] == pytest.approx(1 / (alone + 0.03), rel=0.02)
+    # at the moments that are given, and what ends before the warm-up is over does not count
+    figures = predicted(service((0.03,)), Phase("five", 10.0, rate=1.0), 1.0, [0.1, 2.0, 4.0, 6.0, 8.0], seeds=2)
+    assert figures["throughput_per_s"] == pytest.approx(0.4)
 
 
 def test_a_stand_in_says_how_long_it_takes() -> None:
