@@ -631,7 +631,10 @@ def validate_part(config: ScaleConfig) -> dict[str, Any]:
         calibration = calibrate_part(config)  # both of one run
         print(write_result("scale_calibration", calibration, config.output), flush=True)
         photos = read_photos(config.photos, config.count, config.seed)
-        result["starter"] = scale_measure.validate_starter(photos, calibration, config.cpu_config, 3 * seconds, warm_s)
+        asleep = result["stand_ins"]["one_client"]
+        result["starter"] = scale_measure.validate_starter(
+            photos, calibration, asleep, config.cpu_config, 3 * seconds, warm_s
+        )
     for name in ("stand_ins", "starter"):
         if name in result:
             result[name]["worst_error"] = scale_measure.worst(result[name]["loads"])

@@ -412,17 +412,28 @@ def overheads(port: int, photos: Sequence[bytes], idle_s: float = 10.0) -> dict[
     }
 
 
-def _ingress(cost: dict[str, Any], models_s: float, decode_spread: float, hops_s: tuple[float, ...]) -> IngressTimes:
-    """What ``overheads`` says of proxy, ingress and the rest; ``models_s`` is the models' own work for a picture."""
-    each: dict[str, float] = cost["each_s"]
-    proxy_s = sum(value for name, value in each.items() if "proxy" in name.lower())
-    ingress_s = sum(value for name, value in each.items() if "Ingress" in name)
+#: Processes in which models compute: what of their time is not the models' shows where those are asleep.
+_COMPUTING = ("enginecore", "detector", "captioner")
+
+
+def _named(cost: dict[str, Any], *names: str) -> float:
+    """Processor time a picture of the processes whose names have one of these in them, by ``overheads``."""
+    return sum(value for name, value in cost["each_s"].items() if any(part in name.lower() for part in names))
+
+
+def _beside(cost: dict[str, Any]) -> float:
+    """Processor time a picture of all that is neither proxy nor ingress."""
+    return _named(cost, "") - _named(cost, "proxy", "ingress")
+
+
+def _ingress(cost: dict[str, Any], beside_s: float, decode_spread: float, hops_s: tuple[float, ...]) -> IngressTimes:
+    """What ``overheads`` says of proxy and ingress; ``beside_s`` is of all other processes, models left out."""
     return IngressTimes(
-        proxy_s,
-        max(0.001, ingress_s - cost["decode_s"]),
+        _named(cost, "proxy"),
+        max(0.001, _named(cost, "ingress") - cost["decode_s"]),
         cost["decode_s"],
         decode_spread,
-        beside_s=max(0.001, sum(each.values()) - proxy_s - ingress_s - models_s),
+        beside_s=max(0.001, beside_s),
         hops_s=hops_s,
     )
 
@@ -444,7 +455,7 @@ def validate_stand_ins(seconds: float, warm_s: float) -> dict[str, Any]:
     (base_d, each_d, _), (base_c, each_c, _), (base_t, each_t, tokens) = map(parse, (DETECTOR, CAPTIONER, TAGGER))
     with stand_in_service() as instance:
         cost = overheads(instance.port, photos)
-        times = partial(_ingress, cost, 0.0, 0.0)
+        times = partial(_ingress, cost, _beside(cost), 0.0)
 
         def service(hops_s: tuple[float, ...]) -> Service:
             one = Scaling(max_ongoing=256, max_queued=256)
@@ -477,19 +488,26 @@ def validate_stand_ins(seconds: float, warm_s: float) -> dict[str, Any]:
 
 
 def validate_starter(
-    photos: Sequence[bytes], calibration: dict[str, Any], config: Path, seconds: float, warm_s: float
+    photos: Sequence[bytes],
+    calibration: dict[str, Any],
+    asleep: dict[str, Any],
+    config: Path,
+    seconds: float,
+    warm_s: float,
 ) -> dict[str, Any]:
-    """The application as ``make serve`` starts it, its models' times as ``calibrate`` measured them in the same run."""
+    """The application as ``make serve`` starts it, its models' times as ``calibrate`` measured them in the same run.
+
+    Args:
+        asleep: ``overheads`` of the same graph with models that sleep.
+    """
     with application(config) as instance:
         asyncio.run(load(instance.url, photos, 20.0, 0.0, clients=8))  # warm
         cost = overheads(instance.port, photos, idle_s=20.0)
         detector = batching(calibration["detector"], 8, 0.0)
         captioner = batching(calibration["captioner"], 8, 0.0)
         tagger = generating(calibration["tagger"], 16)
-        # the models' own work for a picture alone is not overhead
-        models_s = detector.times(1) * detector.width + captioner.times(1) * captioner.width
-        models_s += tagger.step_s(1) * tagger.tokens * tagger.width
-        times = partial(_ingress, cost, models_s, calibration["decode_spread"])
+        beside_s = _beside(cost) - _named(cost, *_COMPUTING) + _named(asleep, *_COMPUTING)
+        times = partial(_ingress, cost, beside_s, calibration["decode_spread"])
 
         def service(hops_s: tuple[float, ...]) -> Service:
             one = Scaling(max_ongoing=48, max_queued=64)
