@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import published, scale
+from benchmarks import published, scale_model
 from benchmarks.graph_simulation import Admitted, Batching, Generating, IngressTimes, Service
 from benchmarks.scale_measure import Phase, batching, fitted, generating, predicted
 from benchmarks.simulation import Scaling
@@ -20,11 +20,11 @@ ROUTERS = {"rows": [{"proxy_s_each": 0.004, "ingress_s_each": 0.012}]}
 def measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures of this machine that do not change with the last measurement."""
     results: dict[str, Any] = {"scale_calibration": CALIBRATION, "scale_routers": ROUTERS}
-    monkeypatch.setattr(scale, "stored", results.get)
+    monkeypatch.setattr(scale_model, "stored", results.get)
 
 
 def test_the_production_configuration_is_read() -> None:
-    settings = scale.graph_settings(scale.ROOT / "serve_config.yaml")
+    settings = scale_model.graph_settings(scale_model.ROOT / "serve_config.yaml")
     assert settings["detector"]["scaling"].gpu_share == 0.25
     assert settings["captioner"]["scaling"].upscale_delay_s == 10
     assert settings["tagger"]["scaling"].gpu_share == 1
@@ -39,7 +39,7 @@ def test_the_taggers_step_gives_back_what_was_published() -> None:
     for number, figure in published.MISTRAL.items():
         assert number / (100 * engine.step_s(number)) == pytest.approx(figure.value, rel=0.03)
     most = max(published.MISTRAL)
-    answers = scale.bounds(published.detector(8, 0), published.captioner(8, 0), engine)["tagger"]
+    answers = scale_model.bounds(published.detector(8, 0), published.captioner(8, 0), engine)["tagger"]
     assert answers <= 1.03 * published.MISTRAL[most].value * 100 / published.TAG_TOKENS, "more than was ever published"
 
 
@@ -48,16 +48,16 @@ def test_the_captioner_alone_takes_what_the_original_took() -> None:
 
 
 def test_replicas_are_packed() -> None:
-    settings = scale.graph_settings(scale.ROOT / "serve_config.yaml")
-    assert scale.gpus_for({"detector": 1, "captioner": 1, "tagger": 1}, settings) == 2
-    assert scale.gpus_for({"detector": 2, "captioner": 3, "tagger": 2}, settings) == 4
-    assert scale.gpus_for({"detector": 5, "captioner": 0, "tagger": 0}, settings) == 2
+    settings = scale_model.graph_settings(scale_model.ROOT / "serve_config.yaml")
+    assert scale_model.gpus_for({"detector": 1, "captioner": 1, "tagger": 1}, settings) == 2
+    assert scale_model.gpus_for({"detector": 2, "captioner": 3, "tagger": 2}, settings) == 4
+    assert scale_model.gpus_for({"detector": 5, "captioner": 0, "tagger": 0}, settings) == 2
 
 
 def test_a_size_carries_its_rate_and_more_needs_more(measured: None) -> None:
-    config = scale.ScaleConfig()
-    settings = scale.graph_settings(config.serve_config)
-    small, large = (scale.sized(config, settings, rate, 30.0) for rate in (20.0, 80.0))
+    config = scale_model.ScaleConfig()
+    settings = scale_model.graph_settings(config.serve_config)
+    small, large = (scale_model.sized(config, settings, rate, 30.0) for rate in (20.0, 80.0))
     for one in (small, large):
         assert one["answered_per_s"] == pytest.approx(one["rate_per_s"], rel=0.1)
         assert sum(one["not_answered"].values()) == 0
@@ -75,23 +75,23 @@ def test_what_is_as_busy_as_it_can_be_carries_nothing_for_long() -> None:
         "growth_per_s": 0.33,
         "use": {"captioner": 0.95, "places in work": 1.0},
     }
-    assert scale.carries(outcome, 58.78)
-    assert not scale.carries(outcome | {"use": {"captioner": 0.9997, "places in work": 0.5}}, 58.78)
-    assert not scale.carries(outcome | {"growth_per_s": 2.0}, 58.78)
+    assert scale_model.carries(outcome, 58.78)
+    assert not scale_model.carries(outcome | {"use": {"captioner": 0.9997, "places in work": 0.5}}, 58.78)
+    assert not scale_model.carries(outcome | {"growth_per_s": 2.0}, 58.78)
 
 
 def test_what_was_measured_without_a_gpu_sizes_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = scale.ScaleConfig(figures="measured")
-    monkeypatch.setattr(scale, "stored", lambda name: {"device": "cpu"})
+    config = scale_model.ScaleConfig(figures="measured")
+    monkeypatch.setattr(scale_model, "stored", lambda name: {"device": "cpu"})
     with pytest.raises(SystemExit, match="on a GPU machine"):
-        scale.models(config, scale.graph_settings(config.serve_config))
+        scale_model.models(config, scale_model.graph_settings(config.serve_config))
 
 
 def test_more_room_makes_a_spike_shorter(measured: None) -> None:
-    config = scale.ScaleConfig()
-    settings = scale.graph_settings(config.serve_config)
-    size = scale.sized(config, settings, 10.0, 30.0)
-    little, much = (scale.spike(config, settings, size, room, 64) for room in (1.0, 3.0))
+    config = scale_model.ScaleConfig()
+    settings = scale_model.graph_settings(config.serve_config)
+    size = scale_model.sized(config, settings, 10.0, 30.0)
+    little, much = (scale_model.spike(config, settings, size, room, 64) for room in (1.0, 3.0))
     assert much["deferred_p50_p99_max_s"][2] <= little["deferred_p50_p99_max_s"][2]
     assert much["most_waiting"] <= little["most_waiting"]
     assert much["drained_after_s"] is not None
@@ -137,13 +137,13 @@ def test_a_stand_in_says_how_long_it_takes() -> None:
 
 
 def test_the_production_configuration_carries_the_design_load_by_its_own_deferred_in_work(measured: None) -> None:
-    config = scale.ScaleConfig()
-    settings = scale.graph_settings(config.serve_config)
+    config = scale_model.ScaleConfig()
+    settings = scale_model.graph_settings(config.serve_config)
     outcome = {}
     for number in (None, 8):
-        service = scale.as_it_is(config.model_copy(update={"deferred_in_work": number}), settings, 3)
-        outcome[number] = scale.run(service, 50.0, 20.0, config.deferred_share, config.seed)
+        service = scale_model.as_it_is(config.model_copy(update={"deferred_in_work": number}), settings, 3)
+        outcome[number] = scale_model.run(service, 50.0, 20.0, config.deferred_share, config.seed)
     # nothing to spare: the tagger is as busy as anybody has published that it can be
     assert outcome[None]["interactive_refused_share"] == 0 and outcome[None]["growth_per_s"] < 1
     assert outcome[None]["use"]["tagger"] > 0.9
-    assert not scale.carries(outcome[8], 50.0) and outcome[8]["growth_per_s"] > 3
+    assert not scale_model.carries(outcome[8], 50.0) and outcome[8]["growth_per_s"] > 3
