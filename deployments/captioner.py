@@ -26,6 +26,19 @@ from deployments.views import ViewSpec
 GENERATION = {"num_beams": 3, "max_new_tokens": 20, "min_new_tokens": 4}
 
 
+def prompted(network: Any, tokenizer: Any, prompt: str, count: int) -> dict[str, torch.Tensor]:
+    """``input_ids`` and ``attention_mask`` ``(count, n)`` of the words that captions begin with, for ``generate``; empty
+    when there are none.
+
+    BLIP's own ``generate`` takes the tokenizer's end of text off; any other network would go on writing after it.
+    """
+    if not prompt:
+        return {}
+    given = tokenizer([prompt] * count, return_tensors="pt").to(network.device)
+    kept = slice(None) if hasattr(network, "text_decoder") else slice(None, -1)
+    return {name: given[name][:, kept] for name in ("input_ids", "attention_mask")}
+
+
 class CaptionerModel:
     """A captioner loaded for inference."""
 
@@ -63,10 +76,7 @@ class CaptionerModel:
 
     def prompt(self, count: int) -> dict[str, torch.Tensor]:
         """What ``generate`` is given of the words that captions begin with, if they do."""
-        if not self._prompt:
-            return {}
-        given = self._tokenizer([self._prompt] * count, return_tensors="pt").to(self.device)
-        return {name: given[name] for name in ("input_ids", "attention_mask")}
+        return prompted(self.network, self._tokenizer, self._prompt, count)
 
     @torch.inference_mode()
     def write(self, views: np.ndarray, **settings: Any) -> torch.Tensor:

@@ -37,7 +37,7 @@ from torch.nn import functional
 from data.captions import score_captions
 from data.locations import Location
 from data.versions import DataVersion
-from deployments.captioner import GENERATION
+from deployments.captioner import GENERATION, prompted
 from deployments.checkpoints import Checkpoint, cache_root, resolve
 from deployments.pixels import Normalisation
 from deployments.views import ViewSpec
@@ -216,7 +216,7 @@ class CaptionerModule(TrainedModule):
         self.vocabulary, self.generation, self.settings = vocabulary, generation, settings
         self.train_captions, self.val_captions = train, val
         self.tokens = [[vocabulary.encode(caption, settings.max_words) for caption in captions] for captions in train]
-        self.reward = CiderReward(train) if settings.objective == "cider" else None
+        self.reward = CiderReward(train, with_ends=True) if settings.objective == "cider" else None
 
     # ------------------------------------------------------------------------------------------------- batches
 
@@ -306,16 +306,17 @@ class CaptionerModule(TrainedModule):
         )
         texts = [text.strip() for text in self.vocabulary.tokenizer.batch_decode(sampled, skip_special_tokens=True)]
         prompt = self.settings.prompt or ""
+        given = 1 + len(self.vocabulary.prompt)
+        said = sampled[:, given:]
+        rows, has_ended = batch["row"].repeat_interleave(count).tolist(), (said == self.vocabulary.end).any(1).tolist()
         rewards = torch.tensor(
             [
-                self.reward(row, text.removeprefix(prompt).strip())
-                for row, text in zip(batch["row"].repeat_interleave(count).tolist(), texts, strict=True)
+                self.reward(row, text.removeprefix(prompt).strip(), ended)
+                for row, text, ended in zip(rows, texts, has_ended, strict=True)
             ],
             device=self.device,
         ).view(-1, count)
         advantage = (rewards - (rewards.sum(1, keepdim=True) - rewards) / (count - 1)).flatten()
-        given = 1 + len(self.vocabulary.prompt)
-        said = sampled[:, given:]
         ended = (said == self.vocabulary.end).cumsum(1)
         counted = (ended - (said == self.vocabulary.end).long() == 0).float()
         logits = model.text_decoder(
@@ -352,12 +353,7 @@ class CaptionerModule(TrainedModule):
         if "features" in batch:
             ids = self.generate(captioner.text_decoder, batch["features"].float())
         else:
-            given: dict[str, Any] = {}
-            if prompt:
-                given = dict(
-                    self.vocabulary.tokenizer([prompt] * len(batch["row"]), return_tensors="pt").to(self.device)
-                )
-                given.pop("token_type_ids", None)
+            given = prompted(captioner, self.vocabulary.tokenizer, prompt, len(batch["row"]))
             ids = captioner.generate(pixel_values=self.pixels(batch["pixels"]), **given, **self.generation)
         texts = self.vocabulary.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [text.strip().removeprefix(prompt).strip() for text in texts]

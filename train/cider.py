@@ -12,14 +12,22 @@ from collections import Counter
 from collections.abc import Sequence
 
 _ORDERS, _SIGMA = 4, 6.0
+#: No cleaned caption holds such a word.
+_END = "</s>"
 Vector = list[dict[tuple[str, ...], float]]
 
 
 class CiderReward:
-    """Scores captions against the references of a photo."""
+    """Scores captions against the references of a photo.
 
-    def __init__(self, references: Sequence[Sequence[str]]) -> None:
-        counted = [[_ngrams(text) for text in texts] for texts in references]
+    Args:
+        with_ends: the end of a caption counts as a word. Without it nothing is lost by ending in "in a", which most
+            photos have somewhere, and what is rewarded learns to.
+    """
+
+    def __init__(self, references: Sequence[Sequence[str]], with_ends: bool = False) -> None:
+        self._with_ends = with_ends
+        counted = [[self._counted(text) for text in texts] for texts in references]
         frequency: Counter[tuple[str, ...]] = Counter()
         for texts in counted:
             frequency.update({gram for grams in texts for gram in grams})
@@ -27,6 +35,9 @@ class CiderReward:
         self._rarity = {gram: photos - math.log(count) for gram, count in frequency.items()}
         self._unknown = photos
         self._references = [[self._vector(grams) for grams in texts] for texts in counted]
+
+    def _counted(self, text: str, has_ended: bool = True) -> Counter[tuple[str, ...]]:
+        return _ngrams([*text.split(), *([_END] if self._with_ends and has_ended else [])])
 
     def _vector(self, grams: Counter[tuple[str, ...]]) -> tuple[Vector, list[float], int]:
         vector: Vector = [{} for _ in range(_ORDERS)]
@@ -36,8 +47,9 @@ class CiderReward:
         # pycocoevalcap measures length in bigrams
         return vector, norms, sum(count for gram, count in grams.items() if len(gram) == 2)
 
-    def __call__(self, photo: int, caption: str) -> float:
-        own, norms, length = self._vector(_ngrams(caption))
+    def __call__(self, photo: int, caption: str, has_ended: bool = True) -> float:
+        """Score of a caption; ``has_ended``: and it was not cut off at the longest that may be written."""
+        own, norms, length = self._vector(self._counted(caption, has_ended))
         total = 0.0
         for other, other_norms, other_length in self._references[photo]:
             closeness = math.exp(-((length - other_length) ** 2) / (2 * _SIGMA**2))
@@ -51,8 +63,7 @@ class CiderReward:
         return 10.0 * total / _ORDERS / max(1, len(self._references[photo]))
 
 
-def _ngrams(text: str) -> Counter[tuple[str, ...]]:
-    words = text.split()
+def _ngrams(words: Sequence[str]) -> Counter[tuple[str, ...]]:
     return Counter(
         tuple(words[first : first + order])
         for order in range(1, _ORDERS + 1)

@@ -31,3 +31,11 @@ def test_a_caption_of_another_photo_earns_less_and_nothing_earns_nothing() -> No
     reward = CiderReward(REFERENCES)
     assert reward(0, REFERENCES[0][0]) > reward(0, REFERENCES[1][0])
     assert reward(0, "") == 0 and reward(0, "xyzzy") == 0
+
+
+def test_with_ends_a_torn_off_sentence_earns_less_than_a_whole_one() -> None:
+    plain, reward = CiderReward(REFERENCES), CiderReward(REFERENCES, with_ends=True)
+    assert plain(0, "a dog runs in a") > plain(0, "a dog runs")  # what the ends are for
+    assert reward(0, "a dog runs") > reward(0, "a dog runs in a")
+    assert reward(0, "a dog runs") > reward(0, "a dog runs", has_ended=False)
+    assert reward(0, "") == 0

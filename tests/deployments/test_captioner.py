@@ -1,0 +1,42 @@
+"""A captioner of another architecture than BLIP: loaded, given its pictures and its prompt, and read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import GitConfig, GitForCausalLM
+
+from deployments.captioner import CaptionerModel
+from deployments.checkpoints import resolve
+from tests.train.small_models import SIDE_PX, small_captioner
+
+
+def small_git(folder: Path) -> Path:
+    """A GIT of one layer with random weights, which begins each caption with `a`."""
+    small_captioner(folder, generation={"prompt": "a", "num_beams": 1, "min_new_tokens": 2, "max_new_tokens": 4})
+    words = len((folder / "vocab.txt").read_text().splitlines())
+    layers = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    GitForCausalLM(
+        GitConfig(
+            vision_config=layers | {"image_size": SIDE_PX, "patch_size": 8},
+            **layers,
+            vocab_size=words,
+            max_position_embeddings=64,
+            bos_token_id=2,
+            eos_token_id=3,
+        )
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_a_git_writes_on_after_its_prompt_and_not_after_an_end_of_text(tmp_path: Path) -> None:
+    folder = small_git(tmp_path / "git")
+    model = CaptionerModel(resolve(str(folder)))
+    views = np.random.default_rng(0).integers(0, 255, (2, *model.views.shape), dtype=np.uint8)
+    vocabulary = (folder / "vocab.txt").read_text().splitlines()
+    ids = model.write(views)
+    assert ids[:, :2].tolist() == [[2, vocabulary.index("a")]] * 2
+    assert 3 not in ids[:, 2:4], "there is an end of text between the prompt and what was written"
