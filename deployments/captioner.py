@@ -27,8 +27,8 @@ GENERATION = {"num_beams": 3, "max_new_tokens": 20, "min_new_tokens": 4}
 
 
 def prompted(network: Any, tokenizer: Any, prompt: str, count: int) -> dict[str, torch.Tensor]:
-    """``input_ids`` and ``attention_mask`` ``(count, n)`` of the words that captions begin with, for ``generate``; empty
-    when there are none.
+    """``input_ids`` and ``attention_mask`` ``(count, n)`` of the words that captions begin with, for ``generate``;
+    empty when there are none.
 
     BLIP's own ``generate`` takes the tokenizer's end of text off; any other network would go on writing after it.
     """
