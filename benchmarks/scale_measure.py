@@ -34,7 +34,7 @@ import yaml
 
 from app import cluster
 from app.serve import deploy, wait_until_ready
-from benchmarks.application import application
+from benchmarks.application import application, wait_for_replicas
 from benchmarks.graph_simulation import (
     Admitted,
     Batching,
@@ -558,7 +558,7 @@ def routers(counts: Sequence[int], rate: float, seconds: float, floor_bytes: int
                 print(f"{replicas} replicas of each would not fit in memory: enough", flush=True)
                 break
             deploy(instance, stand_in_config(instance.port, replicas, ingresses=2))
-            _wait_for_replicas(instance, 3 * replicas + 2)
+            wait_for_replicas(instance, 3 * replicas + 2)
             asyncio.run(load(instance.url, photos, 10.0, 0.0, moments=_every(rate, 10.0)))
             before, begun = cpu_seconds(instance.port), time.perf_counter()
             time.sleep(seconds / 2)
@@ -616,23 +616,3 @@ def _each(name: str, spent: Counter[str], idle: dict[str, float], took_s: float,
 
 def _every(rate: float, seconds: float) -> list[float]:
     return [number / rate for number in range(int(rate * seconds))]
-
-
-def _wait_for_replicas(instance: cluster.Instance, count: int, timeout_s: float = 600.0) -> None:
-    """Until that many are running.
-
-    Raises:
-        RuntimeError: they are not, after ``timeout_s``.
-    """
-    headers = {"Authorization": f"Bearer {cluster.token(instance.port)}"}
-    limit = time.monotonic() + timeout_s
-    while time.monotonic() < limit:
-        answer = httpx.get(f"{instance.dashboard_url}/api/serve/applications/", headers=headers, timeout=60).json()
-        deployments = answer["applications"]["deeptrust"]["deployments"]
-        running = {name: sum(r["state"] == "RUNNING" for r in one["replicas"]) for name, one in deployments.items()}
-        if sum(running.values()) == count:
-            return
-        time.sleep(1.0)
-    raise RuntimeError(
-        f"not {count} replicas after {timeout_s:.0f} s but {running}: choose fewer with --replicas if it is memory"
-    )

@@ -48,6 +48,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app import cluster
 from benchmarks import plots
+from benchmarks.application import wait_for_replicas
 from benchmarks.load import closed_loop, quantile, session
 from benchmarks.memory import ALLOCATOR, pss
 from benchmarks.peers.model import BATCH, CHECKPOINT, PORT, THREADS, WAIT_S, WORKERS
@@ -138,12 +139,13 @@ def _bento(python: Path, port: int) -> list[str]:
 
 
 _BATCHES = [{BATCH: "4"}, {BATCH: "8"}, {BATCH: "16"}]
-#: Two processes that share no layer, with a thread each: what a replica of this project does by threads.
-_WORKERS = {BATCH: "4", WORKERS: "2", "OMP_NUM_THREADS": "1"}
+#: Two processes that share no layer, with a thread each: what a replica of this project does by threads as well.
+_OMP = "OMP_NUM_THREADS"
+_WORKERS = {BATCH: "4", WORKERS: "2", _OMP: "1"}
 SERVERS = {
     server.name: server
     for server in (
-        Server("project", "", lambda python, port: [], "/v1/detect", "/readyz", _raw, _BATCHES),
+        Server("project", "", lambda python, port: [], "/v1/detect", "/readyz", _raw, [*_BATCHES, _WORKERS]),
         Server("original", "fastapi", _module("original"), "/predict", "/ready", _base64),
         Server(
             "fastapi",
@@ -254,7 +256,7 @@ def started(server: Server, settings: dict[str, str], config: PeersConfig, log: 
     """
     port = cluster.free_port(8320)
     python = environment(server.environment, config.environments)
-    own = {"OMP_NUM_THREADS": str(config.threads), "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+    own = {_OMP: str(config.threads), "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
     own |= {CHECKPOINT: config.checkpoint, PORT: str(port), "PYTHONPATH": str(ROOT), "BENTOML_DO_NOT_TRACK": "True"}
     if server.name == "project":
         with _project(port, settings, config) as running:
@@ -305,12 +307,10 @@ def _project(port: int, settings: dict[str, str], config: PeersConfig) -> Iterat
     running = Running(f"{instance.url}/v1/detect", lambda: cluster.processes(port))
     try:
         batch, wait_s = int(settings.get(BATCH, 8)), float(settings.get(WAIT_S, 0.0))
-        chosen = configuration(port, config.checkpoint, batch, wait_s)
-        for one in chosen["applications"][0]["deployments"]:
-            if one["name"] == "Detector":
-                one["ray_actor_options"]["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(config.threads)}}
-        deploy(instance, chosen)
+        replicas, threads = int(settings.get(WORKERS, 1)), int(settings.get(_OMP, config.threads))
+        deploy(instance, configuration(port, config.checkpoint, batch, wait_s, replicas, threads))
         wait_until_ready(instance, 600)
+        wait_for_replicas(instance, replicas, "Detector")
         yield running
     finally:
         running.resume()  # who is stopped does not end
@@ -394,7 +394,7 @@ def bare(config: PeersConfig, photos: list[bytes], batch: int) -> dict[str, Any]
     with tempfile.TemporaryDirectory() as folder:
         for number, data in enumerate(photos[:batch]):
             (Path(folder) / f"{number:03}.jpg").write_bytes(data)
-        own = {"OMP_NUM_THREADS": str(config.threads), "PYTHONPATH": str(ROOT), CHECKPOINT: config.checkpoint}
+        own = {_OMP: str(config.threads), "PYTHONPATH": str(ROOT), CHECKPOINT: config.checkpoint}
         own |= ALLOCATOR
         command = [sys.executable, "-m", "benchmarks.peers.bare", folder, str(batch), str(config.bare_s)]
         done = subprocess.run(command, env=os.environ | own, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)

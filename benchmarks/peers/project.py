@@ -25,7 +25,7 @@ def build(args: AppArgs) -> Application:
     return main.build(args)
 
 
-def configuration(port: int, uri: str, batch: int, wait_s: float) -> dict[str, Any]:
+def configuration(port: int, uri: str, batch: int, wait_s: float, replicas: int, threads: int) -> dict[str, Any]:
     """``serve_config.cpu.yaml`` for that graph; nothing is kept, as none of the others keeps anything."""
     config: dict[str, Any] = yaml.safe_load(_CONFIG.read_text())
     config["http_options"]["port"] = port
@@ -46,5 +46,6 @@ def configuration(port: int, uri: str, batch: int, wait_s: float) -> dict[str, A
             one["ray_actor_options"] = {"num_cpus": 0.01}
         if one["name"] == "Detector":
             one["user_config"] = {"uri": uri, "max_batch_size": batch, "batch_wait_timeout_s": wait_s}
-            one |= {"max_ongoing_requests": 96, "max_queued_requests": 96}
+            one |= {"max_ongoing_requests": 96, "max_queued_requests": 96, "num_replicas": replicas}
+            one["ray_actor_options"]["runtime_env"] = {"env_vars": {"OMP_NUM_THREADS": str(threads)}}
     return config
