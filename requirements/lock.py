@@ -10,6 +10,7 @@ environments of their own, whose pins do not go with the others.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -29,11 +30,15 @@ LEFT_OUT = {
     "audit": set[str](),
 }
 
+#: Of these there are builds for CPUs beside the plain ones, with a local part ("+cpu") that "==" overlooks and pip
+#: counts as newer.
+PLAIN_BUILD = {"gpu": {"torch"}}
+
 
 def read_pins(path: Path) -> dict[str, str]:
     """Name -> version of a list that has been written; empty when there is none."""
     lines = path.read_text().splitlines() if path.is_file() else []
-    return dict(line.split("==") for line in lines if "==" in line)
+    return dict(re.split("={2,3}", line) for line in lines if "==" in line)
 
 
 def resolve(requirements: list[str], constraints: dict[str, str]) -> dict[str, str]:
@@ -71,7 +76,9 @@ def main() -> None:
             pinned = resolve(project["dependencies"] + extras[name], held)
             pinned |= dict(package.split("==") for package in weights)
         lines = [
-            f"{package}=={version}" for package, version in sorted(pinned.items()) if package not in LEFT_OUT[name]
+            f"{package}{'===' if package in PLAIN_BUILD.get(name, ()) else '=='}{version}"
+            for package, version in sorted(pinned.items())
+            if package not in LEFT_OUT[name]
         ]
         header = f"# made by requirements/lock.py from pyproject.toml ({name}); install with pip install --no-deps -r\n"
         (HERE / f"{name}.txt").write_text(header + "\n".join(lines) + "\n")
