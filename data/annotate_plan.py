@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ PICTURE_SUFFIXES = (
 
 PLAN, SHARDS, MANIFEST = "plan.json", "plan.parquet", "manifest.json"
 _SHARD_FILE = re.compile(r"(\d{8})\.parquet")
+#: Stands in a name for bytes that are no UTF-8, which neither a plan nor a record can hold.
+_NO_TEXT = re.compile("[\udc80-\udcff]")
 
 #: A shard: `names` are pictures (kind `files`) or one parquet file, of which `rows` rows from `first` in `row_group`.
 _SCHEMA = pa.schema(
@@ -49,6 +52,12 @@ _SCHEMA = pa.schema(
 )
 _SHARDS_A_ROW_GROUP = 1024
 _SMALLEST_SHARD, _LARGEST_SHARD, _SHARDS_OF_A_SMALL_FOLDER = 8, 64, 64
+#: Columns of a parquet file that are read: a picture's bytes or where it lies, and its name.
+COLUMNS = frozenset({"id", "image", "path"})
+#: Bytes that may be read of a row group, which is read whole for each of its shards.
+_LARGEST_ROW_GROUP = 2**30
+#: Names that a message tells of many.
+_NAMES_SHOWN = 5
 
 
 class Plan(BaseModel):
@@ -79,7 +88,7 @@ class Listing:
         """Changes when a file comes, goes or changes."""
         digest = hashlib.sha256()
         for entry in self.entries:
-            digest.update(f"{entry.name}\0{entry.size}\0{entry.tag}\n".encode("utf-8", "surrogateescape"))
+            digest.update(f"{entry.name}\0{entry.size}\0{entry.tag}\n".encode())
         return digest.hexdigest()[:32]
 
 
@@ -87,8 +96,10 @@ def list_input(place: Location, kind: Kind | None = None, suffixes: Sequence[str
     """Pictures or parquet files below a place.
 
     Raises:
-        DataError: it is not there, is empty, or holds both and ``kind`` does not say which.
+        DataError: it is not there, is empty, holds both and ``kind`` does not say which, or has names that are no text.
     """
+    if _NO_TEXT.search(place.path):
+        raise DataError(f"{os.fsencode(place.path)!r} is not UTF-8: rename what it names")
     if place.is_file():
         if not place.name.lower().endswith(".parquet"):
             raise DataError(f"{place} is a file: --input takes a folder of pictures, an s3:// prefix, or parquet")
@@ -116,6 +127,11 @@ def list_input(place: Location, kind: Kind | None = None, suffixes: Sequence[str
     if not found[kind]:
         what = "parquet file" if kind == "parquet" else f"picture ({', '.join(wanted)})"
         raise DataError(f"there is no {what} in {place}, only {len(entries)} other files: check --input and --suffixes")
+    if strange := [repr(os.fsencode(entry.name)) for entry in found[kind] if _NO_TEXT.search(entry.name)]:
+        shown = ", ".join(strange[:_NAMES_SHOWN]) + (", ..." if len(strange) > _NAMES_SHOWN else "")
+        raise DataError(
+            f"{len(strange)} of {len(found[kind])} names in {place} are not UTF-8 ({shown}): rename these files"
+        )
     return Listing(kind=kind, entries=found[kind], others=len(entries) - len(found[kind]))
 
 
@@ -148,8 +164,20 @@ def _row_groups(place: Location, listing: Listing) -> list[tuple[FileEntry, list
             raise DataError(
                 f"{location} has neither a column `image` (bytes) nor `path`, only {', '.join(sorted(columns))}"
             )
-        groups.append((entry, [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]))
+        found = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+        if (largest := max(map(_bytes_read, found), default=0)) > _LARGEST_ROW_GROUP:
+            raise DataError(
+                f"{location} has a row group of {largest / 2**30:.1f} GiB, which each of its shards would read whole "
+                f"(at most {_LARGEST_ROW_GROUP / 2**30:g} GiB): write it again with row_group_size={_LARGEST_SHARD}"
+            )
+        groups.append((entry, [group.num_rows for group in found]))
     return groups
+
+
+def _bytes_read(group: pq.RowGroupMetaData) -> int:
+    """Size of what is read of a row group, uncompressed."""
+    chunks = (group.column(index) for index in range(group.num_columns))
+    return sum(chunk.total_uncompressed_size for chunk in chunks if chunk.path_in_schema.split(".")[0] in COLUMNS)
 
 
 def _parquet_shards(groups: list[tuple[FileEntry, list[int]]], shard_pictures: int) -> Iterator[dict[str, Any]]:
@@ -214,8 +242,8 @@ def _read_plan(output: Location) -> Plan | None:
     except (FileNotFoundError, NotADirectoryError):
         if output.is_file():
             raise DataError(f"{output} is a file: --output takes a folder") from None
-        # a first start that was killed may have left the list of shards, or a part of it
-        strangers = [e.name for e in output.files() if not e.name.startswith(SHARDS)] if output.is_dir() else []
+        # a first start that was killed may have left the list of shards, or a part of it or of the plan
+        strangers = [e.name for e in output.files() if not e.name.startswith((SHARDS, PLAN))] if output.is_dir() else []
         if strangers:
             raise DataError(
                 f"{output} is not empty ({strangers[0]}) and holds no annotation: choose another --output"

@@ -25,7 +25,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.annotate_plan import Kind, parquet_file, shard_name
+from data.annotate_plan import COLUMNS, Kind, parquet_file, shard_name
 from data.annotations import FOLDER, to_table
 from data.errors import DataError, as_data_error
 from data.locations import Location
@@ -33,6 +33,7 @@ from deployments.annotation import Annotation, Provenance, Stage
 from deployments.checkpoints import Checkpoint, resolve
 from deployments.images import ImageError, ImageLimits, decode
 from deployments.provenance import read_provenance
+from deployments.replica import NotFinite
 from deployments.tagger import TaggerSettings
 from deployments.views import ViewSpec, render
 
@@ -119,7 +120,7 @@ class Reader:
         location = parquet_file(self._place, name)
         with location.open() as file:
             parquet = pq.ParquetFile(file)
-            columns = set(parquet.schema_arrow.names) & {"id", "image", "path"}
+            columns = COLUMNS & set(parquet.schema_arrow.names)
             table = parquet.read_row_group(row["row_group"], columns=sorted(columns)).slice(first, row["pictures"])
         number = sum(parquet.metadata.row_group(group).num_rows for group in range(row["row_group"])) + first
         for offset in range(table.num_rows):
@@ -232,10 +233,9 @@ class _ModelStage:
     def __init__(self) -> None:
         os.nice(self.yields)
 
-    def _records(self, batch: Batch) -> tuple[list[Annotation], list[int]]:
-        """The records, and the positions of those without an error."""
-        records = [Annotation.model_validate_json(text) for text in batch["record"]]
-        return records, [index for index, record in enumerate(records) if not record.errors]
+    @staticmethod
+    def _records(batch: Batch) -> list[Annotation]:
+        return [Annotation.model_validate_json(text) for text in batch["record"]]
 
     def _time(self, records: list[Annotation], started: float) -> None:
         """A batch's time, shared by its pictures."""
@@ -268,14 +268,19 @@ class _PictureStage(_ModelStage):
         raise NotImplementedError
 
     def __call__(self, batch: Batch) -> Batch:
-        records, chosen = self._records(batch)
+        records = self._records(batch)
+        # what another stage could not answer is no matter of this one
+        chosen = [i for i, record in enumerate(records) if all(error.stage != "decode" for error in record.errors)]
         batch = dict(batch)
         views = batch.pop(self.stage)
         for first in range(0, len(chosen), self._batch_size):
             part, started = chosen[first : first + self._batch_size], time.perf_counter()
             answers = self._replica.answers(self._model, views[part])
             for index, answer in zip(part, answers, strict=True):
-                self.enter(records[index], answer, batch["provenance"][index])
+                if isinstance(answer, NotFinite):
+                    records[index].failed(self.stage, "failed", f"the model failed: {answer}")  # as serving says it
+                else:
+                    self.enter(records[index], answer, batch["provenance"][index])
             self._time([records[index] for index in part], started)
         return self._done(batch, records)
 
@@ -323,8 +328,8 @@ class TaggerStage(_ModelStage):
         self._tagger = OfflineTagger(model.open(), settings, own_process=settings.device != "cpu")
 
     def __call__(self, batch: Batch) -> Batch:
-        records, chosen = self._records(batch)
-        captioned, started = [records[index] for index in chosen], time.perf_counter()
+        records, started = self._records(batch), time.perf_counter()
+        captioned = [record for record in records if record.caption]
         if captioned:
             answers = self._tagger.tag([record.caption.text for record in captioned if record.caption])
             for record, answer in zip(captioned, answers, strict=True):

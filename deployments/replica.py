@@ -180,10 +180,10 @@ class Replica(Generic[Model]):
 
         memory.keep_freed()
         self._metrics = Metrics()
-        threads, use = torch.get_num_threads(), torch.set_num_threads  # of the thread that calls it
-        self._worker = ThreadPoolExecutor(1, "model", use, (threads,))
-        self._loader = ThreadPoolExecutor(1, "load", use, (threads,))
-        self._parts, self._most_parts = ThreadPoolExecutor(threads, "part", use, (1,)), threads
+        threads = torch.get_num_threads()
+        self._worker = ThreadPoolExecutor(1, "model", _use_threads, (threads,))
+        self._loader = ThreadPoolExecutor(1, "load", _use_threads, (threads,))
+        self._parts, self._most_parts = ThreadPoolExecutor(threads, "part", _use_threads, (1,)), threads
         self._door = Door()
         self._model: Model | None = None
         self._busy_since: float | None = None
@@ -402,6 +402,14 @@ class Replica(Generic[Model]):
                 return None
             model, before = self._known
             return self.difference(before, await self.compute(self.known_answer, model))
+
+
+def _use_threads(number: int) -> None:
+    """PyTorch computes what this thread asks for with so many, whatever other threads set for themselves."""
+    import torch
+
+    torch.get_num_threads()  # the first call takes over what any thread set last: not to be left to the first operation
+    torch.set_num_threads(number)
 
 
 def failed(error: Exception) -> ModelFailed:

@@ -109,6 +109,20 @@ def test_an_input_that_cannot_be_annotated_is_refused_with_what_to_do(photos: Pa
         plan(tmp_path / "one.parquet", tmp_path / "out")
 
 
+def test_names_that_are_not_utf8_are_refused_as_their_bytes(photos: Path) -> None:
+    for name in (b"caf\xe9.jpg", b"notes \xe9.txt"):
+        Path(os.fsdecode(os.fsencode(photos / "2020") + b"/" + name)).write_bytes(encoded(picture(9)))
+    with pytest.raises(DataError, match=r"1 of 6 names .*\(b'2020/caf\\xe9\.jpg'\): rename") as raised:
+        list_input(Location.of(photos))
+    assert str(raised.value).isascii()
+    for number in range(9):
+        Path(os.fsdecode(os.fsencode(photos) + b"/%d \xff.jpg" % number)).touch()
+    with pytest.raises(DataError, match=r"10 of 15 names .*b'0 \\xff\.jpg', .*, \.\.\.\)"):
+        list_input(Location.of(photos))
+    with pytest.raises(DataError, match=r"b'/caf\\xe9\.parquet' is not UTF-8"):
+        list_input(Location.of(os.fsdecode(b"/caf\xe9.parquet")))
+
+
 @pytest.fixture
 def fresh_client() -> Iterator[None]:
     """A process keeps its S3 client: neither take another test's, whose server is gone, nor leave one behind."""
@@ -169,6 +183,22 @@ def test_every_row_of_a_parquet_file_is_in_one_shard(tmp_path: Path) -> None:
     ]
 
 
+def test_a_row_group_too_large_to_be_read_for_every_shard_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.annotate_plan._LARGEST_ROW_GROUP", 20_000)
+    file, images = tmp_path / "large.parquet", [os.urandom(1_000) for _ in range(40)]
+    for name, column in (("bytes", images), ("hf", [{"bytes": image, "path": None} for image in images])):
+        pq.write_table(pa.table({"image": column}), file)
+        with pytest.raises(DataError, match=r"large\.parquet has a row group .*write it again with row_group_size=64"):
+            plan(file, tmp_path / name)
+        pq.write_table(pa.table({"image": column}), file, row_group_size=4)
+        assert plan(file, tmp_path / name).pictures == 40
+    # what is not read does not count
+    pq.write_table(pa.table({"path": [f"{number}.jpg" for number in range(40)], "thumbnail": images}), file)
+    assert plan(file, tmp_path / "others").pictures == 40
+
+
 def test_shards_are_small_for_a_small_folder_and_bounded_for_an_archive() -> None:
     assert [shard_size(count) for count in (1, 100, 1000, 10**9)] == [8, 8, 16, 64]
 
@@ -192,6 +222,8 @@ def test_a_start_that_was_killed_before_its_plan_held_is_begun_anew(photos: Path
     plan(photos, output)
     (output / "plan.json").unlink()
     (output / "plan.parquet").write_bytes(b"half")
+    for name in ("plan.parquet", "plan.json"):
+        (output / f"{name}.01234567.part").write_bytes(b"half")
     assert plan(photos, output).pictures == len([name for row in shards(output) for name in row["names"]]) == 5
 
 

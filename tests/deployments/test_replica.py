@@ -166,6 +166,27 @@ async def test_parts_of_a_batch_are_computed_beside_each_other_and_answered_in_o
     assert sorted(replica.sizes) == [2, 3, 3]
 
 
+async def test_single_pictures_have_all_threads_though_the_first_batch_was_computed_in_parts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before, seen = torch.get_num_threads(), set()
+
+    def answer(model: Any, views: np.ndarray) -> list[dict[str, Any]]:
+        seen.add((threading.current_thread().name.partition("_")[0], torch.get_num_threads()))
+        return [{} for _ in views]
+
+    try:
+        torch.set_num_threads(3)
+        replica = Slow()
+        replica.model.in_parts = True
+        monkeypatch.setattr(replica, "answer", answer)
+        for pictures in (3, 1):
+            await replica.compute(replica.answers, replica.model, np.stack([picture(0)] * pictures))
+        assert seen == {("part", 1), ("model", 3)}
+    finally:
+        torch.set_num_threads(before)
+
+
 async def test_a_batch_of_one_and_a_model_that_gains_nothing_are_computed_whole(replica: Slow) -> None:
     replica._parts, replica._most_parts = ThreadPoolExecutor(3), 3
     await asyncio.gather(*(replica.batched(picture(value), SPEC, time.time() + 60) for value in range(4)))
