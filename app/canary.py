@@ -117,12 +117,15 @@ class Canary:
         self.api.wait(self.name, "Ingress", 1, self.timeout_s)
         self.clear()
 
-    def put_back(self) -> str:
-        """Production serves again what it served before its last promotion, in place; returns its URI."""
+    def put_back(self) -> tuple[str, bool]:
+        """Production serves again what it served before its last promotion, in place; returns its URI, and whether
+        there was anything to put back.
+        """
         self.roll_back()
+        promoted = self.model in running.ingress_of(self.application()).before
         config = self.api.change(lambda config: running.put_back(config, self.name, self.model))
         self.api.wait(self.name, MODELS[self.model], 1, self.timeout_s)
-        return running.uri_of(running.application_of(config, self.name), MODELS[self.model])
+        return running.uri_of(running.application_of(config, self.name), MODELS[self.model]), promoted
 
     def clear(self) -> None:
         """The canary goes to zero, if it has no trial. That it takes its time changes nothing for anybody."""
@@ -165,7 +168,7 @@ class Watcher:
     def __init__(self, canary: Canary, settings: WatchCommand, rules: Rules) -> None:
         self.canary, self.settings, self.rules = canary, settings, rules
         self._told = ""
-        self._seen_at = time.monotonic()
+        self._seen_at, self._since, self._production = time.monotonic(), time.time(), ""
         self._candidate = pinned(settings.uri) if settings.uri else None
 
     def watch(self) -> int:
@@ -192,6 +195,7 @@ class Watcher:
             evidence = None
             if since is not None and running_trial:
                 self._candidate = running.uri_of(application, CANARIES[self.canary.model])
+                self._since, self._production = since, running.uri_of(application, MODELS[self.canary.model])
                 evidence = self.canary.evidence(application, since)
         except (CanaryError, StoreUnavailable) as error:
             blind_s = time.monotonic() - self._seen_at
@@ -200,7 +204,10 @@ class Watcher:
             self._say(f"nothing is known at present: {error}")
             if blind_s < self.settings.blind_s:
                 return None
-            self._say(f"rolling back: nothing has been known for {blind_s:.0f} s")
+            age_s, why = time.time() - self._since, f"nothing has been known for {blind_s:.0f} s"
+            blind = Decision(action="roll_back", why=why, age_s=round(age_s, 1), answers=0, findings=[])
+            self._log(blind, self._candidate or "", self._production, Evidence())
+            self._say(f"rolling back: {why}")
             self.canary.roll_back()
             self._say("rolled back")
             return ROLLED_BACK
@@ -323,7 +330,9 @@ class RollbackCommand(CanarySettings):
         """Do it."""
         canary = Canary(self)
         if self.production:
-            print(f"{MODELS[self.model]} serves {canary.put_back()} again")
+            uri, promoted = canary.put_back()
+            served = f"{MODELS[self.model]} serves {uri}"
+            print(f"{served} again" if promoted else f"there is nothing to put back: {served}")
         else:
             canary.roll_back()
             print(f"no trial of a {self.model} is running any more")

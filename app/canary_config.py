@@ -159,19 +159,13 @@ def without_replicas(config: Config, name: str, model: ModelName) -> Config:
 
 
 def put_back(config: Config, name: str, model: ModelName) -> Config:
-    """Production serves again what it served before its last promotion.
-
-    Raises:
-        CanaryError: nothing was promoted.
-    """
+    """Production serves again what it served before its last promotion; done once, there is nothing to put back."""
 
     def change(application: Config, ingress: IngressConfig) -> None:
-        before = ingress.before.get(model)
-        if before is None:
-            raise CanaryError(f"nothing was promoted to {MODELS[model]} since it was deployed: there is no way back")
-        production = deployment_of(application, MODELS[model])
-        ingress.before[model] = uri_of(application, MODELS[model])
-        production["user_config"] = production["user_config"] | {"uri": before}
+        before = ingress.before.pop(model, None)
+        if before is not None:
+            production = deployment_of(application, MODELS[model])
+            production["user_config"] = (production.get("user_config") or {}) | {"uri": before}
 
     return _changed(config, name, change)
 

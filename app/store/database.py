@@ -30,10 +30,18 @@ _MIGRATIONS = Path(__file__).parent / "migrations"
 _MIGRATION_LOCK = 0x6465657074727573
 #: SQLite asks after this many of its steps whether a query has had its time (about a millisecond).
 _STEPS_BETWEEN_LOOKS = 20_000
+#: PostgreSQL's codes for a transaction that it ends for another's sake: deadlock, serialization failure.
+_COLLISIONS = ("40P01", "40001")
 
 
 class StoreUnavailable(RuntimeError):
     """The database does not answer: locked, gone, full, refused. It may later; the message is for operators."""
+
+
+class Collided(StoreUnavailable):
+    """Another transaction was in the way of this one (a deadlock), and nothing of it was written. Done again it may
+    succeed; the database is there.
+    """
 
 
 class Database:
@@ -146,6 +154,7 @@ class Database:
         Raises:
             StoreUnavailable: the database failed, and nothing of it was written; or it went away during the commit, and
                 everything or nothing was.
+            Collided: it met another transaction.
         """
         with _explained(), self._writer.begin() as connection:
             yield connection
@@ -205,6 +214,8 @@ def _explained() -> Iterator[None]:
     try:
         yield
     except (OperationalError, InterfaceError, PoolTimeout) as error:
+        if getattr(getattr(error, "orig", None), "sqlstate", None) in _COLLISIONS:
+            raise Collided(f"the database ended a transaction: {_first_line(error)}") from error
         raise StoreUnavailable(f"the database failed: {_first_line(error)}") from error
     except DBAPIError as error:
         # SQLite: "file is not a database", "database disk image is malformed"; PostgreSQL: a table that is gone

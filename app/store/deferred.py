@@ -19,7 +19,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import aliased
 
 from app.store import callbacks
-from app.store.events import KeyConflict, write_predictions
+from app.store.events import DELETED, KeyConflict, write_predictions
 from app.store.models import Deferred, first_id, new_id, row_of
 from deployments.annotation import Annotation
 
@@ -145,13 +145,18 @@ def _is_there(
     Raises:
         KeyConflict: another one was, at the same place.
     """
-    columns = (Deferred.sha256, Deferred.tasks, Deferred.explain)
+    columns = (Deferred.sha256, Deferred.tasks, Deferred.explain, Deferred.status)
     found = connection.execute(select(*columns).where(Deferred.place == place).order_by(Deferred.number)).all()
-    if found and [tuple(row) for row in found] != [(picture.sha256, tasks, explain) for picture in pictures]:
+    if not found:
+        return False
+    if len(found) != len(pictures) or callbacks.url_of(connection, place) != callback:
         raise KeyConflict(place)
-    if found and callbacks.url_of(connection, place) != callback:
-        raise KeyConflict(place)
-    return bool(found)
+    for row, picture in zip(found, pictures, strict=True):
+        # which one it was that was deleted nobody knows any more
+        sha256 = row.sha256 if row.status == DELETED else picture.sha256
+        if (row.sha256, row.tasks, row.explain) != (sha256, tasks, explain):
+            raise KeyConflict(place)
+    return True
 
 
 def _reopen(connection: Connection, place: str, pictures: Sequence[Accepted]) -> None:

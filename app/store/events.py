@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, delete, func, select, text, update
+from sqlalchemy import ColumnElement, Connection, case, delete, exists, func, select, text, update
 from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.orm import aliased
 
 from app.store import callbacks, deletions, drift
 from app.store.models import Deferred, Deletion, Feedback, Picture, Prediction, TrialAnswer, first_id, new_id
@@ -25,6 +26,17 @@ _REMEMBER_DELETIONS_S = 24 * 3600.0
 _KEEP_TRIALS_S = 14 * 24 * 3600.0
 #: What the watcher for drift saw.
 _KEEP_DRIFT_S = 90 * 86400.0
+#: Status of what is left of a deleted picture among others of a request, and its answer: a problem as others are.
+DELETED = 404
+_DELETED_ANSWER = json.dumps(
+    {
+        "type": "about:blank",
+        "title": "There is nothing at this address",
+        "status": DELETED,
+        "detail": "This picture was deleted.",
+        "code": "not_found",
+    }
+)
 
 
 class UnknownAnswer(LookupError):
@@ -85,6 +97,8 @@ def write_predictions(connection: Connection, rows: Sequence[dict[str, Any]]) ->
     which more stages failed: it keeps that one's row, and with it the feedback on it.
     """
     named = {row["name"] for row in rows} - {None}
+    # in one order everywhere: two replicas with the same names wait for each other and not in a circle
+    rows = sorted(rows, key=lambda row: row["name"] or "")
     written = _write(connection, Prediction, rows)
     if not named:
         return
@@ -240,13 +254,30 @@ def forget_picture(connection: Connection, sha256: str, at_s: float) -> dict[str
     connection.execute(delete(TrialAnswer).where(TrialAnswer.sha256 == sha256))
     connection.execute(delete(ReviewLabel).where(ReviewLabel.sha256 == sha256))
     drift.forget_picture(connection, sha256)
-    places = set(connection.execute(select(Deferred.place).where(Deferred.sha256 == sha256)).scalars())
-    connection.execute(delete(Deferred).where(Deferred.sha256 == sha256))
-    for place in sorted(places):  # who waits for the others that came with it need not wait for this one
-        callbacks.release(connection, place)
+    _forget_deferred(connection, sha256)
     stored = _lock_picture(connection, sha256)
     connection.execute(update(Picture).where(Picture.sha256 == sha256).values(stored=False))
     return {"pictures": int(stored or False), "predictions": predictions, "feedback": feedback}
+
+
+def _forget_deferred(connection: Connection, sha256: str) -> None:
+    """A place where it came alone goes; among others it leaves a mark, so that each answer keeps its turn."""
+    other = aliased(Deferred)
+    left = exists().where(other.place == Deferred.place, other.status != DELETED)
+    # of one that is answered it stays when that was
+    since = case((Deferred.status == 0, int(time.time() * 1000)), else_=Deferred.leased_until)
+    mark = {"status": DELETED, "answer": _DELETED_ANSWER, "sha256": "", "answer_id": "", "name": None}
+    places = set(connection.execute(select(Deferred.place).where(Deferred.sha256 == sha256)).scalars())
+    for place in sorted(places):
+        # of two pictures of a place that are deleted at a time the second sees that the first is a mark
+        connection.execute(select(Deferred.id).where(Deferred.place == place).order_by(Deferred.id).with_for_update())
+        connection.execute(
+            update(Deferred)
+            .where(Deferred.place == place, Deferred.sha256 == sha256)
+            .values(mark | {"data": b"", "size_bytes": 0, "leased_until": since})
+        )
+        connection.execute(delete(Deferred).where(Deferred.place == place, ~left))
+        callbacks.release(connection, place)  # who waits for the others need not wait for this one
 
 
 def picture_removed(connection: Connection, sha256: str) -> None:

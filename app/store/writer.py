@@ -3,11 +3,12 @@
 What is offered is taken or counted as dropped, at once: nothing here can slow or fail an answer. In each transaction
 answers come first and jobs after them, so that feedback finds an answer that was given a moment before by the same
 process, and many jobs share one commit. When the database fails, jobs are told so, answers stay in the queue and are
-tried again.
+tried again. When it refuses a transaction, what was in it is done again one by one, so that only what is refused fails.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -15,13 +16,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.store import events
-from app.store.database import Database, StoreUnavailable
+from app.store.database import Collided, Database, StoreUnavailable
 from app.store.models import row_of
 from deployments.annotation import Annotation
 
@@ -31,6 +33,8 @@ _BATCH_ROWS, _BATCH_JOBS = 500, 128
 #: How long answers wait for company; a job does not wait.
 _LINGER_S = 0.1
 _RETRY_S = 2.0
+#: How often one answer or job is tried that meets other transactions.
+_MAX_ATTEMPTS = 3
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,11 @@ def _row(answered: Answered | dict[str, Any]) -> dict[str, Any]:
     if isinstance(answered, dict):  # it was prepared before
         return answered
     return row_of(answered.annotation, answered.at_s, answered.expires_s, answered.name)
+
+
+def _is_away(error: Exception) -> bool:
+    """Whether the database is away; else it refused what it was asked."""
+    return isinstance(error, StoreUnavailable) and not isinstance(error, Collided)
 
 
 @dataclass(frozen=True)
@@ -129,6 +138,8 @@ class Writer:
                 if not last and time.monotonic() >= self._tidy_at:
                     self._tidy_at = time.monotonic() + 60.0  # unless it says otherwise
                     self._tidy_at = time.monotonic() + self._tidy(self._database)
+            except Collided as error:
+                _log.info("tidying up waits: %s", error)
             except StoreUnavailable as error:
                 self._failed(error)
             except Exception:  # the thread must live: without it nothing would be kept until the process ends
@@ -156,7 +167,7 @@ class Writer:
             last = self._stopping and not self._rows and not self._jobs
         return rows, [job for job in jobs if job.outcome.set_running_or_notify_cancel()], last
 
-    def _write(self, rows: list[Answered | dict[str, Any]], jobs: list[_Job]) -> None:
+    def _write(self, rows: Sequence[Answered | dict[str, Any]], jobs: Sequence[_Job]) -> None:
         prepared: list[dict[str, Any]] = []
         outcomes: list[tuple[_Job, Any, Exception | None]] = []
         try:
@@ -168,16 +179,13 @@ class Writer:
                     events.write_predictions(connection, prepared)
                 for job in jobs:
                     outcomes.append(self._attempt(connection, job))
-        except StoreUnavailable as error:
-            self._put_back(prepared or rows)
-            for job in jobs:
-                job.outcome.set_exception(error)
-            raise
         except Exception as error:
-            # one row that the database does not take, or that is none, must not keep the others out
-            for job in jobs:
-                job.outcome.set_exception(StoreUnavailable(f"the transaction failed: {type(error).__name__}"))
-            self._write_singly(prepared or rows)
+            if _is_away(error):
+                self._put_back(prepared or rows)
+                for job in jobs:
+                    job.outcome.set_exception(error)
+                raise
+            self._write_apart(prepared or rows, jobs)
             return
         self.written += len(prepared)
         self.message, self._retry_at = "", 0.0
@@ -194,19 +202,56 @@ class Writer:
         except Exception as error:
             return job, None, error
 
+    def _write_apart(self, rows: Sequence[Answered | dict[str, Any]], jobs: Sequence[_Job]) -> None:
+        """One row that the database does not take, or that is none, must not keep the others out, and no job another
+        one: answers first, as ever.
+        """
+        left = deque(jobs)
+        try:
+            if rows and jobs:
+                self._write(rows, [])  # it may have been a job
+            else:
+                self._write_singly(rows)
+            while left:
+                self._do_alone(left[0])
+                left.popleft()
+        except StoreUnavailable as error:
+            for job in left:
+                job.outcome.set_exception(error)
+            raise
+
     def _write_singly(self, rows: Sequence[Answered | dict[str, Any]]) -> None:
         for position, row in enumerate(rows):
             try:
                 prepared = _row(row)
-                with self._database.writing() as connection:
-                    events.write_predictions(connection, [prepared])
+                self._alone(partial(events.write_predictions, rows=[prepared]))
                 self.written += 1
-            except StoreUnavailable:
-                self._put_back([prepared, *rows[position + 1 :]])
-                raise
             except Exception as error:
+                if _is_away(error):
+                    self._put_back([prepared, *rows[position + 1 :]])
+                    raise
                 self.dropped += 1
                 _log.error("an answer could not be kept: %s", type(error).__name__)
+
+    def _do_alone(self, job: _Job) -> None:
+        try:
+            value = self._alone(job.run)
+        except Exception as error:
+            if _is_away(error):
+                raise
+            refused = isinstance(error, SQLAlchemyError)
+            told = StoreUnavailable(f"the transaction failed: {type(error).__name__}") if refused else error
+            job.outcome.set_exception(told)
+        else:
+            job.outcome.set_result(value)
+
+    def _alone(self, run: Callable[[Connection], Any]) -> Any:
+        """What ``run`` returns, in a transaction of its own; begun again if that meets another one."""
+        for _ in range(_MAX_ATTEMPTS - 1):
+            with contextlib.suppress(Collided), self._database.writing() as connection:
+                return run(connection)
+        with self._database.writing() as connection:
+            return run(connection)
 
     def _put_back(self, rows: Sequence[Answered | dict[str, Any]]) -> None:
         with self._wake:

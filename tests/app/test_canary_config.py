@@ -15,7 +15,7 @@ from ray.serve.schema import ServeApplicationSchema
 
 from app import canary
 from app import canary_config as running
-from app.canary_config import CanaryError
+from app.canary_config import CanaryError, DashboardAway
 from app.canary_rules import Rules
 from app.config import CANARIES, MODELS, IngressConfig, ModelName
 from app.store.database import StoreUnavailable
@@ -67,6 +67,7 @@ def test_a_trial_from_start_to_promotion_and_back_restarts_nothing(file: str, mo
 
     back = running.put_back(down, NAME, model)
     assert deployment(back, MODELS[model])["user_config"]["uri"] == old
+    assert running.put_back(back, NAME, model) == back, "done once"
     assert first == untouched, "what was handed in is left alone"
     for step in (up, trial, new, down, back):
         assert not restarts(first, step)
@@ -94,8 +95,6 @@ def test_a_canary_that_could_not_be_scaled_without_a_restart_is_refused() -> Non
 def test_what_is_not_there_is_named() -> None:
     with pytest.raises(CanaryError, match=r"no application 'other'.*deeptrust"):
         running.application_of(config(), "other")
-    with pytest.raises(CanaryError, match="nothing was promoted"):
-        running.put_back(config(), NAME, "detector")
     with pytest.raises(ValueError, match="painter"):
         IngressConfig.model_validate({"since": {"painter": 1.0}})
 
@@ -105,7 +104,7 @@ class Dashboard:
 
     def __init__(self, trial: dict[str, Any]) -> None:
         self.config, self.away = trial, 0
-        self.puts = 0
+        self.puts, self.away_after_put = 0, 3
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         if self.away:
@@ -113,7 +112,8 @@ class Dashboard:
             raise httpx.ReadTimeout("away")
         if request.method == "PUT":
             self.config, self.puts = json.loads(request.content), self.puts + 1
-            self.away = 3  # it has taken the configuration, and is away before anybody sees that it is carried out
+            # it has taken the configuration, and is away before anybody sees that it is carried out
+            self.away = self.away_after_put
         (application,) = self.config["applications"]
         running_now = {"status": "HEALTHY", "replicas": [{"state": "RUNNING"}]}
         states = {each["name"]: running_now for each in application["deployments"]}
@@ -151,3 +151,37 @@ def test_a_watcher_outlives_a_dashboard_that_is_away_while_it_rolls_back(
     told = capsys.readouterr().out
     assert "rolling back" in told and "not done yet" in told
     assert ("nothing has been known" in told) == (reason == "blind")
+    last = json.loads((tmp_path / "log.jsonl").read_text().splitlines()[-1])
+    assert last["action"] == "roll_back" and last["candidate"]["uri"] == "/models/new"
+    assert last["production"]["uri"] == deployment(trial, MODELS[model])["user_config"]["uri"]
+    assert last["why"] in told and last["age_s"] > 0
+
+
+def test_production_that_was_put_back_stays_so_when_the_command_is_run_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model: ModelName = "detector"
+    old = deployment(config(), MODELS[model])["user_config"]["uri"]
+    trial = running.with_shares(running.with_candidate(config(), NAME, model, "/models/bad"), NAME, model, 0.2, 0, 1.0)
+    dashboard = Dashboard(running.without_replicas(running.promoted(trial, NAME, model), NAME, model))
+    monkeypatch.setattr(running, "_SETTLE_S", 0.0)
+    command = canary.RollbackCommand(model=model, dashboard="http://test", production=True)
+    rolled = canary.Canary(command)
+    rolled.api._http = httpx.Client(base_url="http://test", transport=httpx.MockTransport(dashboard))
+    monkeypatch.setattr(canary, "Canary", lambda _: rolled)
+
+    with pytest.raises(DashboardAway):
+        command.run()
+    assert deployment(dashboard.config, MODELS[model])["user_config"]["uri"] == old and dashboard.puts == 1
+    dashboard.away = 0
+    for _ in range(2):
+        assert command.run() == 0
+        assert f"nothing to put back: Detector serves {old}" in capsys.readouterr().out
+    assert deployment(dashboard.config, MODELS[model])["user_config"]["uri"] == old and dashboard.puts == 1
+
+    again = running.promoted(running.with_candidate(dashboard.config, NAME, model, "/models/next"), NAME, model)
+    assert running.ingress_of(running.application_of(again, NAME)).before == {model: old}
+    dashboard.config = running.without_replicas(again, NAME, model)
+    monkeypatch.setattr(dashboard, "away_after_put", 0)
+    assert command.run() == 0
+    assert f"Detector serves {old} again" in capsys.readouterr().out

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
-from sqlalchemy import func, select, update
+from sqlalchemy import func, select, text, update
 
 from app.admission import Admission
 from app.analysis import Graph
+from app.callbacks import answer_of
 from app.deferred import Deferral, wants_to_wait
-from app.store import deferred
+from app.problems import Problem
+from app.store import deferred, events
 from app.store.deferred import Accepted, QueueFull
 from app.store.events import KeyConflict
 from app.store.models import Deferred, Prediction, first_id
 from app.store.settings import StoreSettings
 from app.store.store import Store
 from deployments.annotation import Annotation, Caption
+from tests.waiting import wait_for
 
 
 @pytest.fixture
@@ -132,6 +136,66 @@ def test_a_deleted_picture_is_neither_worked_on_nor_answered(store: Store) -> No
     asyncio.run(store.delete_picture(picture(0).sha256))
     assert not finish(store, leased)
     assert outcomes(store, "a") == [] and answers(store) == 0
+
+
+def test_a_deleted_picture_of_several_keeps_its_turn_and_says_that_it_is_gone(store: Store) -> None:
+    pictures = [picture(0), picture(1), picture(1), picture(2)]
+    put(store, "a", *pictures)
+    put(store, "b", picture(1), picture(1))
+    first, *_, last = lease(store)[:4]
+    assert finish(store, last)
+    asyncio.run(store.delete_picture(picture(1).sha256))
+    assert outcomes(store, "b") == [], "of which nothing else is left"
+    assert finish(store, first)
+    status, answer = answer_of(outcomes(store, "a"))
+    gone = Problem("not_found", "This picture was deleted.").to_dict()
+    items = json.loads(answer)["items"]
+    assert status == 200 and [item.get("id") for item in items] == ["mine-0", None, None, "mine-2"]
+    assert items[1] == items[2] == gone
+    held = (Deferred.sha256, Deferred.answer_id, Deferred.data, Deferred.size_bytes, Deferred.name)
+    marks = select(*held).where(Deferred.status == 404)
+    left = asyncio.run(store.read(lambda connection: [tuple(row) for row in connection.execute(marks)]))
+    assert left == [("", "", b"", 0, None)] * 2
+
+    put(store, "a", *pictures)
+    assert lease(store) == [], "sent again it is the same request"
+    put(store, "a", *pictures, count=0)
+    for other in (pictures[:3], [picture(3), *pictures[1:]]):
+        with pytest.raises(KeyConflict):
+            put(store, "a", *other)
+    asyncio.run(store.delete_picture(picture(0).sha256))
+    assert len(outcomes(store, "a")) == 4
+    asyncio.run(store.delete_picture(picture(2).sha256))
+    assert outcomes(store, "a") == []
+
+
+def test_a_deletion_keeps_no_answer_longer(store: Store) -> None:
+    put(store, "here", picture(0), picture(1))
+    for leased in lease(store):
+        finish(store, leased)
+    day_ago = {"id": Deferred.id - first_id(25 * 3600), "leased_until": Deferred.leased_until - 25 * 3600 * 1000}
+    asyncio.run(store.commit(lambda connection: connection.execute(update(Deferred).values(day_ago))))
+    asyncio.run(store.delete_picture(picture(0).sha256))
+    assert asyncio.run(store.commit(partial(deferred.remove_old, now_s=time.time(), keep_h=24, most=10))) == 2
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_pictures_of_one_request_that_are_deleted_at_once_leave_nothing(database_url: str, store: Store) -> None:
+    put(store, "a", picture(0), picture(1))
+    other = Store(StoreSettings(url=database_url, timeout_s=60, search_timeout_s=60))
+    other.start()
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    try:
+        assert store._database is not None
+        wait_for(lambda: other.status()["state"] == "ready")
+        with store._database.reading() as looking, store._database.writing() as connection:
+            events.forget_picture(connection, picture(0).sha256, time.time())
+            second = other.submit(partial(events.forget_picture, sha256=picture(1).sha256, at_s=time.time()))
+            wait_for(lambda: second.done() or looking.execute(text(waiting)).scalar_one() > 0)
+        second.result(60)
+        assert outcomes(store, "a") == []
+    finally:
+        other.close()
 
 
 def test_answers_that_nobody_fetched_go_after_a_while_and_what_waits_stays(store: Store) -> None:

@@ -18,6 +18,7 @@ from alembic.migration import MigrationContext
 from fastapi import FastAPI
 from pydantic import ValidationError
 from sqlalchemy import delete, inspect, select, text, update
+from sqlalchemy.event import listen
 
 from app import idempotency
 from app.feedback import router
@@ -157,6 +158,22 @@ def test_an_answer_with_a_name_is_kept_once_and_found_by_it(stores: Stores) -> N
     found = run(other.read(partial(events.answered, name="name")))
     assert found is not None and found[0] == first.sha256 and Annotation.model_validate_json(found[1]) == first
     assert run(other.read(partial(events.answered, name="another"))) is None
+
+
+def test_answers_with_names_are_written_in_one_order_everywhere(tmp_path: Path) -> None:
+    database, given = Database(f"sqlite:///{tmp_path}/store.db", 60, 60), list[str | None]()
+    database.open()
+
+    def note(_: Any, __: Any, statement: str, values: Any, *___: Any) -> None:
+        if statement.startswith("INSERT INTO predictions "):
+            given.extend(row[-1] for row in values)
+
+    listen(database._writer, "before_cursor_execute", note)
+    rows = [models.row_of(annotation(str(name)), time.time(), None, name) for name in ("b", None, "c", "a")]
+    with database.writing() as connection:
+        events.write_predictions(connection, rows)
+    database.close()
+    assert given == [None, "a", "b", "c"]
 
 
 def test_an_answer_that_lacks_a_stage_gives_way_to_one_that_lacks_fewer_and_to_no_other(stores: Stores) -> None:

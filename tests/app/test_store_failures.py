@@ -6,15 +6,18 @@ import asyncio
 import multiprocessing
 import sqlite3
 import time
+from functools import partial
 from pathlib import Path
+from threading import Event as Signal
 from typing import Any
 
 import pytest
+from sqlalchemy import Connection, insert, text
 
-from app.store import models, writer
-from app.store.database import Database, StoreUnavailable
-from app.store.events import Event
-from app.store.models import Feedback, Prediction
+from app.store import events, key_uses, models, writer
+from app.store.database import Collided, Database, StoreUnavailable
+from app.store.events import Event, UnknownAnswer
+from app.store.models import Feedback, KeyUse, Prediction
 from app.store.search import Query
 from app.store.settings import StoreSettings
 from app.store.store import Store
@@ -97,11 +100,74 @@ def test_an_answer_that_makes_no_row_is_counted_and_keeps_the_others_from_nothin
         store.offer(annotation(name), PICTURE)
     job = store.submit(lambda connection: None)
     store.start()
-    with pytest.raises(StoreUnavailable):
-        job.result(10)
+    assert job.result(10) is None
     wait_for(lambda: (store.status()["written"], store.status()["dropped"]) == (2, 1))
     assert set(hits(store)) == {"a", "b"}
     store.close()
+
+
+def test_a_job_that_the_database_refuses_keeps_no_other_from_being_done(stores: Stores) -> None:
+    store = Store(StoreSettings(url=stores.url, **PATIENT))
+    stores.opened.append(store)
+
+    def twice(connection: Connection) -> None:
+        connection.execute(insert(KeyUse), {"key_id": "a", "day": 1, "used": 1})
+        connection.execute(insert(KeyUse), {"key_id": "a", "day": 1, "used": 1})
+
+    def unknown(connection: Connection) -> None:
+        raise UnknownAnswer("a")
+
+    store.offer(annotation("a"), PICTURE)
+    bad, good, other = (store.submit(run) for run in (twice, partial(key_uses.add, day=1, uses={"a": 2}), unknown))
+    found = store.submit(partial(events.add_feedback, event=Event("a", "verdict", True)))
+    store.start()
+    with pytest.raises(StoreUnavailable, match="IntegrityError"):
+        bad.result(60)
+    assert good.result(60) == {"a": 2} and found.result(60).is_new
+    with pytest.raises(UnknownAnswer):
+        other.result(60)
+    wait_for(lambda: store.status()["state"] == "ready")
+    assert (store.status()["written"], store.status()["dropped"]) == (1, 0)
+
+
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_transactions_of_two_replicas_that_wait_for_each_other_are_both_done(stores: Stores) -> None:
+    replicas = [stores(), stores()]
+    add = partial(key_uses.add, day=1)
+    assert run(replicas[0].commit(partial(add, uses={"a": 1, "b": 1}))) == {"a": 1, "b": 1}
+    wait_for(lambda: replicas[1].status()["state"] == "ready")
+    has_one = [Signal(), Signal()]
+
+    def both(connection: Connection, number: int) -> None:
+        connection.execute(text("SET LOCAL deadlock_timeout = '10ms'"))
+        one, other = ("a", "b") if number == 0 else ("b", "a")
+        add(connection, uses={one: 1})
+        has_one[number].set()
+        assert has_one[1 - number].wait(60)
+        add(connection, uses={other: 1})
+
+    jobs = [replica.submit(partial(both, number=number)) for number, replica in enumerate(replicas)]
+    assert [job.result(60) for job in jobs] == [None, None]
+    assert [replica.status()["state"] for replica in replicas] == ["ready", "ready"]
+    assert run(replicas[0].commit(partial(add, uses={"a": 0, "b": 0}))) == {"a": 3, "b": 3}
+
+
+def test_tidying_that_met_another_transaction_is_done_another_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met, failed = Signal(), list[StoreUnavailable]()
+
+    def tidy(_: Database) -> float:
+        met.set()
+        raise Collided("deadlock detected")
+
+    thread = Writer(Database(f"sqlite:///{tmp_path}/store.db", 60, 60), 10, 10, tidy)
+    monkeypatch.setattr(thread, "_failed", failed.append)
+    thread._tidy_at = 0.0
+    thread.start()
+    assert met.wait(60)
+    assert thread.submit(lambda connection: "done").result(60) == "done" and failed == []
+    thread.close(60)
 
 
 @pytest.mark.parametrize("damage", ["removed", "garbage"])
