@@ -13,6 +13,7 @@ Every walk is linear, bounded in steps and in what it keeps. Knows no pixels, no
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Iterator
 from typing import Literal
@@ -25,6 +26,8 @@ Format = Literal["JPEG", "PNG", "WEBP", "GIF", "TIFF", "AVIF", "HEIC"]
 FORMATS: tuple[Format, ...] = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "AVIF", "HEIC")
 
 _MAX_STEPS = 20_000  # blocks of one file that a walk looks at; 20 MiB of PNG in 8 KiB pieces has 2,560
+#: A progressive JPEG has about ten scans. Each costs a pass over all pixels, so thousands of tiny ones stall a decoder.
+_MAX_JPEG_SCANS = 100
 _MAX_GIF_SUB_BLOCKS = 200_000  # of at most 255 bytes: 20 MiB have 82,241
 _MAX_TEXTS = 64
 
@@ -88,15 +91,19 @@ def read_metadata(data: bytes, picture_format: Format) -> Metadata:
 # ---------------------------------------------------------------------------------------------------------------- JPEG
 
 
+_JPEG_MARKER = re.compile(rb"\xff[^\xff]")  # any number of FF may come before it
+#: A marker that begins a segment or ends the picture: within a scan, what is no stuffing, no filling and no restart.
+_JPEG_MARKER_OF_SCANS = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
+
+
 def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     """(marker, start, end) of each segment before the scan data; then (0xDA, start, length of the file)."""
     at = 2
     for _ in range(_MAX_STEPS):
-        at = data.find(b"\xff", at)
-        while at >= 0 and data[at + 1 : at + 2] == b"\xff":
-            at += 1
-        if at < 0 or at + 4 > len(data):
+        found = _JPEG_MARKER.search(data, at)
+        if found is None or found.start() + 4 > len(data):
             return
+        at = found.start()
         marker = data[at + 1]
         if marker == 0xDA:
             yield marker, at, len(data)
@@ -114,9 +121,32 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     raise ContainerError("more segments than an honest JPEG has")
 
 
+def _jpeg_scans_end(data: bytes, start: int) -> int:
+    """Where the scans, of which the first begins at `start`, end: after the end marker, or with a file that lacks it.
+
+    What follows is none of the picture's: a phone's Motion Photo has a film there.
+    """
+    at, scans = start, 0
+    for _ in range(_MAX_STEPS):
+        found = _JPEG_MARKER_OF_SCANS.search(data, at)
+        if found is None:
+            return len(data)
+        at = found.end()
+        marker = data[at - 1]
+        if marker == 0xD9:
+            return at
+        scans += marker == 0xDA
+        if scans > _MAX_JPEG_SCANS:
+            raise ContainerError("more scans than an honest JPEG has")
+        at += max(2, int.from_bytes(data[at : at + 2], "big"))  # as libjpeg skips a length below its own two bytes
+    raise ContainerError("more segments than an honest JPEG has")
+
+
 def _jpeg_pixels(data: bytes) -> bytes:
     parts = [data[:2]]
     for marker, start, end in _jpeg_segments(data):
+        if marker == 0xDA:
+            end = _jpeg_scans_end(data, start)
         body = data[start + 4 : start + 10]
         is_metadata = 0xE0 <= marker <= 0xEF or marker == 0xFE
         # JFIF and Adobe say how to read the colours; all other application segments are metadata.

@@ -38,17 +38,18 @@ from PIL import (
 )
 from pydantic import BaseModel, ConfigDict, Field
 
+from deployments.bmff import av1_sizes
 from deployments.containers import Format, pixels_only, read_metadata, sniff
 from deployments.metadata import ContainerError
 from deployments.tiff import EXIF_ORIENTATION, read_exif
 
 ImageErrorCode = Literal["empty_body", "too_large", "not_an_image", "truncated", "too_small", "too_many_pixels"]
 
-#: A progressive JPEG has about ten scans. Each costs a pass over all pixels, so thousands of tiny ones stall a decoder.
-_MAX_JPEG_SCANS = 100
-
 #: Mean of the luma table that the JPEG standard gives as an example (ITU T.81, table K.1): libjpeg's quality 50.
 _LUMA_MEAN = 57.625
+
+#: How often an AVIF holds its pixels at most: colour, alpha, a gain map, and room for the edges of a grid's tiles.
+_AV1_STREAMS = 4
 
 #: What has to be done to a picture of EXIF orientation 2 to 8 (Exif 2.32, 4.6.4) to see it upright.
 _UPRIGHT = {
@@ -154,8 +155,8 @@ def _decode_upright(data: bytes, picture_format: Format, limits: ImageLimits) ->
         # libwebp allocates two canvases when a file is opened, before Pillow can tell its size.
         _check_size(_webp_size(data), limits)
     content = pixels_only(data, picture_format)
-    if picture_format == "JPEG" and content.count(b"\xff\xda") > _MAX_JPEG_SCANS:
-        raise ContainerError("more scans than an honest JPEG has")
+    if picture_format == "AVIF":
+        _check_av1_streams(content, limits)
     opener = _OPENERS.get(picture_format, _open_heif)
     image = opener(content)
     _check_size(image.size, limits)
@@ -213,6 +214,17 @@ def _check_tiff_tiles(image: ImageFile.ImageFile, limits: ImageLimits) -> None:
     width, height = image.tag_v2.get(322, 1), image.tag_v2.get(323, 1)
     if int(width) * int(height) > limits.max_pixels:
         raise ImageError("too_many_pixels", f"The picture's tiles have {width} x {height} pixels.")
+
+
+def _check_av1_streams(content: bytes, limits: ImageLimits) -> None:
+    """A small picture may hold streams of any size, which are decoded in full before they are scaled down."""
+    sizes = av1_sizes(content)
+    for width, height in sizes:
+        if width * height > limits.max_pixels:
+            detail = f"The picture has {width} x {height} pixels; at most {limits.max_pixels} are accepted."
+            raise ImageError("too_many_pixels", detail)
+    if sum(width * height for width, height in sizes) > _AV1_STREAMS * limits.max_pixels:
+        raise ImageError("too_many_pixels", f"The picture's {len(sizes)} streams have more pixels than are accepted.")
 
 
 def _open_heif(content: bytes) -> ImageFile.ImageFile:

@@ -13,6 +13,7 @@ import struct
 from deployments.metadata import MAX_BLOCK_BYTES, ContainerError, Metadata
 
 _MAX_ENTRIES = 512  # of one directory
+_MAX_PARTS = 100_000  # strips or tiles of one picture: a reader makes an object of each
 
 EXIF_DESCRIPTION, EXIF_MAKE, EXIF_MODEL, EXIF_ORIENTATION = 0x010E, 0x010F, 0x0110, 0x0112
 EXIF_SOFTWARE, EXIF_ARTIST, EXIF_COPYRIGHT, EXIF_USER_COMMENT = 0x0131, 0x013B, 0x8298, 0x9286
@@ -28,6 +29,10 @@ _PIXEL_TAGS = frozenset(
         320, 321, 322, 323, 324, 325, 332, 338, 339, 347, 529, 530, 531, 532,
     )
 )  # fmt: skip
+_WIDTH, _HEIGHT, _SAMPLES_PER_PIXEL, _ROWS_PER_STRIP, _PLANAR_CONFIGURATION = 256, 257, 277, 278, 284
+_TILE_WIDTH, _TILE_LENGTH = 322, 323
+#: Strip offsets and byte counts, tile offsets and byte counts: one number for each part of the picture.
+_PART_TAGS = frozenset((273, 279, 324, 325))
 _TYPE_BYTES = {
     kind: size
     for size, kinds in ((1, (1, 2, 6, 7)), (2, (3, 8)), (4, (4, 9, 11, 13)), (8, (5, 10, 12, 16, 17, 18)))
@@ -61,22 +66,33 @@ def tiff_pixels(data: bytes) -> bytes:
         directory = _Ifd.first(data)
     except struct.error:
         raise ContainerError("cut off in its header") from None
-    kept, seen, total = [], set(), 0
+    kept: dict[int, tuple[int, int, bytes]] = {}
     for tag, kind, count, raw in directory.entries:
-        if tag in _PIXEL_TAGS and tag not in seen:
-            seen.add(tag)
-            kept.append((tag, raw))
-            total += _TYPE_BYTES.get(kind, 0) * count
+        if tag in _PIXEL_TAGS:
+            kept.setdefault(tag, (kind, count, raw))
     # Values of an honest file do not overlap. A reader copies each of them: together they may not exceed the file.
-    if total > len(data):
+    if sum(_TYPE_BYTES.get(kind, 0) * count for kind, count, _ in kept.values()) > len(data):
         raise ContainerError("TIFF tags larger than the file")
+    numbers = {tag: directory.number(*entry) for tag, entry in kept.items() if tag not in _PART_TAGS}
+    if max((kept[tag][1] for tag in _PART_TAGS & kept.keys()), default=0) > min(_parts(numbers), _MAX_PARTS):
+        raise ContainerError("more strips or tiles than the picture has")
     order, big = directory.order, directory.big
     offset = len(data) + (len(data) & 1)
     header = data[:8] + struct.pack(order + "Q", offset) if big else data[:4] + struct.pack(order + "I", offset)
-    count_and_entries = struct.pack(order + ("Q" if big else "H"), len(kept)) + b"".join(raw for _, raw in sorted(kept))
+    count_and_entries = struct.pack(order + ("Q" if big else "H"), len(kept))
+    count_and_entries += b"".join(raw for _, (_, _, raw) in sorted(kept.items()))
     return b"".join(
         [header, data[len(header) :], b"\0" * (len(data) & 1), count_and_entries, b"\0" * (8 if big else 4)]
     )
+
+
+def _parts(numbers: dict[int, int | None]) -> int:
+    """Number of strips or tiles of a picture, of its tags' numbers; 0 of one without a size."""
+    width, height = numbers.get(_WIDTH) or 0, numbers.get(_HEIGHT) or 0
+    part_width = numbers.get(_TILE_WIDTH) or max(width, 1)
+    part_height = numbers.get(_TILE_LENGTH) or numbers.get(_ROWS_PER_STRIP) or max(height, 1)
+    planes = (numbers.get(_SAMPLES_PER_PIXEL) or 1) if numbers.get(_PLANAR_CONFIGURATION) == 2 else 1
+    return -(-width // part_width) * -(-height // part_height) * planes
 
 
 def tiff_metadata(data: bytes) -> Metadata:

@@ -13,6 +13,7 @@ Knows no tensor library, no model and no file format: decoding, orientation and 
 from __future__ import annotations
 
 import json
+from math import ceil
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -31,6 +32,10 @@ _ANCHORS: dict[str, tuple[float, float]] = {
     "native_sw": (0.0, 1.0),
     "native_se": (1.0, 1.0),
 }
+
+#: Pixels of a resized picture that is still made whole and then cropped. Only elongated pictures exceed it: of
+#: 16 x 3,125,000, a file of a few KB, the whole would be 224 x 43,750,000.
+_MAX_RESIZED_PX = 50_000_000
 
 #: A region of the picture: left, top, right, bottom as fractions of its width and height.
 Box = tuple[float, float, float, float]
@@ -124,17 +129,18 @@ def render(image: Image.Image, spec: ViewSpec) -> np.ndarray:
         raise ValueError(f"expected an RGB picture, got {image.mode}")
     resample = Image.Resampling[spec.resample.upper()]
     views = np.empty((len(spec.views), spec.size_px, spec.size_px, 3), dtype=np.uint8)
-    native: Image.Image | None = None  # made once for all crops
+    resized: dict[tuple[int, int], Image.Image] = {image.size: image}  # made once for all crops
     for index, view in enumerate(spec.views):
         if view == "squash":
-            shown = image.resize((spec.size_px, spec.size_px), resample)
-        elif view == "centre":
-            scaled = _scaled(image, (spec.short_side_px or spec.size_px) / min(image.size), spec.size_px, resample)
-            shown = scaled.crop(_crop_box(scaled.size, spec.size_px, (0.5, 0.5)))
+            shown = _squashed(image, spec.size_px, resample)
         else:
-            if native is None:
-                native = _scaled(image, _native_scale(image.size, spec), spec.size_px, resample)
-            shown = native.crop(_crop_box(native.size, spec.size_px, _ANCHORS[view]))
+            size, box = _crop_of(image.size, view, spec)
+            if size not in resized and size[0] * size[1] > _MAX_RESIZED_PX:
+                shown = _resized_crop(image, size, box, resample)
+            else:
+                if size not in resized:
+                    resized[size] = image.resize(size, resample)
+                shown = resized[size].crop(box)
         views[index] = np.asarray(shown)
     return views
 
@@ -146,12 +152,17 @@ def regions(size: tuple[int, int], spec: ViewSpec) -> list[Box]:
         if view == "squash":
             boxes.append((0.0, 0.0, 1.0, 1.0))
             continue
-        short = spec.short_side_px or spec.size_px
-        scale = short / min(size) if view == "centre" else _native_scale(size, spec)
-        scaled = _scaled_size(size, scale, spec.size_px)
-        left, top, right, bottom = _crop_box(scaled, spec.size_px, _ANCHORS.get(view, (0.5, 0.5)))
-        boxes.append((left / scaled[0], top / scaled[1], right / scaled[0], bottom / scaled[1]))
+        (width, height), (left, top, right, bottom) = _crop_of(size, view, spec)
+        boxes.append((left / width, top / height, right / width, bottom / height))
     return boxes
+
+
+def _crop_of(size: tuple[int, int], view: View, spec: ViewSpec) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
+    """The size to which a picture is resized for a view other than `squash`, and the crop of that."""
+    short = spec.short_side_px or spec.size_px
+    scale = short / min(size) if view == "centre" else _native_scale(size, spec)
+    scaled = _scaled_size(size, scale, spec.size_px)
+    return scaled, _crop_box(scaled, spec.size_px, _ANCHORS.get(view, (0.5, 0.5)))
 
 
 def _native_scale(size: tuple[int, int], spec: ViewSpec) -> float:
@@ -165,11 +176,29 @@ def _scaled_size(size: tuple[int, int], scale: float, least_px: int) -> tuple[in
     return max(int(size[0] * scale + 1e-6), least_px), max(int(size[1] * scale + 1e-6), least_px)
 
 
-def _scaled(image: Image.Image, scale: float, least_px: int, resample: Image.Resampling) -> Image.Image:
-    size = _scaled_size(image.size, scale, least_px)
-    return image if size == image.size else image.resize(size, resample)
-
-
 def _crop_box(size: tuple[int, int], side: int, anchor: tuple[float, float]) -> tuple[int, int, int, int]:
     left, top = int((size[0] - side) * anchor[0]), int((size[1] - side) * anchor[1])
     return left, top, left + side, top + side
+
+
+def _squashed(image: Image.Image, side: int, resample: Image.Resampling) -> Image.Image:
+    # `resize` brings every row to the new width before it brings the columns to the new height
+    if side * image.height > _MAX_RESIZED_PX:
+        image = image.resize((image.width, side), resample)
+    return image.resize((side, side), resample)
+
+
+def _resized_crop(
+    image: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int], resample: Image.Resampling
+) -> Image.Image:
+    """The crop `box` of the picture resized to `size`, made without the rest of it."""
+    across, down = image.width / size[0], image.height / size[1]
+    left, top, right, bottom = box[0] * across, box[1] * down, box[2] * across, box[3] * down
+    # `resize` holds its box in single precision, too coarse far from the corner: it is given the surroundings alone,
+    # as far as the widest filter (Lanczos, three pixels) reaches.
+    reach_x, reach_y = 4 * max(1.0, across), 4 * max(1.0, down)
+    x, y = max(0, int(left - reach_x)), max(0, int(top - reach_y))
+    end_x, end_y = min(image.width, ceil(right + reach_x)), min(image.height, ceil(bottom + reach_y))
+    near = image.crop((x, y, end_x, end_y))
+    source = (left - x, top - y, min(right - x, near.width), min(bottom - y, near.height))
+    return near.resize((box[2] - box[0], box[3] - box[1]), resample, box=source)

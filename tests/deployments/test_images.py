@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 import struct
 import threading
 import zlib
@@ -15,7 +16,11 @@ import pillow_heif
 import pytest
 from PIL import Image, ImageCms, ImageFile
 
+from deployments import images
+from deployments.bmff import av1_sizes
+from deployments.containers import pixels_only, read_metadata
 from deployments.images import ImageError, ImageLimits, Picture, decode
+from deployments.metadata import ContainerError
 
 
 def photo(width: int = 96, height: int = 64) -> Image.Image:
@@ -212,6 +217,159 @@ def test_deeply_hostile_tiff_directories_are_refused() -> None:
     entries = [(tag, 7, len(data), 8) for tag in (258, 273, 277, 279, 282)]
     ifd = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *entry) for entry in entries) + bytes(4)
     assert refused(data[:4] + struct.pack("<I", len(data)) + data[8:] + ifd) == "truncated"
+
+
+def tiff(tags: dict[int, tuple[int, ...]], pixels: bytes) -> bytes:
+    """A little-endian TIFF of tags of LONG values, its pixels from byte 8."""
+    at = 8 + len(pixels)
+    entries, values = b"", b""
+    for tag, numbers in sorted(tags.items()):
+        value = struct.pack(f"<{len(numbers)}I", *numbers)
+        if len(value) > 4:
+            values, value = values + value, struct.pack("<I", at + len(values))
+        entries += struct.pack("<HHI", tag, 4, len(numbers)) + value
+    directory = struct.pack("<H", len(tags)) + entries + bytes(4)
+    return b"II*\0" + struct.pack("<I", at + len(values)) + pixels + values + directory
+
+
+GREY_TAGS = {256: (96,), 257: (64,), 258: (8,), 259: (1,), 262: (1,), 277: (1,)}
+
+
+def test_a_tiff_of_more_strips_than_its_picture_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    grey = photo().convert("L")
+    rows = tuple(8 + 96 * row for row in range(64))
+    sound = tiff(GREY_TAGS | {273: rows, 278: (1,), 279: (96,) * 64}, grey.tobytes())
+    assert distance(decode(sound), grey) == 0
+
+    def opened(*_: Any) -> None:
+        raise ImageError("empty_body", "opened")
+
+    monkeypatch.setitem(images._OPENERS, "TIFF", opened)
+    assert refused(sound) == "empty_body"
+    strips = {273: rows * 800, 278: (1,), 279: (96,)}
+    assert refused(tiff(GREY_TAGS | strips, grey.tobytes())) == "truncated"
+    tiles = {322: (96,), 323: (32,), 324: (8, 8, 8), 325: (96 * 32,) * 2}
+    assert refused(tiff(GREY_TAGS | tiles, grey.tobytes())) == "truncated"
+    assert refused(tiff(GREY_TAGS | tiles | {324: (8, 8), 325: (96,) * 3}, grey.tobytes())) == "truncated"
+    absurd = {256: (50_000,), 257: (1000,), 322: (16,), 323: (16,), 324: (8,) * 100_001}
+    assert refused(tiff(GREY_TAGS | absurd, grey.tobytes())) == "truncated"
+
+
+def test_tiled_and_planar_tiffs_are_decoded() -> None:
+    planes = [np.asarray(plane) for plane in photo().split()]
+    tiles = b"".join(plane[y : y + 32, x : x + 48].tobytes() for plane in planes for y in (0, 32) for x in (0, 48))
+    tags = GREY_TAGS | {258: (8, 8, 8), 262: (2,), 277: (3,), 284: (2,), 322: (48,), 323: (32,)}
+    offsets = tuple(8 + 48 * 32 * number for number in range(12))
+    assert distance(decode(tiff(tags | {324: offsets, 325: (48 * 32,) * 12}, tiles)), photo()) == 0
+
+
+def test_what_follows_a_jpeg_s_end_is_none_of_its_picture() -> None:
+    data = encode(photo(), "JPEG")
+    film = random.Random(0).randbytes(8 * 2**20)
+    assert film.count(b"\xff\xda") > 100
+    assert decode(data + film).image.tobytes() == decode(data).image.tobytes()
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        b"",
+        b"\xff\xfe\x00\x06\xff\xd9\xff\xd9",  # a comment
+        b"\xff\xff\xff\xc4\x00\x15\x00" + b"\xff\xd9" + bytes(16),  # fill bytes; a segment of tables
+        b"\xff\x05\xff\xd3\xff\x00",
+    ],
+)
+def test_a_jpeg_of_more_scans_than_an_honest_one_has_is_refused(between: bytes) -> None:
+    data = encode(photo(), "JPEG", progressive=True)
+    scans = data.count(b"\xff\xda")
+    last = data[data.rindex(b"\xff\xda") : -2]
+    head = data[:-2] + between
+    assert pixels_only(head + last * (100 - scans) + b"\xff\xd9", "JPEG")
+    with pytest.raises(ContainerError, match="scans"):
+        pixels_only(head + last * (101 - scans) + b"\xff\xd9", "JPEG")
+    if not between:
+        assert distance(decode(data[:-2] + last * (100 - scans) + b"\xff\xd9"), photo()) < 12
+    assert refused(head + last * (101 - scans) + b"\xff\xd9") == "truncated"
+
+
+def test_a_run_of_fill_bytes_in_a_jpeg_is_skipped_in_one_step() -> None:
+    class Counted(bytes):
+        reads = 0
+
+        def __getitem__(self, index: Any) -> Any:
+            Counted.reads += 1
+            return super().__getitem__(index)
+
+    jpeg = encode(photo(), "JPEG", exif=b"Exif\0\0II*\0")
+    assert read_metadata(Counted(jpeg[:2] + b"\xff" * 100_000 + jpeg[2:]), "JPEG").exif == b"II*\0"
+    assert Counted.reads < 100
+
+
+def test_an_avif_whose_stream_is_larger_than_it_states_is_refused() -> None:
+    data = encode(Image.new("RGBA", (1000, 1000), (9, 80, 200, 40)), "AVIF")
+    at = data.index(b"ispe") + 8
+    assert data[at : at + 8] == struct.pack(">2I", 1000, 1000)
+    small = data[:at] + struct.pack(">2I", 64, 64) + data[at + 8 :]
+    assert refused(small, max_pixels=100_000) == "too_many_pixels"
+    assert refused(small, max_pixels=999_999) == "too_many_pixels"
+    assert decode(data, ImageLimits(max_pixels=1_000_000)).width == 1000
+    assert av1_sizes(data) == [(1000, 1000)] * 2
+
+
+def test_the_streams_of_an_animated_avif_are_its_pictures_and_its_film_s_first() -> None:
+    frames = [Image.new("RGBA", (320, 200), (shade, 0, 0, shade)) for shade in (50, 100, 150)]
+    data = encode(frames[0], "AVIF", save_all=True, append_images=frames[1:])
+    assert av1_sizes(data) == [(320, 200)] * 4
+    film = data.replace(b"meta", b"free", 1)
+    assert av1_sizes(film) == [(320, 200)] * 2
+    with pytest.raises(ContainerError, match="no AV1 stream"):
+        av1_sizes(film.replace(b"moov", b"free"))
+
+
+def box(kind: bytes, body: bytes, long: bool = False) -> bytes:
+    if long:
+        return struct.pack(">I4sQ", 1, kind, 16 + len(body)) + body
+    return struct.pack(">I4s", 8 + len(body), kind) + body
+
+
+def avif_of_streams(*headers: str, long: bool = False) -> bytes:
+    """An AVIF without pixels: an item for each AV1 sequence header, given in bits, all of them in the `meta` box."""
+    infes, places, idat = b"", b"", b""
+    for number, spaced in enumerate(headers, 1):
+        bits = spaced.replace(" ", "") + "1"
+        header = int(bits.ljust(-(-len(bits) // 8) * 8, "0"), 2).to_bytes(-(-len(bits) // 8), "big")
+        stream = b"\x12\x00" + b"\x0e\x00" + bytes([len(header)]) + header  # a delimiter; the header, with an extension
+        infes += box(b"infe", b"\2\0\0\0" + struct.pack(">HH4s", number, 0, b"av01") + b"\0")
+        places += struct.pack(">5H", number, 1, 0, 2, len(idat)) + bytes([2])
+        places += struct.pack(">HB", len(idat) + 2, len(stream) - 2)
+        idat += stream
+    iinf = box(b"iinf", bytes(4) + struct.pack(">H", len(headers)) + infes, long)
+    iloc = box(b"iloc", b"\1\0\0\0" + bytes([0x21, 0]) + struct.pack(">H", len(headers)) + places, long)
+    meta = box(b"meta", bytes(4) + iinf + iloc + box(b"idat", idat, long), long)
+    return box(b"ftyp", b"avif" + bytes(4) + b"avifmif1") + meta
+
+
+def av1_header(width: int, height: int, before: str = "000 1 1 00000") -> str:
+    """The bits of an AV1 sequence header, by default a reduced one of a still picture, up to its size."""
+    return before + "1111" + "1011" + f"{width - 1:016b}" + f"{height - 1:012b}"
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_the_size_of_each_av1_stream_is_read(long: bool) -> None:
+    timing = "1" + "0" * 64 + "1 0001 010" + "1 01001" + "1" * 32 + "00101 00111"
+    points = "1 00001" + "1" * 12 + "01001 1 1" + "0" * 21 + "1 1111" + "0" * 12 + "00100 0 0"
+    full = "000 0 0" + timing + points
+    plain = "000 0 0 0 0 00000" + "0" * 12 + "01000 1"
+    headers = av1_header(300, 200), av1_header(65536, 4096, full), av1_header(17, 4000, plain)
+    assert av1_sizes(avif_of_streams(*headers, long=long)) == [(300, 200), (65536, 4096), (17, 4000)]
+
+
+def test_the_tiles_of_an_avif_are_limited_each_and_together() -> None:
+    assert refused(avif_of_streams(av1_header(64, 64), av1_header(300, 301)), max_pixels=90_000) == "too_many_pixels"
+    tiles = [av1_header(300, 300)] * 5
+    assert refused(avif_of_streams(*tiles), max_pixels=90_000) == "too_many_pixels"
+    assert refused(avif_of_streams(*tiles), max_pixels=112_500) == "truncated"  # there are no pixels
+    assert refused(avif_of_streams(av1_header(300, 300)[:22])) == "truncated"
 
 
 def test_a_text_bomb_in_a_png_costs_nothing() -> None:

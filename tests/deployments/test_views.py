@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from deployments.views import ViewSpec, regions, render
+from deployments import views
+from deployments.views import Resample, ViewSpec, regions, render
 
 ALL_VIEWS = ("squash", "centre", "native", "native_nw", "native_ne", "native_sw", "native_se")
 
@@ -83,6 +85,58 @@ def test_squash_view_equals_vit_s_processor(tmp_path: Path) -> None:
     spec = ViewSpec.from_processor(tmp_path)
     assert (spec.views, spec.resample, spec.size_px) == (("squash",), "bilinear", 224)
     np.testing.assert_array_equal(render(image, spec)[0], expected.astype(np.uint8))
+
+
+@pytest.mark.parametrize("resample", ["nearest", "bilinear", "bicubic", "lanczos"])
+@pytest.mark.parametrize("size", [(16, 4000), (4000, 17)])
+def test_a_crop_made_without_the_rest_shows_what_the_whole_would(
+    size: tuple[int, int], resample: Resample, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = Image.fromarray(np.random.default_rng(3).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    spec = ViewSpec(size_px=96, views=ALL_VIEWS[1:], resample=resample, short_side_px=128, native_long_side_px=300)
+    whole = render(noise, spec)
+    monkeypatch.setattr(views, "_MAX_RESIZED_PX", 1)
+    difference = np.abs(render(noise, spec).astype(int) - whole.astype(int))
+    assert difference.max() <= 1
+
+
+def test_no_picture_is_resized_to_more_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    resize = Image.Image.resize
+
+    def spy(self: Image.Image, size: tuple[int, int], *args: Any, **options: Any) -> Image.Image:
+        # Pillow brings the rows of the box to their width first
+        box = options.get("box") or (0, 0, *self.size)
+        asked.append(size[0] * max(size[1], int(box[3] - box[1])))
+        assert asked[-1] <= 50_000_000
+        return resize(self, size, *args, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", spy)
+    y = np.linspace(0, 255, 400_000).astype(np.uint8)
+    tall = Image.fromarray(np.broadcast_to(y[:, None, None], (400_000, 16, 3)).copy())
+    spec = ViewSpec(views=("squash", "centre", "native_nw", "native_ne", "native_sw"))
+    squash, *crops = render(tall, spec)
+    assert np.abs(squash[:, 100, 0] - np.linspace(0, 255, 224)).max() < 3
+    for crop, grey in zip(crops, (127, 0, 0, 255), strict=True):
+        assert np.abs(crop.astype(int) - grey).max() <= 1
+    wide = render(tall.transpose(Image.Transpose.ROTATE_90), spec)
+    for crop, grey in zip(wide[1:], (127, 0, 255, 0), strict=True):
+        assert np.abs(crop.astype(int) - grey).max() <= 1
+    assert len(asked) == 11
+
+
+@pytest.mark.parametrize("size", [(120, 90), (1600, 1200), (150, 5000)])
+def test_pictures_of_ordinary_sizes_are_resized_whole(size: tuple[int, int]) -> None:
+    image = gradient(*size)
+    centre, native = render(image, ViewSpec(size_px=224, views=("centre", "native_se")))
+    scale = 224 / min(size)
+    scaled = image.resize((int(size[0] * scale + 1e-6), int(size[1] * scale + 1e-6)), Image.Resampling.BICUBIC)
+    left, top = (scaled.width - 224) // 2, (scaled.height - 224) // 2
+    np.testing.assert_array_equal(centre, np.asarray(scaled.crop((left, top, left + 224, top + 224))))
+    shown = scaled if min(size) < 224 else image
+    np.testing.assert_array_equal(
+        native, np.asarray(shown.crop((shown.width - 224, shown.height - 224, shown.width, shown.height)))
+    )
 
 
 def write_processor(folder: Path, **config: object) -> Path:
