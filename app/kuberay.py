@@ -160,7 +160,7 @@ def _pod(settings: KubeRaySettings, carried: dict[str, str], resources: dict[str
                     "image": settings.image,
                     "workingDir": _CODE,
                     "env": [{"name": key, "value": value} for key, value in (carried | own).items()],
-                    # database and S3 passwords
+                    # database and S3 passwords, HF_TOKEN
                     "envFrom": [{"secretRef": {"name": f"{settings.name}-secrets", "optional": True}}],
                     "resources": {"limits": resources, "requests": resources},
                     "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},

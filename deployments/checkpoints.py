@@ -17,6 +17,8 @@ import logging
 import os
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,6 +33,16 @@ _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+(@[\w.-]+)?$")
 #: MLflow's client tries for many minutes; whoever remembers an answer does not wait that long.
 _BRIEFLY = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "tokenizer.model", "*.jinja"]
+#: Fetches a snapshot of the hub, and prints where it is or why not.
+_FETCH = """
+import sys
+from huggingface_hub import snapshot_download
+repository, revision, cache, *files = sys.argv[1:]
+try:
+    print(snapshot_download(repository, revision=revision or None, cache_dir=cache, allow_patterns=files))
+except Exception as error:
+    sys.exit(f"{type(error).__name__}: {error}")
+"""
 
 _log = logging.getLogger("ray.serve")  # a replica's log
 
@@ -315,8 +327,21 @@ def _from_s3(uri: str) -> Path:
 
 
 def _from_hub(uri: str) -> Path:
-    """A pinned snapshot of a hub repository, safetensors and text files only."""
-    from huggingface_hub import snapshot_download
+    """A pinned snapshot of a hub repository, safetensors and text files only.
 
+    A child fetches it: a tagger's replica is offline (``tagger.engine_environment``), and huggingface_hub goes for the
+    life of a process by what ``HF_HUB_OFFLINE`` was when it was imported. All else (``HF_TOKEN``, ``HF_ENDPOINT``,
+    proxies) is the child's too; a snapshot that is complete is found without the hub.
+    """
     repository, _, revision = uri.partition("@")
-    return Path(snapshot_download(repository, revision=revision or None, allow_patterns=_HUB_FILES))
+    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+    fetched = subprocess.run(
+        [sys.executable, "-c", _FETCH, repository, revision, str(cache_root() / "hub"), *_HUB_FILES],
+        env=environment | {"HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if fetched.returncode != 0:
+        raise CheckpointError(f"cannot fetch checkpoint {uri!r}: {fetched.stderr.strip()[-2000:]}")
+    return Path(fetched.stdout.strip().splitlines()[-1])

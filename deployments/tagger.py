@@ -178,7 +178,10 @@ def engine_arguments(settings: TaggerSettings) -> dict[str, Any]:
 
 
 def engine_environment(settings: TaggerSettings) -> dict[str, str]:
-    """Environment of the replica and the engine's processes: no network, no usage report, bounded threads."""
+    """Environment of the replica and the engine's processes: no network, no usage report, bounded threads.
+
+    What the engine is to run has been fetched before it starts, by a process that is not offline (``resolve``).
+    """
     environment = {
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",

@@ -175,10 +175,108 @@ def test_a_worker_finds_the_head(nodes: dict[str, dict[str, Any]]) -> None:
 def test_set_up_installs_the_pinned_list_and_nothing_else(config: dict[str, Any]) -> None:
     (install,) = [command for command in config["setup_commands"] if "pip install" in command]
     assert "--no-deps -r requirements/gpu.txt" in install
-    assert (ROOT / "requirements" / "gpu.txt").is_file()
+    pins = (ROOT / "requirements" / "gpu.txt").read_text().splitlines()
+    # `torch==2.13.0` may be met by a build for CPUs, which counts as newer
+    assert any(pin.startswith("torch===") and "+" not in pin for pin in pins)
+    for needed in ("nvidia-cublas", "nvidia-cudnn", "nvidia-nccl", "triton"):
+        assert any(pin.startswith(needed) for pin in pins), f"there is no {needed} for torch's CUDA build"
     for commands in ("setup_commands", "head_setup_commands", "head_start_ray_commands", "worker_start_ray_commands"):
         for command in config[commands]:
             subprocess.run(["bash", "-n", "-c", command], check=True)
+
+
+def test_the_runbooks_mlflow_listens_where_nodes_look_and_keeps_nothing_in_the_code(home: Path) -> None:
+    text = (ROOT / "docs" / "runbook.md").read_text()
+    command = text.partition("mlflow/start <<'END'\n")[2].partition("\nEND\n")[0]
+    for folder in ("mlflow", "venv/bin"):
+        (home / "deeptrust" / folder).mkdir(parents=True, exist_ok=True)
+    program = home / "deeptrust/venv/bin/mlflow"
+    program.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\" $MLFLOW_TRACKING_URI\n")
+    program.chmod(0o755)
+    *words, nodes_ask = shell(home, command).splitlines()
+    assert words[0] == "server"
+    said = dict(zip(words[1::2], words[2::2], strict=True))
+    assert nodes_ask == f"http://{said['--host']}:{said['--port']}"
+    assert nodes_ask.removeprefix("http://") in said["--allowed-hosts"].split(",")
+    assert said["--backend-store-uri"] == f"sqlite:///{home}/deeptrust/mlflow/mlflow.db"
+    assert said["--artifacts-destination"] == f"{home}/deeptrust/mlflow/artifacts"
+
+
+def test_the_runbook_names_the_taggers_model_as_it_is_served() -> None:
+    served = {
+        deployment["user_config"]["uri"]
+        for deployment in read_serve_config(ROOT / "serve_config.yaml")["applications"][0]["deployments"]
+        if deployment["name"].startswith("Tagger")
+    }
+    (uri,) = served
+    assert f"resolve(sys.argv[1]).folder)' {uri}\n" in (ROOT / "docs" / "runbook.md").read_text()
+
+
+def refusal(config: dict[str, Any], node: Path, shared: int = 2**36, *missing: str) -> str:
+    """Why a node is refused that has `shared` bytes of /dev/shm and all programs but those that are `missing`."""
+    shell(node, config["setup_commands"][0])
+    programs = node / "bin"
+    programs.mkdir()
+    for name in {"bash", "cat", "tail", "uname", "python3.11", "rsync", "setpriv", "setsid", "pgrep"} - {*missing}:
+        (programs / name).symlink_to(sys.executable if name.startswith("python") else shutil.which(name) or name)
+    (programs / "df").write_text(f"#!/bin/bash\nprintf '%s\\n' 1B-blocks {shared}\n")
+    (programs / "df").chmod(0o755)
+    done = subprocess.run(
+        ["/bin/bash", "-c", config["setup_commands"][1]],
+        env={"HOME": str(node), "PATH": str(programs)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert bool(done.returncode) == bool(done.stderr)
+    return done.stderr
+
+
+def test_a_node_that_lacks_something_is_refused_before_anything_is_installed(
+    config: dict[str, Any], tmp_path: Path
+) -> None:
+    install = [number for number, command in enumerate(config["setup_commands"]) if "pip install" in command]
+    assert install[0] > 1
+    for name in ("whole", "bare", "small"):
+        (tmp_path / name).mkdir()
+    assert refusal(config, tmp_path / "whole") == ""
+    said = refusal(config, tmp_path / "bare", 2**36, "rsync", "pgrep")
+    assert "lacks rsync, pgrep: see 'A node needs' in cluster.yaml" in said
+    said = refusal(config, tmp_path / "small", 2**34, "python3.11")
+    assert "lacks python3.11 with venv, a /dev/shm of OBJECT_STORE_BYTES=34359738368" in said
+
+
+def test_the_cpus_that_a_node_needs_are_those_of_the_graph() -> None:
+    graph = read_serve_config(ROOT / "serve_config.yaml")["applications"][0]
+    tagger = graph["args"]["tagger"]
+    rest, most = {"A": tagger["num_cpus"], "B": 0}, tagger["num_cpus"] * (tagger["max_replicas"] + 1)
+    for deployment in graph["deployments"]:
+        if deployment["name"].startswith("Tagger"):
+            continue
+        cpus = deployment["ray_actor_options"]["num_cpus"]
+        scaling = deployment.get("autoscaling_config") or {"min_replicas": 1, "max_replicas": 1}
+        spread = deployment.get("max_replicas_per_node", 0)
+        rest["B"] += cpus * spread
+        rest["A"] += cpus * (scaling["min_replicas"] - spread)
+        most += cpus * scaling["max_replicas"]
+    text = (ROOT / "cluster.yaml").read_text()
+    assert f"{rest['A']} on node A and {rest['B']} on node B at rest" in text
+    assert f"{most} in all" in text
+    runbook = (ROOT / "docs" / "runbook.md").read_text()
+    assert f"{rest['A']} CPUs on node A and {rest['B']} on node B at rest" in runbook
+
+
+@pytest.mark.skipif(shutil.which("rsync") is None, reason="rsync: apt-get install rsync")
+def test_nothing_that_git_ignores_is_copied_to_the_nodes(config: dict[str, Any], tmp_path: Path) -> None:
+    ignored = [line for line in (ROOT / ".gitignore").read_text().splitlines() if line and not line.startswith("#")]
+    names = {name.strip("/").replace("*", "x") for name in ignored}
+    for name in names | {".git", ".venv-bench", "app"}:
+        (tmp_path / "here" / name).mkdir(parents=True)
+        (tmp_path / "here" / name / "file").touch()
+    excluded = [f"--exclude={pattern}" for pattern in config["rsync_exclude"]]
+    subprocess.run(["rsync", "-a", *excluded, f"{tmp_path}/here/", f"{tmp_path}/there/"], check=True)
+    copied = [file.relative_to(tmp_path / "there") for file in (tmp_path / "there").rglob("file")]
+    assert copied == [Path("app/file")]
 
 
 #: A `ray` that writes its arguments down and leaves stand-ins of what a head cannot be without.
