@@ -3,16 +3,18 @@
 ``RequestLines`` is middleware of the application, in the ingress: it counts requests, and says one line of each but
 those about health and the page's own files. ``middlewares`` is Serve's call in each proxy
 (``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH``): headers that Serve itself reads are made sound before it does,
-and while there is no application yet, a proxy says so.
+while there is no application yet, a proxy says so, and where the ingress answers HTTP itself, bodies are not read far
+ahead of it.
 Knows no route's meaning.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 from starlette.middleware import Middleware
 from starlette.routing import Match
@@ -34,10 +36,16 @@ _OF_SERVE = "/-/"
 _SOUND = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._:/+=-]{0,127}")
 #: Headers that Serve decodes: one that is no UTF-8 would be a 500 of its own.
 _READ_BY_SERVE = frozenset((b"x-request-id", b"traceparent", b"x-session-id", b"serve-multiplexed-model-id"))
+#: Headers by which a sender would choose how Serve watches over the request: 0 seconds are no limit at all.
+_NOT_THE_SENDERS = frozenset((b"x-request-timeout-seconds", b"x-request-disconnect-disabled"))
+#: How much of a body is read before the application takes it; what a piece of it takes beside its bytes.
+_MOST_AHEAD_BYTES, _PIECE_BYTES = 2**20, 1024
 
 
 class SoundHeaders:
-    """ASGI middleware of the proxy: of the headers that Serve reads, those that it cannot use are dropped."""
+    """ASGI middleware of the proxy: of the headers that Serve reads, those that it cannot use are dropped, and those
+    that are no sender's to set.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -49,7 +57,10 @@ class SoundHeaders:
 
 
 def _is_sound(name: bytes, value: bytes) -> bool:
-    return name.lower().replace(b"_", b"-") not in _READ_BY_SERVE or _SOUND.fullmatch(value) is not None
+    name = name.lower().replace(b"_", b"-")
+    if name in _NOT_THE_SENDERS:
+        return False
+    return name not in _READ_BY_SERVE or _SOUND.fullmatch(value) is not None
 
 
 class Starting:
@@ -84,9 +95,95 @@ class Starting:
             await starting.to_response(scope)(scope, receive, send)
 
 
+class _Ahead:
+    """What has been read of a request's body and not been taken by the application. Belongs to one event loop, which
+    Serve's server and the application share (``app.cluster``).
+    """
+
+    def __init__(self) -> None:
+        self.room = asyncio.Event()
+        self.room.set()
+        self._bytes = 0.0
+
+    def read(self, message: Message) -> None:
+        """A message was handed on. After a body's last there is room: what comes next is that the client has gone."""
+        self._bytes += _size(message)
+        if self._bytes >= _MOST_AHEAD_BYTES and message.get("more_body", False):
+            self.room.clear()
+
+    def taken(self, message: Message) -> None:
+        """The application has taken a message."""
+        self._bytes -= _size(message)
+        if self._bytes < _MOST_AHEAD_BYTES:
+            self.room.set()
+
+    def end(self) -> None:
+        """Nothing is held back any more."""
+        self._bytes = -math.inf
+        self.room.set()
+
+
+def _size(message: Message) -> int:
+    return len(message.get("body", b"")) + _PIECE_BYTES if message["type"] == "http.request" else 0
+
+
+class HeldBack:
+    """ASGI middleware of the ingress's own server: a body is read no further than a little ahead of the application.
+
+    Serve reads all that a sender sends, as it comes and into a queue without end, because it wants to know when the
+    sender goes away: whoever waits to be admitted would have the whole body in memory. Held back, the connection is
+    not read, and the sender has to wait; that he goes away is seen when the application takes more or has answered.
+    Does nothing where nobody counts what is taken (`Taken`): in Serve's proxy the application is another process.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not Taken.is_counted:
+            await self.app(scope, receive, send)
+            return
+        ahead = scope.setdefault("state", {})["ahead"] = _Ahead()
+
+        async def held_back() -> Message:
+            await ahead.room.wait()
+            message = await receive()
+            ahead.read(message)
+            return message
+
+        try:
+            await self.app(scope, held_back, send)
+        finally:
+            ahead.end()  # whoever is still at it hears from the server that it is over
+
+
+class Taken:
+    """ASGI middleware, the application's outermost: counts what it takes of a body, for `HeldBack`."""
+
+    #: Whether this process has an application that counts: it is made before its replica listens.
+    is_counted: ClassVar[bool] = False
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+        Taken.is_counted = True
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        ahead: _Ahead | None = scope.get("state", {}).get("ahead")
+        if ahead is None:
+            await self.app(scope, receive, send)
+            return
+
+        async def taking() -> Message:
+            message = await receive()
+            ahead.taken(message)
+            return message
+
+        await self.app(scope, taking, send)
+
+
 def middlewares() -> list[Middleware]:
-    """What Serve's proxies put before everything else."""
-    return [Middleware(SoundHeaders), Middleware(Starting)]
+    """What Serve's proxies, and replicas of the ingress, put before everything else."""
+    return [Middleware(SoundHeaders), Middleware(Starting), Middleware(HeldBack)]
 
 
 def route_of(scope: Scope) -> str:

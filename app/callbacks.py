@@ -57,6 +57,7 @@ _NAME = re.compile(r"(?!-)[a-z0-9-]{1,63}(?<!-)(\.(?!-)[a-z0-9-]{1,63}(?<!-))*")
 _HIDDEN = re.compile(r"%(2e|2f|5c|00)", re.IGNORECASE)
 _LOOK_S = 1.0
 _LEASE_MARGIN_S = 30.0
+_RETRY_AFTER_S = 2
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 300.0
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 #: Outcomes of trying to tell somebody, for the metric: `failed` is tried again, the others are not.
@@ -243,7 +244,7 @@ class Callbacks:
             is_possible: there is a queue.
 
         Raises:
-            Problem: `callback_refused`.
+            Problem: `callback_refused`, or `unavailable` while a queue that is wanted cannot be used.
         """
         try:
             if not self._prefixes:
@@ -252,11 +253,17 @@ class Callbacks:
                 raise AddressRefused("this service has nothing to sign with; tell whoever runs it")
             if not waits:
                 raise AddressRefused("only who sends `Prefer: respond-async` is told later")
-            if not is_possible:
+            if self._store.settings.keep == "off" or self._store.settings.max_deferred == 0:
                 raise AddressRefused("this service keeps nothing, and can tell nobody later")
             self._allowed(url)
         except AddressRefused as error:
             raise Problem("callback_refused", f"Callback-Url: {error}.") from None
+        if not is_possible:
+            raise Problem(
+                "unavailable",
+                f"Nobody can be told later at the moment; try again in {_RETRY_AFTER_S} s.",
+                {"Retry-After": str(_RETRY_AFTER_S)},
+            )
 
     def _allowed(self, url: str) -> Address:
         address = Address.parse(url)

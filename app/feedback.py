@@ -7,9 +7,10 @@ small server. Knows no SQL, no model and no graph.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
@@ -50,6 +51,8 @@ _MODELS = {part: model for model, part in PARTS.items()}
 _RETRY_AFTER_S = 2
 #: Pictures that are taken in at a time: each is held in memory.
 _PICTURES_AT_ONCE = 4
+#: How long a body may take to arrive: what it keeps others from is theirs again then.
+_BODY_S = 60.0
 _MAX_EVENT_BYTES = 64 * 1024
 _NO_CONTROLS = r"^[^\x00-\x1f\x7f]*$"
 _PRINTABLE = r"^[^\x00-\x1f\x7f]+$"
@@ -230,7 +233,7 @@ def router(store_of: Callable[[], Awaitable[Store]], judged: Judged | None = Non
             201: {"model": FeedbackReceipt, "content": {"application/json": {"example": _RECEIPT}}},
             200: {"model": FeedbackReceipt, "description": "it was kept before, and is kept once"},
             **responses("empty_body", "bad_request", "not_found", "conflict", "too_large", "unsupported_media_type"),
-            **responses("bad_parameter", "overloaded", "internal_error", "unavailable"),
+            **responses("bad_parameter", "overloaded", "internal_error", "unavailable", "timeout"),
         },
     )
     async def feedback(request: Request, key: Annotated[str | None, _KEY] = None, store: Store = given) -> Response:
@@ -264,6 +267,7 @@ def router(store_of: Callable[[], Awaitable[Store]], judged: Judged | None = Non
             201: {"description": "it is kept"},
             **responses("empty_body", "bad_request", "bad_base64", "not_found", "too_large", "too_many_pictures"),
             **responses("unsupported_media_type", "bad_parameter", "overloaded", "internal_error", "unavailable"),
+            **responses("timeout"),
         },
     )
     async def put_picture(request: Request, sha256: Annotated[str, _SHA256], store: Store = given) -> Response:
@@ -272,7 +276,9 @@ def router(store_of: Callable[[], Awaitable[Store]], judged: Judged | None = Non
             raise Problem("overloaded", "Too many pictures at the moment.", {"Retry-After": str(_RETRY_AFTER_S)})
         store.taking_in += 1
         try:
-            (upload,) = await read_uploads(request, UploadLimits(max_pictures=1, max_bytes=store.max_picture_bytes))
+            limits = UploadLimits(max_pictures=1, max_bytes=store.max_picture_bytes)
+            async with _in_time():
+                (upload,) = await read_uploads(request, limits)
             data = upload.data or b""
             if await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest()) != sha256:
                 raise Problem("bad_parameter", "The picture's SHA-256 is not the one in the address.")
@@ -382,16 +388,31 @@ def router(store_of: Callable[[], Awaitable[Store]], judged: Judged | None = Non
     return routes
 
 
+@contextlib.asynccontextmanager
+async def _in_time() -> AsyncIterator[None]:
+    """Bounds the reading of a body.
+
+    Raises:
+        Problem: `timeout`.
+    """
+    try:
+        async with asyncio.timeout(_BODY_S):
+            yield
+    except TimeoutError:
+        raise Problem("timeout", "The request's body did not arrive in time.") from None
+
+
 async def _read_event(request: Request) -> VerdictFeedback | CaptionFeedback | TagsFeedback:
     """The body of a feedback request.
 
     Raises:
-        Problem: it is too large, or no JSON.
+        Problem: it is too large, no JSON, or does not arrive in time.
         RequestValidationError: it is no feedback.
     """
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
         raise Problem("unsupported_media_type", "Send application/json.")
-    body = await read_body(request, _MAX_EVENT_BYTES)
+    async with _in_time():
+        body = await read_body(request, _MAX_EVENT_BYTES)
     if not body:
         raise Problem("empty_body", "The request has no body.")
     try:

@@ -25,7 +25,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import idempotency
-from app.access import RequestLines
+from app.access import RequestLines, Taken
 from app.admission import Admission
 from app.analysis import TASKS, Explain, Graph
 from app.callbacks import Callbacks, CallbackSettings
@@ -110,6 +110,7 @@ api.add_middleware(Closing, gate=_gate)
 api.add_middleware(RequireKey, share=_share)
 api.add_middleware(SecurityHeaders)
 api.add_middleware(RequestLines)
+api.add_middleware(Taken)
 install(api)
 use_local_docs(api)
 
@@ -424,7 +425,7 @@ class Ingress:
         self, key: str | None, request: Request, tasks: frozenset[Task], explain: Explain | None
     ) -> Response:
         deadline = time.time() + self.limits.request_timeout_s
-        # before the body is read: an overloaded server buffers nothing
+        # before the body is read: an overloaded server buffers little (`app.access.HeldBack`)
         with telemetry.span("wait for a place"):
             await self.admission.enter()
         places = 1

@@ -2,9 +2,9 @@
 
 Takes the three shapes that `POST /v1/analyze` documents: multipart parts, a raw body, JSON with base64 or data URLs.
 Limits hold while the body is read and not after: a request that is too large is refused at the first byte too many, and
-its rest is never held. Nothing is written to disk: Starlette's own form parser would spool each file part to a
-temporary file, so multipart bodies go through `python-multipart` into memory here. File names and declared types of the
-parts are not looked at.
+of its rest no more is held than `app.access` reads ahead. Nothing is written to disk: Starlette's own form parser would
+spool each file part to a temporary file, so multipart bodies go through `python-multipart` into memory here. File names
+and declared types of the parts are not looked at.
 
 Does not decode pictures. Knows no model and no graph.
 """

@@ -1,17 +1,21 @@
-"""Lines of requests, and headers that Serve can read."""
+"""Lines of requests, headers that Serve can read, and bodies that it does not read too far."""
 
 from __future__ import annotations
 
 import asyncio
+import random
+from collections.abc import Callable, Coroutine, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import PlainTextResponse
-from starlette.types import Receive, Scope, Send
+from ray.serve._private.direct_ingress_http_util import ASGIDIReceiveProxy
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.access import RequestLines, SoundHeaders, Starting
+from app.access import HeldBack, RequestLines, SoundHeaders, Starting, Taken, middlewares
 from app.keys import VARIABLE, RequireKey, create
 from app.problems import Problem
 from deployments.metrics import METRICS, Metrics
@@ -173,3 +177,150 @@ def test_ids_that_can_be_logged_are_passed_on_and_others_are_not() -> None:
     for unsound in (b"\xff\xfe", b"", b"a" * 129, b'x", "level": "x', b"a b", b"\x1b[31m", b"-x"):
         assert passed_on((b"x-request-id", unsound), (b"X-Request-Id", unsound), other) == [other]
         assert passed_on((b"serve_multiplexed_model_id", unsound), (b"serve-multiplexed-model-id", unsound)) == []
+
+
+@pytest.mark.parametrize("value", [b"0", b"3600", b"?1", b"\xff"])
+def test_no_sender_chooses_how_serve_watches_over_a_request(value: bytes) -> None:
+    other = (b"x-request-id", b"upload-4711")
+    for name in (b"x-request-timeout-seconds", b"X-Request-Disconnect-Disabled", b"x_request_timeout_seconds"):
+        assert passed_on((name, value), other) == [other]
+
+
+# ---- bodies --------------------------------------------------------------------------------------------------------
+
+MIB = 2**20
+
+
+class Sender:
+    """A connection, as a server has it: its body comes as fast as it is read; then the sender stays, or goes away."""
+
+    def __init__(self, pieces: Iterable[bytes], goes_away: bool = False, is_whole: bool = True) -> None:
+        self._pieces, self._goes_away, self._is_whole = list(pieces), goes_away, is_whole
+        self.bytes_read = self.pieces_read = 0
+        self.is_over = asyncio.Event()
+
+    async def receive(self) -> Message:
+        if not self._pieces and not self._goes_away:
+            await self.is_over.wait()
+        if not self._pieces or self.is_over.is_set():
+            return {"type": "http.disconnect"}
+        piece = self._pieces.pop(0)
+        self.bytes_read += len(piece)
+        self.pieces_read += 1
+        return {"type": "http.request", "body": piece, "more_body": bool(self._pieces) or not self._is_whole}
+
+
+async def as_serve_does(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    """An ingress replica's own server, as far as it is about bodies (``ray.serve._private.replica``)."""
+    proxy = ASGIDIReceiveProxy(scope, receive, asyncio.get_running_loop())
+    reading = proxy.fetch_until_disconnect_task()
+    working = asyncio.ensure_future(app(scope, proxy, send))
+    done, _ = await asyncio.wait((reading, working), return_when=asyncio.FIRST_COMPLETED)
+    (reading if working in done else working).cancel()
+    await working
+
+
+async def turns(count: int = 100) -> None:
+    """All that can go on without the outside has gone on."""
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+def ask(sender: Sender, work: Callable[[Request], Coroutine[Any, Any, None]], serve: Any = as_serve_does) -> None:
+    """One request, from the connection to the application. Nothing of it is left when it is over."""
+
+    async def application(scope: Scope, receive: Receive, send: Send) -> None:
+        await work(Request(scope, receive))
+
+    async def run() -> None:
+        asked: Any = {"type": "http", "method": "POST", "headers": []}
+        try:
+            async with asyncio.timeout(10):
+                await HeldBack(partial(serve, Taken(application)))(asked, sender.receive, None)  # type: ignore[arg-type]
+        finally:
+            sender.is_over.set()
+            await turns()
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    asyncio.run(run())
+
+
+def pieces_of(data: bytes, size: int) -> list[bytes]:
+    return [data[at : at + size] for at in range(0, len(data), size)]
+
+
+@pytest.mark.parametrize("size", [1, 1000, 2**16, 2**18])
+def test_of_a_body_that_nobody_takes_little_is_read(size: int) -> None:
+    sender = Sender([b"x" * size] * 4096, is_whole=False)
+
+    async def refuses(request: Request) -> None:
+        await turns()
+
+    ask(sender, refuses)
+    held = sender.bytes_read + 1024 * sender.pieces_read  # a byte that comes alone takes more than itself
+    assert MIB <= held < MIB + size + 1024
+
+
+@pytest.mark.parametrize("size", [1000, 2**16, 3 * MIB])
+def test_a_body_that_is_taken_arrives_whole_and_who_goes_away_then_is_missed(size: int) -> None:
+    data = random.Random(7).randbytes(4 * MIB + 1)
+    sender, arrived, ahead = Sender(pieces_of(data, size)), bytearray(), [0]
+
+    async def works(request: Request) -> None:
+        async for piece in request.stream():
+            arrived.extend(piece)
+            await turns(3)
+            ahead.append(sender.bytes_read - len(arrived))
+        sender.is_over.set()
+        await asyncio.Event().wait()
+
+    with pytest.raises(asyncio.CancelledError):
+        ask(sender, works)
+    assert arrived == data and max(ahead) < MIB + size
+
+
+@pytest.mark.parametrize("size", [MIB // 2, MIB, 2 * MIB])
+def test_who_goes_away_is_missed_at_once_where_the_body_is_small_and_else_when_more_is_taken(size: int) -> None:
+    sender, taken = Sender(pieces_of(b"x" * size, 2**16), goes_away=True), 0
+
+    async def waits(request: Request) -> None:
+        nonlocal taken
+        await turns()
+        async for _ in request.stream():
+            taken += 1
+            await turns()
+
+    with pytest.raises(asyncio.CancelledError):
+        ask(sender, waits)
+    assert taken == max(0, sender.pieces_read - 16)
+
+
+def test_what_reads_on_after_the_answer_is_not_kept_waiting() -> None:
+    async def forgets(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+        ASGIDIReceiveProxy(scope, receive, asyncio.get_running_loop()).fetch_until_disconnect_task()
+        await turns()
+
+    async def nothing(request: Request) -> None: ...
+
+    sender = Sender([b"x" * 2**16] * 64)
+    ask(sender, nothing, forgets)
+    assert sender.pieces_read < 20
+
+
+def test_where_nobody_counts_what_is_taken_nothing_is_held_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    sender, arrived = Sender(pieces_of(b"x" * 3 * MIB, 2**16)), bytearray()
+
+    async def proxy(scope: Scope, receive: Receive, send: Send) -> None:
+        async for piece in Request(scope, receive).stream():
+            arrived.extend(piece)
+
+    monkeypatch.setattr(Taken, "is_counted", False)
+    asyncio.run(HeldBack(proxy)({"type": "http"}, sender.receive, None))  # type: ignore[arg-type]
+    assert len(arrived) == 3 * MIB
+
+
+def test_the_real_application_counts_and_serve_is_told_to_hold_back() -> None:
+    from app.ingress import api
+
+    assert HeldBack in {each.cls for each in middlewares()}
+    assert api.user_middleware[0].cls is Taken, "outside of all that might read a body"

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -96,20 +97,22 @@ def test_all_others_are_refused_with_a_problem(url: str) -> None:
     assert url[:20] not in refused.value.detail or not url
 
 
-def checked(allow: tuple[str, ...], url: str, waits: bool = True, is_possible: bool = True) -> None:
-    made = Callbacks(CallbackSettings(allow=allow), Store(StoreSettings(keep="off")), lambda outcome: None)
-    made.check(url, waits, is_possible)
+def checked(allow: tuple[str, ...], url: str, waits: bool = True, is_possible: bool = True, **settings: Any) -> None:
+    store: Any = SimpleNamespace(settings=StoreSettings(**settings))
+    Callbacks(CallbackSettings(allow=allow), store, lambda outcome: None).check(url, waits, is_possible)
 
 
 def test_it_is_refused_where_it_cannot_be_done_and_said_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def why(*arguments: Any) -> str:
+    def why(*arguments: Any, **settings: Any) -> str:
         with pytest.raises(Problem) as refused:
-            checked(*arguments)
+            checked(*arguments, **settings)
+        assert refused.value.code == "callback_refused"
         return refused.value.detail
 
     assert "no address is on the list" in why((), HOOK)
     assert "respond-async" in why((HOOK,), HOOK, False)
-    assert "keeps nothing" in why((HOOK,), HOOK, True, False)
+    assert "keeps nothing" in why((HOOK,), HOOK, True, False, keep="off")
+    assert "keeps nothing" in why((HOOK,), HOOK, True, False, max_deferred=0)
     settings = CallbackSettings(allow=(HOOK,))
     assert callbacks.why_not(settings) == "" and callbacks.why_not(CallbackSettings()) == ""
     monkeypatch.setenv(callbacks.SECRET_VARIABLE, "too short")
@@ -120,6 +123,15 @@ def test_it_is_refused_where_it_cannot_be_done_and_said_why(monkeypatch: pytest.
     (tmp_path / "secret").write_text(f"{SECRET}\n{SECRET[::-1]}\n")
     checked((HOOK,), HOOK)
     assert callbacks.secrets() == [SECRET.encode(), SECRET[::-1].encode()]
+
+
+def test_while_the_store_does_not_answer_it_is_tried_again_and_what_is_not_allowed_is_not() -> None:
+    with pytest.raises(Problem) as later:
+        checked((HOOK,), HOOK, is_possible=False)
+    assert later.value.code == "unavailable" and int(later.value.headers["Retry-After"]) > 0
+    with pytest.raises(Problem) as refused:
+        checked((HOOK,), "https://elsewhere.example/", is_possible=False)
+    assert refused.value.code == "callback_refused"
 
 
 @pytest.mark.parametrize("entry", ["hooks.example.com", "http://hooks.example.com/", "https://a@b.org/", f"{HOOK}?x=1"])

@@ -4,6 +4,7 @@ after the process was killed.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import io
 import random
@@ -11,17 +12,20 @@ import sqlite3
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from PIL import Image
 
-from app.problems import CODES, MEDIA_TYPE
+from app import feedback
+from app.problems import CODES, MEDIA_TYPE, install
 from app.store.settings import StoreSettings
+from app.store.store import Store
 from tests.app.small_store import SmallStore, running_store
 
 
@@ -224,11 +228,41 @@ def test_while_the_database_is_locked_feedback_is_told_when_to_come_back_and_ana
     assert http.get("/v1/store").json()["dropped"] == 0
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "kind"),
+    [("POST", "/v1/feedback", "application/json"), ("PUT", f"/v1/pictures/{'0' * 64}", "image/png")],
+)
+def test_a_body_that_stalls_is_given_up_and_keeps_no_place(
+    monkeypatch: pytest.MonkeyPatch, method: str, path: str, kind: str
+) -> None:
+    monkeypatch.setattr(feedback, "_BODY_S", 0.05)
+    store, app = Store(StoreSettings(keep="off")), FastAPI()
+
+    async def store_of() -> Store:
+        return store
+
+    install(app)
+    app.include_router(feedback.router(store_of))
+
+    async def stalls() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.Event().wait()
+
+    async def run() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+            async with asyncio.timeout(5):  # what this is about would take for ever
+                return await client.request(method, path, content=stalls(), headers={"content-type": kind})
+
+    answer = asyncio.run(run())
+    assert (answer.status_code, answer.json()["code"]) == (504, "timeout")
+    assert store.taking_in == 0
+
+
 def test_the_routes_are_documented_with_examples(http: httpx.Client) -> None:
     paths = http.get("/openapi.json").json()["paths"]
     post = paths["/v1/feedback"]["post"]
     assert set(post["requestBody"]["content"]["application/json"]["examples"]) == {"verdict", "caption", "tags"}
-    assert {"200", "201", "404", "409", "422", "503"} <= set(post["responses"])
+    assert {"200", "201", "404", "409", "422", "503", "504"} <= set(post["responses"])
     assert {"get", "put", "delete"} <= set(paths["/v1/pictures/{sha256}"])
     assert {each["name"] for each in paths["/v1/search"]["get"]["parameters"]} == {
         *("q", "verdict", "tag", "from", "to", "limit", "cursor")

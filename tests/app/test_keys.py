@@ -149,6 +149,14 @@ def test_a_key_opens_and_nothing_like_it_does(file: Path, way) -> None:
         assert code(send(asked, "POST", "/v1/analyze", headers={"authorization": header}))[0] == 401, header
 
 
+@pytest.mark.parametrize("credentials", ["\xe9", "=", "YQ", "/w==", "YTpi\xe9"])
+def test_credentials_that_are_no_base64_are_no_key(file: Path, credentials: str) -> None:
+    create(file, "backend", READ, 50, 100)
+    asked, headers = app(), {"authorization": f"Basic {credentials}".encode("latin-1")}
+    assert code(send(asked, "GET", "/v1/models", headers=headers)) == (401, "unauthorized")
+    assert code(send(asked, "GET", "/healthz", headers=headers)) == (200, "ok")
+
+
 def test_scopes(file: Path) -> None:
     made: dict[str, str] = {
         name: create(file, name, frozenset({name}), 50, 100)  # type: ignore[arg-type]
@@ -268,7 +276,8 @@ def test_another_sites_page_cannot_use_a_browsers_key(file: Path) -> None:
     asked = app()
     foreign = {"origin": "https://elsewhere.example"}
     assert code(send(asked, "POST", "/v1/feedback", headers=basic(key) | foreign)) == (403, "forbidden")
-    assert code(send(asked, "POST", "/v1/feedback", headers=basic(key) | {"origin": "null"})) == (403, "forbidden")
+    for other in ("null", "", "http://[", "http://test.evil", "test", "http://test@elsewhere.example"):
+        assert code(send(asked, "POST", "/v1/feedback", headers=basic(key) | {"origin": other})) == (403, "forbidden")
     assert code(send(asked, "POST", "/v1/feedback", headers=basic(key) | {"origin": "http://test"})) == (200, "ok")
     # behind a proxy that gives another `Host`: no page can make this header up
     behind = {"origin": "https://photos.example", "sec-fetch-site": "same-origin"}
