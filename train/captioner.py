@@ -43,7 +43,7 @@ from deployments.pixels import Normalisation
 from deployments.views import ViewSpec
 from train.augment import BlipAugment
 from train.cider import CiderReward
-from train.command import TrainCommand, absolute, launch, run_command
+from train.command import TrainCommand, absolute, data_before, launch, run_command
 from train.detector import pictures_of, training_of
 from train.features import Features, compute_features
 from train.module import Optimisation, TrainedModule, TrainingError
@@ -481,7 +481,12 @@ class CaptionerJob:
             "architecture": type(model).__name__,
             "preprocessing": self.views.model_dump(mode="json"),
             "generation": module.generation | ({"prompt": prompt} if prompt else {}),
-            "dataset": {"name": manifest.name, "version": manifest.version, "photos": manifest.counts},
+            "dataset": {
+                "name": manifest.name,
+                "version": manifest.version,
+                "before": data_before(checkpoint),
+                "photos": manifest.counts,
+            },
             "training": training_of(self.config, checkpoint),
             "metrics": {name: round(value, 4) for name, value in figures.items()},
             "code_commit": code_commit(),

@@ -504,6 +504,20 @@ def _gone(config: TrainCommand, what: str, reason: str) -> TrainingError:
     )
 
 
+def data_before(checkpoint: Checkpoint, new_head: bool = False) -> list[dict[str, str]]:
+    """Names and versions of the data that a checkpoint's weights have seen, for the card of what is trained from it: by
+    its own card the last that it was trained on, and those before.
+
+    Under a new head the tower stays, and with it what it has seen; a starter model's tower was taught nothing.
+    """
+    if new_head and checkpoint.uri.startswith("starter:"):
+        return []
+    dataset = checkpoint.card.dataset
+    seen = [dataset, *dataset.get("before", [])]
+    named = [{name: str(each.get(name)) for name in ("name", "version")} for each in seen if each.get("version")]
+    return [each for place, each in enumerate(named) if each not in named[:place]]
+
+
 def absolute(uri: str) -> str:
     """A checkpoint URI that means the same in another working directory."""
     return str(Path(uri).expanduser().absolute()) if Path(uri).expanduser().is_dir() else uri

@@ -39,7 +39,7 @@ from deployments.pixels import Normalisation
 from deployments.views import ViewSpec
 from train.aivshuman import family
 from train.calibration import balanced_weights, calibrate, choose_thresholds, sigmoid
-from train.command import TrainCommand, absolute, launch, run_command
+from train.command import TrainCommand, absolute, data_before, launch, run_command
 from train.damage import Damage, Tier
 from train.features import Features, compute_features
 from train.module import NonFinite, Optimisation, TrainedModule, TrainingError
@@ -474,6 +474,7 @@ class DetectorJob:
             "dataset": {
                 "name": manifest.name,
                 "version": manifest.version,
+                "before": data_before(checkpoint, self.new_head),
                 "generators": generators_seen(module.train_rows, checkpoint, self.new_head),
                 "counts": {
                     split: dict(sorted(rows.counts().items()))

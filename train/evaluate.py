@@ -204,30 +204,34 @@ def _examine(
 
 
 def check_held_out(examples: ExampleSet, checkpoint: Checkpoint) -> str | None:
-    """Make sure that a model was trained and tuned on none of the examples, by the data that its card names; returns
-    why nobody can tell, None: it was not.
+    """Make sure that a model was trained and tuned on none of the examples, by the data that its card names, those that
+    it was trained on before included; returns why nobody can tell, None: it was not.
 
     Raises:
         EvaluationError: it was.
     """
-    dataset = checkpoint.card.dataset
-    if examples.keeps_sides_of(dataset):
+    missing = []
+    for dataset in (checkpoint.card.dataset, *checkpoint.card.dataset.get("before", [])):
+        if examples.keeps_sides_of(dataset):
+            continue
+        version = examples.beside(dataset)
+        if version is None:
+            has_version = dataset.get("version")
+            missing.append(f"{dataset.get('name')} {has_version}" if has_version else "no version of its data")
+            continue
+        seen = {id_ for split in ("train", "val") for id_ in version.table(split, ["id"])["id"].to_pylist()}
+        if known := sum(example.id in seen for example in examples.examples):
+            raise EvaluationError(
+                f"{checkpoint.uri} was trained or tuned on {known} of the {len(examples.examples)} test pictures of "
+                f"{examples.uri}: evaluate it on the version that had them for that, --data {version.location}, or "
+                f"prepare the data again with --with-version {version.location}, and train on that"
+            )
+    if not missing:
         return None
-    version = examples.beside(dataset)
-    if version is None:
-        named = f"{dataset.get('name')} {dataset['version']}" if dataset.get("version") else "no version of its data"
-        return (
-            f"whether the test pictures were trained on: the card of {checkpoint.name} names {named}, and beside "
-            f"{examples.uri} there is none such"
-        )
-    seen = {id_ for split in ("train", "val") for id_ in version.table(split, ["id"])["id"].to_pylist()}
-    if known := sum(example.id in seen for example in examples.examples):
-        raise EvaluationError(
-            f"{checkpoint.uri} was trained or tuned on {known} of the {len(examples.examples)} test pictures of "
-            f"{examples.uri}: evaluate it on its own version, --data {version.location}, or prepare the data again "
-            f"with --with-version {version.location}, and train on that"
-        )
-    return None
+    return (
+        f"whether the test pictures were trained on: the card of {checkpoint.name} names {' and '.join(missing)}, and "
+        f"beside {examples.uri} there is none such"
+    )
 
 
 def _helper(uri: str, starter: str) -> tuple[Checkpoint | None, list[str]]:

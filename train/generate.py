@@ -15,8 +15,9 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+import torch
 
-from deployments import captioner, images, pixels, views
+from deployments import blip, captioner, images, pixels, views
 from deployments.captioner import CaptionerModel
 from deployments.checkpoints import Checkpoint, cache_root
 from deployments.images import ADMITTED, decode
@@ -34,10 +35,12 @@ def caption_all(checkpoint: Checkpoint, examples: Sequence[Example], batch_size:
     """A caption for each example, by the class that serves.
 
     What was captioned is kept in the cache, so that a killed evaluation goes on and a second one need not caption
-    again. The key is everything that a caption depends on: the checkpoint's files, the picture's bytes, the code.
+    again. The key is everything that a caption depends on: the checkpoint's files, the picture's bytes, the code, and
+    the device, on which its precision depends.
     """
-    code = _code_digest(captioner, images, pixels, views)
-    kept = _Kept(cache_root() / "captions" / f"{checkpoint.revision}-{code}.jsonl")
+    code = _code_digest(blip, captioner, images, pixels, views)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kept = _Kept(cache_root() / "captions" / f"{checkpoint.revision}-{code}-{device}.jsonl")
     keys = [hashlib.sha256(example.read()).hexdigest()[:24] for example in examples]
     missing = [place for place, key in enumerate(keys) if key not in kept.values]
     model = CaptionerModel(checkpoint) if missing else None

@@ -323,7 +323,7 @@ class Watch(pl.Callback):
                 save_weights(module._judge, self.scratch / "best.safetensors")
                 (self.scratch / "judged.json").write_text(json.dumps(list(module.judged.items())))
         self._due = True
-        if self.config.patience and self.bad >= self.config.patience:
+        if self._is_out_of_patience():
             self.stopped = "patience"
             trainer.should_stop = True
         if trainer.is_global_zero:
@@ -391,7 +391,12 @@ class Watch(pl.Callback):
             if (folder / name).is_file():
                 shutil.copy(folder / name, self.scratch / name)
         self.step = self.began_step = int(progress["step"])
+        if self._is_out_of_patience():
+            self.stopped = "patience"
         return self.step
+
+    def _is_out_of_patience(self) -> bool:
+        return 0 < self.config.patience <= self.bad
 
 
 def save_weights(model: torch.nn.Module, path: Path) -> None:
@@ -506,7 +511,7 @@ def train_steps(
         return (batches_beside if streams == "beside" else local_batches)(source, pieces, micro)
 
     validation = PassOnce(job.val_source(), rank, world, micro, config.loaders, config.loader_cpus, streams == "ray")
-    if start < total_steps:
+    if start < total_steps and not watch.stopped:
         trainer_of(config, order, total_steps, watch, strategy, plugins).fit(
             module,
             Loader(batches, module.prepare),

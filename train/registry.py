@@ -70,7 +70,8 @@ def meant(config: TrackingConfig) -> Iterator[None]:
 
 
 def register(run: Run, model: Kind, folder: Path, source: str | None = None) -> ModelVersion:
-    """Make a checkpoint folder the next version of a model, alias ``candidate``.
+    """Make a checkpoint folder the next version of a model, alias ``candidate``; what this run has registered already,
+    before it was killed, keeps its version.
 
     Args:
         run: the run that made it.
@@ -86,19 +87,27 @@ def register(run: Run, model: Kind, folder: Path, source: str | None = None) -> 
             f"{folder} is a checkpoint for {checkpoint.card.task!r}, a {model} does {TASKS[model]!r}; "
             "register it under its own kind, or write its card.json"
         )
-    source = source or run.checkpoint(folder)
-    client = run.client
-    _ensure_model(client, model)
-    version = client.create_model_version(
-        model,
-        source=source,
-        run_id=run.run_id,
-        tags={
-            REVISION_TAG: checkpoint.revision,
-            "deeptrust.dataset": str(checkpoint.card.dataset.get("version", "unknown")),
-            "deeptrust.architecture": checkpoint.card.architecture,
-        },
-    )
+    client, revision = run.client, checkpoint.revision
+    found = [
+        version
+        for version in client.search_model_versions(f"name='{model}'")
+        if version.run_id == run.run_id and version.tags.get(REVISION_TAG) == revision
+    ]
+    if found:
+        version = found[0]
+    else:
+        _ensure_model(client, model)
+        version = client.create_model_version(
+            model,
+            # a place of its own: a run may come to another checkpoint, and the files of this version stay
+            source=source or run.checkpoint(folder, f"checkpoint-{revision}"),
+            run_id=run.run_id,
+            tags={
+                REVISION_TAG: revision,
+                "deeptrust.dataset": str(checkpoint.card.dataset.get("version", "unknown")),
+                "deeptrust.architecture": checkpoint.card.architecture,
+            },
+        )
     client.set_registered_model_alias(model, "candidate", version.version)
     return client.get_model_version(model, version.version)
 

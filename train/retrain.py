@@ -219,15 +219,7 @@ class Retraining:
         return {"folder": str(output), "told": ", ".join(engines) or "none was as exact and faster than PyTorch"}
 
     def _register(self) -> dict[str, Any]:
-        folder, client = Path(self.done["export"]["folder"]), self.run.client
-        revision = open_checkpoint(folder, str(folder)).revision
-        # killed between registration and this step's tag: it is there
-        found = [
-            version
-            for version in client.search_model_versions(f"name='{MODEL}'")
-            if version.run_id == self.run.run_id and version.tags.get(registry.REVISION_TAG) == revision
-        ]
-        version = found[0] if found else registry.register(self.run, MODEL, folder)
+        version = registry.register(self.run, MODEL, Path(self.done["export"]["folder"]))
         uri = f"models:/{MODEL}/{version.version}"
         return {"version": str(version.version), "uri": uri, "told": f"{uri}, alias candidate"}
 
@@ -255,6 +247,7 @@ class Retraining:
             {id_: row[0] for id_, row in report["probabilities"].items()},
             {example.id: float(row[0]) for example, row in zip(examples, before, strict=True)},
             self._old_ids(found.beside(production.card.dataset)),
+            {example.id: example.group or example.id for example in examples},
             self.config.gate,
         )
         client, failures = self.run.client, judgement.failures
@@ -298,6 +291,11 @@ class Retraining:
         uri, log = self.done["register"]["uri"], self.folder / f"{name}.jsonl"
         looks = [f"--interval-s={self.config.interval_s}", f"--log={log}"]
         looks += [f"--rules={rules.absolute()}"] if rules else []
+        if (why := _rejected(log, uri)) is not None:
+            status, said = canary("rollback", MODEL)
+            if status:
+                raise RetrainError(f"the {name} was not rolled back: {said}")
+            return {"passed": False, "told": f"rolled back: {why}"[:1000]}
         with self._replay(name):
             status, said = canary("start", MODEL, f"--uri={uri}", f"--share={share}", *start)
             # killed after the promotion and before this step's tag: it is in production already
@@ -354,6 +352,17 @@ class Retraining:
             ],
             failures=self.done.get("judge", {}).get("failures", []),
         )
+
+
+def _rejected(log: Path, uri: str) -> str | None:
+    """Why the watcher's last look was the end of this candidate's trial; None: it was not. The watcher writes down what
+    it decides before it does it, and may have done it just before this program was killed."""
+    lines = log.read_text().splitlines() if log.is_file() else []
+    try:
+        last = json.loads(lines[-1])
+    except (IndexError, ValueError):  # it has not looked yet, or was killed while it wrote
+        return None
+    return str(last["why"]) if last["action"] == "roll_back" and last["candidate"]["uri"] == uri else None
 
 
 def canary(*arguments: str) -> tuple[int, str]:

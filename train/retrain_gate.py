@@ -1,9 +1,10 @@
 """Whether a retrained detector may take the place of the one it was trained from.
 
 In: probabilities of both on the same test pictures, those that the older version held out already and those that came
-since. Out: rules with what was found. *Not worse on the old*: the paired difference is not below nought beyond noise,
-and its value not below what is tolerated. *Better on the new*: the lower end of the paired difference's interval is
-above nought. Knows no model, no file and no MLflow; the gate for every model is ``train.gate``.
+since, and their groups of near-duplicates: each says as much as one picture. Out: rules with what was found. *Not worse
+on the old*: the paired difference is not below nought beyond noise, and its value not below what is tolerated. *Better
+on the new*: the lower end of the paired difference's interval is above nought. Knows no model, no file and no MLflow;
+the gate for every model is ``train.gate``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ class RetrainRules(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     tolerated_loss: float = Field(0.02, ge=0, description="of ROC AUC on the old test, where noise may explain it")
-    fewest_new: int = Field(10, ge=2, description="new AI pictures in the test split without which nothing is shown")
+    fewest_new: int = Field(
+        10,
+        ge=2,
+        description="new AI pictures in the test split, near-duplicates counted once, without which nothing is shown",
+    )
     must_be_better: bool = Field(True, description="on the new pictures; off: a model that is as good will do")
     resamples: int = Field(2000, ge=100)
 
@@ -42,6 +47,7 @@ def compare(
     ours: Mapping[str, float],
     theirs: Mapping[str, float],
     old: set[str],
+    groups: Mapping[str, str],
     rules: RetrainRules,
     seed: int = 0,
 ) -> list[Shown]:
@@ -51,6 +57,7 @@ def compare(
         labels: id -> human or ai, of the whole test split.
         ours, theirs: id -> probability of AI.
         old: ids of pictures that the older version had.
+        groups: id -> group of near-duplicates.
     """
     ids = sorted(labels)
     real = [each for each in ids if labels[each] == "human"]
@@ -61,7 +68,8 @@ def compare(
             [np.array([chances[each] for each in part]) for part in (chosen_ai, chosen_real)]
             for chances in (ours, theirs)
         ]
-        return paired_difference(auc, sides[0], sides[1], rules.resamples, seed)
+        of = [np.array([groups[each] for each in part]) for part in (chosen_ai, chosen_real)]
+        return paired_difference(auc, sides[0], sides[1], rules.resamples, seed, of)
 
     shown = []
     old_ai, old_real = [each for each in ai if each in old], [each for each in real if each in old]
@@ -77,13 +85,15 @@ def compare(
         text = "the older version has no test pictures of both classes in this one"
         shown.append(Shown(rule="not worse on the old test", passed=False, text=text, pictures=0))
     new_ai = [each for each in ai if each not in old]
-    if len(new_ai) >= rules.fewest_new:
+    new = len({groups[each] for each in new_ai})
+    if new >= rules.fewest_new:
         found = difference(new_ai, real)
         passed = found["low"] > 0 if rules.must_be_better else found["high"] >= 0
         text = f"ROC AUC of new AI pictures {_signed(found)}"
         shown.append(Shown(rule="better on the new", passed=passed, text=text, pictures=len(new_ai), difference=found))
     else:
-        text = f"{len(new_ai)} new AI pictures in the test split, {rules.fewest_new} are needed to show anything"
+        counted = f"{new} new AI pictures in the test split (near-duplicates counted once)"
+        text = f"{counted}, {rules.fewest_new} are needed to show anything"
         passed = not rules.must_be_better
         shown.append(Shown(rule="better on the new", passed=passed, text=text, pictures=len(new_ai)))
     return shown

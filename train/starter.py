@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 _ROOT = Path(__file__).parent.parent
 _WEIGHTS = _ROOT / "deployments" / "starter_weights"
@@ -50,6 +50,14 @@ class Starter(BaseModel):
     work: Path = Field(description="where data, runs, checkpoints and reports go")
     only: str = Field("detector,captioner", description="which of the two")
     threads: int = Field(2, ge=1)
+
+    @field_validator("only")
+    @classmethod
+    def _names(cls, value: str) -> str:
+        names = [name.strip() for name in value.split(",")]
+        if unknown := [name for name in names if name not in ("detector", "captioner")]:
+            raise ValueError(f"{unknown[0]!r} is neither detector nor captioner")
+        return ",".join(names)
 
 
 def steps(config: Starter) -> Iterator[list[str]]:

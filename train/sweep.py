@@ -154,8 +154,11 @@ def read_space(config: AnySweep) -> dict[str, Span]:
             space = {str(name): Span.model_validate(span) for name, span in dict(found).items()}
         except (OSError, yaml.YAMLError, ValidationError, TypeError, ValueError) as error:
             raise TrainingError(f"--space {config.space} cannot be used: {error}") from error
-    middle = {name: (span.values or [span.low])[0] for name, span in space.items()}
-    trial_config(config, middle, "check", None)
+    first = {name: (span.values or [span.low])[0] for name, span in space.items()}
+    trial_config(config, first, "check", None)
+    for name, span in space.items():
+        for value in span.values:
+            trial_config(config, first | {name: value}, "check", None)
     return space
 
 
@@ -230,7 +233,11 @@ def sweep(config: AnySweep) -> tuple[list[TrialOutcome], bool]:
         raise
     if done:
         print(f"{config.name} is done; for another give another --name", flush=True)
-        return [TrialOutcome.model_validate(each) for each in json.loads((place / _DONE).read_text())], True
+        trials = [TrialOutcome.model_validate(each) for each in json.loads((place / _DONE).read_text())]
+        if (best := _best_trial(trials)) is not None:
+            with _model_of(best, place) as folder:
+                publish(folder, Location.of(config.output))
+        return trials, True
     parent = None
     if config.record:
         parent = tracking.start(
@@ -404,7 +411,7 @@ def _time_limit(seconds: float) -> Iterator[threading.Event]:
 
 def _conclude(config: AnySweep, trials: list[TrialOutcome], place: Location, parent: Run | None) -> None:
     """The best trial's checkpoint, the page, and what MLflow should know."""
-    finished = [trial for trial in trials if trial.status == "finished" and trial.best is not None]
+    best = _best_trial(trials)
     page = render_page(config, trials)
     (place / "sweep.html").write_text(page)
     if parent is not None:
@@ -412,19 +419,13 @@ def _conclude(config: AnySweep, trials: list[TrialOutcome], place: Location, par
         parent.text("sweep.html", page)
         parent.text("trials.json", json.dumps([trial.model_dump() for trial in trials], indent=1))
         parent.metrics({f"trials_{status.replace(' ', '_')}": count for status, count in _counts(trials).items()})
-    if not finished:
+    if best is None:
         reasons = "; ".join(sorted({trial.reason for trial in trials if trial.reason})) or "all were stopped early"
         raise TrainingError(
             f"no trial came to its end ({reasons}): the same command tries those that failed again; or widen --space, "
             "or raise --grace, under another --name"
         )
-    best = max(finished, key=lambda trial: trial.best or -math.inf)
-    model = place / "models" / best.id
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "checkpoint"
-        folder.mkdir()
-        for name in model.filesystem.ls(model.path, detail=False):
-            model.filesystem.get_file(name, str(folder / Path(name).name))
+    with _model_of(best, place) as folder:
         publish(folder, Location.of(config.output))
         if parent is not None:
             parent.metrics({"best": best.best or 0.0})
@@ -433,6 +434,24 @@ def _conclude(config: AnySweep, trials: list[TrialOutcome], place: Location, par
                 version = registry.register(parent, kind_of(config), folder)
                 print(f"registered as {kind_of(config)} {version.version}, alias candidate", flush=True)
     (place / _DONE).write_text(json.dumps([trial.model_dump() for trial in trials], indent=1))
+
+
+def _best_trial(trials: Iterable[TrialOutcome]) -> TrialOutcome | None:
+    """The best of those that came to their end; None: none did."""
+    finished = [(trial.best, trial) for trial in trials if trial.status == "finished" and trial.best is not None]
+    return max(finished, key=lambda each: each[0])[1] if finished else None
+
+
+@contextmanager
+def _model_of(trial: TrialOutcome, place: Location) -> Iterator[Path]:
+    """A trial's checkpoint, on this machine for the length of the block."""
+    model = place / "models" / trial.id
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "checkpoint"
+        folder.mkdir()
+        for name in model.filesystem.ls(model.path, detail=False):
+            model.filesystem.get_file(name, str(folder / Path(name).name))
+        yield folder
 
 
 def _close_children(parent: Run) -> None:

@@ -3,6 +3,7 @@ starts."""
 
 from __future__ import annotations
 
+import shutil
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from data.versions import open_version
 from deployments.checkpoints import resolve
 from deployments.pixels import Normalisation
 from tests.train.small import flags, labelled_version
+from tests.train.small_models import write_card
 from train import command
 from train.detector import (
     LABELS,
@@ -32,6 +34,7 @@ from train.detector import (
     read_annotations,
     wants_new_head,
 )
+from train.loop import export, fit_locally
 from train.module import TrainingError
 
 
@@ -227,3 +230,24 @@ def test_normalisation_is_the_models_own(vit: Path) -> None:
     assert normalisation.mean == (0.4,) * 3 and normalisation.std == (0.3,) * 3
     white = np.asarray(Image.new("RGB", (4, 4), "white"))[None, None]
     assert float(normalisation(white).max()) == pytest.approx(2.0)
+
+
+def test_the_card_names_the_data_of_what_it_was_trained_from(version: Path, vit: Path, tmp_path: Path) -> None:
+    base = shutil.copytree(vit, tmp_path / "base")
+    before = {"name": "aivshuman", "version": "older"}
+    write_card(base, dataset=before | {"generators": [], "before": [{"name": "aivshuman", "version": "oldest"}]})
+    config = DetectorTraining(
+        data=str(version),
+        model=str(base),
+        output=str(tmp_path / "out"),
+        max_steps=1,
+        batch_size=8,
+        loaders=1,
+        threads=1,
+    )
+    job = prepare_job(config, open_version(version))[0]
+    _, module, watch = fit_locally(job, tmp_path, "here", say=lambda _: None)
+    export(job, module, watch, tmp_path / "export")
+    dataset = resolve(str(tmp_path / "export")).card.dataset
+    assert dataset["version"] == version.name
+    assert dataset["before"] == [before, {"name": "aivshuman", "version": "oldest"}]

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from deployments.captioner import CaptionerModel
-from deployments.checkpoints import resolve
+from deployments.checkpoints import Checkpoint, resolve
 from deployments.detector import DetectorModel
 from deployments.images import ADMITTED, decode
 from deployments.views import render
@@ -22,11 +22,12 @@ from tests.train.small import traced, write_version
 from tests.train.small_models import captioned_folder, labelled_folder, noise, small_captioner, small_detector
 from train import registry, tracking
 from train.captioner_report import exchange, length_figures, made_up_figures, meteor, repetitive
+from train.command import data_before
 from train.detector import Annotations, generators_seen
 from train.detector_report import DAMAGES, THIRDS, TRAITS, file_traits, has_people, source_leakage, trained_on
-from train.evaluate import check_held_out, main
+from train.evaluate import EvaluationError, check_held_out, main
 from train.examples import Example, read_examples
-from train.generate import tag_all
+from train.generate import caption_all, tag_all
 from train.tag_quality import Judge, open_judge
 from train.tagger_report import tagger_figures
 from train.tracking import TrackingConfig
@@ -245,6 +246,29 @@ def test_a_model_is_not_evaluated_on_what_it_was_trained_on(folder: Path, tmp_pa
         assert check_held_out(read_examples(version, "detector"), resolve(trained)) is None
 
 
+def test_what_its_base_was_trained_on_is_not_forgotten(folder: Path, tmp_path: Path) -> None:
+    first = divided(tmp_path, "train", "val", "test")
+    base = resolve(str(small_detector(tmp_path / "base", dataset={"name": "aivshuman", "version": Path(first).name})))
+    # on another division: its own test split is what the base was trained on
+    second = divided(tmp_path, "test", "train", "val")
+    own = {"name": "aivshuman", "version": Path(second).name, "before": data_before(base)}
+    trained = resolve(str(small_detector(tmp_path / "trained", dataset=own)))
+    with pytest.raises(EvaluationError, match=f"on 2 of the 2 test pictures of {second}: .* --data {first}"):
+        check_held_out(read_examples(second, "detector"), trained)
+    assert own["before"] == data_before(trained)[1:] == [{"name": "aivshuman", "version": Path(first).name}]
+    # as its card names itself again, after another round on the same data
+    again = replace(trained, card=trained.card.model_copy(update={"dataset": own | {"before": data_before(trained)}}))
+    assert data_before(again) == data_before(trained)
+    shutil.rmtree(first)
+    told = str(check_held_out(read_examples(second, "detector"), trained))
+    assert f"names aivshuman {Path(first).name}, and beside {second} there is none such" in told
+    # what knows no data, and a starter's tower
+    silent = resolve(str(small_detector(tmp_path / "silent", dataset={})))
+    starter = replace(base, uri="starter:detector")
+    assert data_before(silent) == data_before(starter, new_head=True) == []
+    assert data_before(starter) == data_before(base, new_head=True) == own["before"]
+
+
 def test_what_nobody_can_tell_of_the_training_pictures_is_said(folder: Path, tmp_path: Path) -> None:
     examples = read_examples(divided(tmp_path, "train", "val", "test"), "detector")
     told = check_held_out(examples, resolve(str(folder / "detector")))
@@ -289,6 +313,37 @@ def test_what_cannot_be_evaluated_is_said_before_anything_is(
 ) -> None:
     with pytest.raises(SystemExit, match=complaint.replace("DIR", str(folder))):
         main([argument.replace("DIR", str(folder)) for argument in arguments])
+
+
+def test_kept_captions_are_of_the_code_and_the_device_that_wrote_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEEPTRUST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    asked: list[int] = []
+
+    class Captioner:
+        def __init__(self, _: Checkpoint) -> None:
+            pass
+
+        def caption(self, views: np.ndarray) -> list[str]:
+            asked.append(len(views))
+            return ["a dog"] * len(views)
+
+    monkeypatch.setattr("train.generate.CaptionerModel", Captioner)
+    monkeypatch.setattr("train.generate.view_of", lambda *_: np.zeros(1))
+    checkpoint = resolve(str(small_captioner(tmp_path / "captioner")))
+    examples = [Example("a", "a.jpg", lambda: b"a")]
+    for _ in range(2):
+        assert caption_all(checkpoint, examples, 1) == ["a dog"]
+    assert asked == [1]
+    with monkeypatch.context() as there:
+        there.setattr("torch.cuda.is_available", lambda: True)
+        caption_all(checkpoint, examples, 1)
+    (tmp_path / "blip.py").write_text("changed")
+    monkeypatch.setattr("deployments.blip.__file__", str(tmp_path / "blip.py"))
+    caption_all(checkpoint, examples, 1)
+    assert asked == [1, 1, 1]
 
 
 def test_a_captioner_is_reported_from_end_to_end(folder: Path) -> None:

@@ -131,6 +131,21 @@ def test_no_improvement_ends_a_run_early_and_the_best_weights_stay(job: Detector
     assert outcome.metrics["val_auc"] == watch.best
 
 
+def test_a_run_that_patience_ended_is_not_trained_on_where_its_export_was_lost(
+    job: DetectorJob, tmp_path: Path
+) -> None:
+    for name in ("kept", "whole", "again"):
+        (tmp_path / name).mkdir()
+    job = changed(job, learning_rate=1e-12, weight_decay=0.0, patience=1, validate_every=1)
+    kept = Kept(tmp_path / "kept")
+    ended, _, _ = fit_locally(job, tmp_path / "whole", "here", report=kept, say=quiet)
+    resume = tmp_path / "kept" / str(ended.steps)
+    again, module, watch = fit_locally(job, tmp_path / "again", "here", resume=resume, say=quiet)
+    assert (again.status, again.reason, again.steps, again.losses) == ("finished", "patience", ended.steps, [])
+    assert again.metrics == ended.metrics
+    assert export(job, module, watch, tmp_path / "export")["val_auc"] == ended.metrics["val_auc"]
+
+
 def test_batches_are_the_same_in_a_process_beside_and_of_any_block_size(version: Path, job: DetectorJob) -> None:
     source = job.train_source()
     pieces = [np.array([0, 5, 3, 1]), np.array([0, 2, 40, 7, 9]), np.array([1, 5])]

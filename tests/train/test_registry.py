@@ -52,14 +52,19 @@ def rules(tmp_path: Path) -> Path:
     return tmp_path / "gate.yaml"
 
 
-def add(store: TrackingConfig, folder: Path, quality: float | None, revision: str | None = None, **part: object) -> str:
-    """Another detector in the registry, evaluated (``evaluated``) unless ``quality`` is None; its number."""
+def detector(folder: Path) -> Path:
+    """A checkpoint folder whose files say its name."""
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     (folder / "card.json").write_text(json.dumps({"task": "detection", "labels": ["human", "ai"]}))
     save_file({"weight": torch.tensor(list(folder.name.encode()))}, folder / "model.safetensors")
+    return folder
+
+
+def add(store: TrackingConfig, folder: Path, quality: float | None, revision: str | None = None, **part: object) -> str:
+    """Another detector in the registry, evaluated (``evaluated``) unless ``quality`` is None; its number."""
     with tracking.run(store, "detector", folder.name) as run:
-        version = registry.register(run, "detector", folder)
+        version = registry.register(run, "detector", detector(folder))
     if quality is not None:
         evaluated(store, str(version.version), quality=quality, revision=revision, **part)
     return str(version.version)
@@ -89,6 +94,22 @@ def test_a_registered_model_is_a_checkpoint_uri(store: TrackingConfig, client: M
     second = add(store, tmp_path / "second", None)
     assert registry.aliases_of(client, "detector") == {"candidate": second}
     assert resolve("models:/detector@candidate").revision == resolve(str(tmp_path / "second")).revision
+
+
+def test_a_run_that_goes_on_registers_a_checkpoint_once(
+    store: TrackingConfig, client: MlflowClient, tmp_path: Path
+) -> None:
+    first, second = (detector(tmp_path / name) for name in ("first", "second"))
+    with tracking.run(store, "detector", "killed") as run:
+        # killed before its caller could note it, and gone on with; then with another best
+        numbers = [str(registry.register(run, "detector", folder).version) for folder in (first, first, second)]
+        assert numbers == ["1", "1", "2"] and registry.aliases_of(client, "detector") == {"candidate": "2"}
+        assert str(registry.register(run, "detector", first).version) == "1"
+        assert registry.aliases_of(client, "detector") == {"candidate": "1"}
+    for number, folder in (("1", first), ("2", second)):
+        assert resolve(f"models:/detector/{number}").revision == resolve(str(folder)).revision
+    with tracking.run(store, "detector", "another") as run:
+        assert str(registry.register(run, "detector", first).version) == "3"
 
 
 def test_only_what_passed_the_gate_is_promoted(

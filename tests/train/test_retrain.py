@@ -173,10 +173,15 @@ def figures(old: float, new: float, seed: int, count: int = 200) -> tuple[dict[s
     return labels, chances, {name for name in labels if name[0] in "ro"}
 
 
+def alone(labels: dict[str, str]) -> dict[str, str]:
+    """No picture is a near-duplicate of another."""
+    return {name: name for name in labels}
+
+
 def test_better_on_the_new_and_as_good_on_the_old_passes() -> None:
     labels, theirs, old = figures(2.0, 0.2, seed=1)
     _, ours, _ = figures(2.0, 2.0, seed=1)
-    shown = compare(labels, ours, theirs, old, RetrainRules(resamples=200))
+    shown = compare(labels, ours, theirs, old, alone(labels), RetrainRules(resamples=200))
     assert [each.passed for each in shown] == [True, True]
     assert shown[1].difference is not None and shown[1].difference["low"] > 0.2
 
@@ -184,31 +189,53 @@ def test_better_on_the_new_and_as_good_on_the_old_passes() -> None:
 def test_worse_on_the_old_is_refused_however_good_it_is_on_the_new() -> None:
     labels, theirs, old = figures(2.0, 0.2, seed=1)
     _, ours, _ = figures(1.0, 2.0, seed=1)
-    assert [each.passed for each in compare(labels, ours, theirs, old, RetrainRules(resamples=200))] == [False, True]
+    assert [each.passed for each in compare(labels, ours, theirs, old, alone(labels), RetrainRules(resamples=200))] == [
+        False,
+        True,
+    ]
 
 
 def test_what_noise_may_explain_is_no_better() -> None:
     labels, theirs, old = figures(2.0, 1.0, seed=1)
     _, ours, _ = figures(2.0, 1.0, seed=2)
     ours |= {name: theirs[name] for name in old}
-    shown = compare(labels, ours, theirs, old, RetrainRules(resamples=200))
+    shown = compare(labels, ours, theirs, old, alone(labels), RetrainRules(resamples=200))
     assert [each.passed for each in shown] == [True, False]
     as_good = RetrainRules(resamples=200, must_be_better=False)
-    assert all(each.passed for each in compare(labels, ours, theirs, old, as_good))
+    assert all(each.passed for each in compare(labels, ours, theirs, old, alone(labels), as_good))
 
 
 def test_flipped_labels_are_refused() -> None:
     labels, theirs, old = figures(2.0, 1.0, seed=1)
     flipped = {name: 1 - chance for name, chance in theirs.items()}
-    assert not any(each.passed for each in compare(labels, flipped, theirs, old, RetrainRules(resamples=200)))
+    assert not any(
+        each.passed for each in compare(labels, flipped, theirs, old, alone(labels), RetrainRules(resamples=200))
+    )
 
 
 def test_without_new_pictures_nothing_is_shown() -> None:
     labels, theirs, old = figures(2.0, 1.0, seed=1, count=40)
-    shown = compare(labels, theirs, theirs, set(labels), RetrainRules(resamples=200))
+    shown = compare(labels, theirs, theirs, set(labels), alone(labels), RetrainRules(resamples=200))
     assert [each.passed for each in shown] == [True, False] and "0 new AI pictures" in shown[1].text
-    assert not compare(labels, theirs, theirs, set(), RetrainRules(resamples=200))[0].passed
+    assert not compare(labels, theirs, theirs, set(), alone(labels), RetrainRules(resamples=200))[0].passed
     assert old < set(labels)
+
+
+def test_copies_of_a_picture_are_one_picture() -> None:
+    labels, theirs, old = figures(2.0, 0.2, seed=1, count=12)
+    ours = theirs | {f"n{number}": 1.0 for number in range(12)}
+    copies = alone(labels) | {f"n{number}": "n0" for number in range(12)}
+    assert compare(labels, ours, theirs, old, alone(labels), RetrainRules(resamples=200))[1].passed
+    shown = compare(labels, ours, theirs, old, copies, RetrainRules(resamples=200))[1]
+    assert not shown.passed and shown.text.startswith("1 new AI pictures in the test split")
+    # nor is the interval narrower for copies of an old one
+    copies |= {f"o{number}": f"o{number % 2}" for number in range(12)}
+    few, many = (
+        compare(labels, figures(1.0, 0.2, seed=3, count=12)[1], theirs, old, groups, RetrainRules(resamples=200))[0]
+        for groups in (copies, alone(labels))
+    )
+    assert few.difference is not None and many.difference is not None
+    assert few.difference["value"] == many.difference["value"] and few.difference != many.difference
 
 
 # ---------------------------------------------------------------------------------------------------------- the way
@@ -284,6 +311,33 @@ def test_data_that_production_was_trained_on_are_refused_before_training(tmp_pat
     base = small_detector(tmp_path / "base", dataset={"name": "aivshuman", "version": one})
     with pytest.raises(EvaluationError, match=f"trained or tuned on 2 of the 2 test pictures of .*{newest}"):
         begun(tmp_path, {"base": {"uri": str(base)}})._data()
+
+
+def test_a_trial_that_was_rolled_back_before_the_kill_is_not_begun_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def canary(command: str, *_: str) -> tuple[int, str]:
+        asked.append(command)
+        return 0, ""
+
+    monkeypatch.setattr(retrain, "canary", canary)
+    retraining = begun(tmp_path, {"register": {"uri": "models:/detector/2"}})
+
+    def tried(*looks: tuple[str, str], cut_off: str = "") -> dict[str, Any]:
+        lines = [
+            json.dumps({"candidate": {"uri": f"models:/detector/{number}"}, "action": action, "why": "it errs"}) + "\n"
+            for number, action in looks
+        ]
+        (tmp_path / "canary.jsonl").write_text("".join(lines) + cut_off)
+        asked.clear()
+        return retraining._tried("canary", 0.1, None, start=[], watch=[])
+
+    assert tried(("2", "continue"), ("2", "roll_back")) == {"passed": False, "told": "rolled back: it errs"}
+    assert asked == ["rollback"]
+    for left in (tried(("2", "continue")), tried(("1", "roll_back")), tried(), tried(cut_off='{"candidate')):
+        assert left["passed"] and asked == ["start", "watch"]
 
 
 def test_engines_are_exported_on_some_pictures_and_no_others_are_read(

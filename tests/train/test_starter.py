@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import ValidationError
 from pydantic_settings import CliApp
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from deployments.checkpoints import Checkpoint, CheckpointError
+from tests.train.small_models import small_captioner
 from train import extract
 from train.evaluate import EvaluateCommands
 from train.starter import Starter, steps
@@ -68,6 +70,41 @@ def test_what_is_committed_changes_when_all_of_it_is_made(tmp_path: Path, monkey
     monkeypatch.setattr(extract, "_detector", lambda _, folder: (folder / "config.json").write_text("after"))
     extract.extract(config)
     assert held() == {"README.md": "before", "config.json": "after"}
+
+
+def test_only_what_was_trained_on_the_packaged_tower_comes_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, target = small_captioner(tmp_path / "captioner"), tmp_path / "starter"
+    target.mkdir()
+    (target / "README.md").write_text("before")
+    config = extract.ExtractConfig(checkpoint=str(checkpoint), target=target)
+    tower = {
+        name.removeprefix("vision_model."): value
+        for name, value in load_file(checkpoint / "model.safetensors").items()
+        if name.startswith("vision_model.")
+    }
+    monkeypatch.setattr(extract, "clip_state", dict)
+    trained = tower | {"post_layernorm.bias": tower["post_layernorm.bias"] + 1e-3}
+    deeper = tower | {"encoder.layers.1.layer_norm1.bias": torch.zeros(32)}
+    for packaged in (trained, deeper, {}):
+        monkeypatch.setattr(extract, "blip_vision_state", lambda _, packaged=packaged: packaged)
+        with pytest.raises(CheckpointError, match="is not the packaged one"):
+            extract.extract(config)
+        assert [file.name for file in target.iterdir()] == ["README.md"]
+    monkeypatch.setattr(extract, "blip_vision_state", lambda _: tower)
+    extract.extract(config)
+    assert {"decoder.safetensors", "text_config.json", "vocab.txt", "card.json"} < {
+        file.name for file in target.iterdir()
+    }
+
+
+def test_a_name_that_is_none_of_the_two_is_told() -> None:
+    with pytest.raises(ValidationError, match="captoner"):
+        made("captoner")
+    with pytest.raises(ValidationError, match="''"):
+        made("")
+    assert [step[0] for step in made("detector, captioner")] == [step[0] for step in made()]
 
 
 @pytest.mark.parametrize("name", sorted({step[0] for step in made()}))

@@ -20,6 +20,7 @@ from data.errors import DataError
 from data.locations import Location
 from deployments.checkpoints import CheckpointError, resolve
 from tests.train.small import labelled_version, tiny_vit
+from tests.train.small_models import small_detector
 from train import registry, tracking
 from train.module import TrainingError
 from train.sweep import (
@@ -79,6 +80,7 @@ def test_the_space_names_settings_of_the_trainer(tmp_path: Path) -> None:
     for text, complaint in (
         ("lerning_rate: {values: [1]}", "lerning_rate"),
         ("learning_rate: {values: [-1.0]}", "does not take"),
+        ("{learning_rate: {values: [0.1, -1.0]}, weight_decay: {low: 0.0, high: 0.1}}", "does not take"),
         ("learning_rate: 3", "cannot be used"),
         ("- a", "cannot be used"),
     ):
@@ -125,6 +127,20 @@ def test_data_or_a_model_that_is_missing_is_told_before_a_trial(
     version = labelled_version(tmp_path / "data", train=4, val=2)
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         sweep(config(tmp_path, data=str(version), model="no/where/at/all", record=False, name="other"))
+
+
+def test_a_sweep_that_is_done_writes_its_best_where_it_is_asked_for(tmp_path: Path) -> None:
+    trials = [
+        TrialOutcome(id=id_, parameters={}, status=status, best=best, curve=[])
+        for id_, status, best in (("a", "finished", -0.5), ("b", "finished", 0.0), ("c", "stopped early", 0.9))
+    ]
+    asked = config(tmp_path, output=str(tmp_path / "elsewhere"), record=False)
+    for trial in trials[:2]:
+        small_detector(tmp_path / asked.name / "models" / trial.id, seed=ord(trial.id))
+    (tmp_path / asked.name / "trials.json").write_text(json.dumps([trial.model_dump() for trial in trials]))
+    assert sweep(asked) == (trials, True)
+    best = resolve(str(tmp_path / asked.name / "models" / "b"))
+    assert resolve(str(tmp_path / "elsewhere")).revision == best.revision
 
 
 def test_trials_that_failed_for_want_of_something_are_run_again() -> None:
