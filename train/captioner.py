@@ -582,19 +582,26 @@ def prepare_job(
     return job, sum(parameter.numel() for parameter in model.parameters())
 
 
+def tokens_key(job: CaptionerJob) -> str:
+    """What the tower's tokens of a job's pictures depend on. Another decoder on the same tower has the same tokens."""
+    folder = resolve(job.checkpoint).folder
+    digest = hashlib.sha256(json.dumps([job.version.manifest.version, job.views.model_dump(mode="json")]).encode())
+    digest.update(job.config.features.encode())
+    digest.update((folder / "preprocessor_config.json").read_bytes())  # mean and deviation of its pixels
+    tower = load_captioner(resolve(job.checkpoint)).vision_model.state_dict()
+    for name in sorted(tower):
+        digest.update(name.encode() + tower[name].contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 def with_features(job: CaptionerJob, give_way_s: float = 0.0) -> CaptionerJob:
     """The job on tokens of the frozen tower, computed if they are not there, as ``compute_features`` does; Ray must be
     there."""
-    config, checkpoint = job.config, resolve(job.checkpoint)
-    tower = dict(load_captioner(checkpoint).vision_model.state_dict().items())
-    digest = hashlib.sha256(json.dumps([job.version.manifest.version, job.views.model_dump(mode="json")]).encode())
-    digest.update(config.features.encode())
-    for name in sorted(tower):  # not the revision: another decoder on the same tower has the same tokens
-        digest.update(name.encode() + tower[name].contiguous().numpy().tobytes())
+    config, key = job.config, tokens_key(job)
     encoder = TowerTokens(job.checkpoint, config.features == "bf16")
     found = []
     for split, source in (("train", job.train_pictures(Deliver())), ("val", job.val_pictures())):
-        place = Location.of(config.cache) / f"captioner-{split}-{digest.hexdigest()[:16]}-{sum(source.groups)}"
+        place = Location.of(config.cache) / f"captioner-{split}-{key}-{sum(source.groups)}"
         threads = config.threads or 1
         found.append(
             compute_features(

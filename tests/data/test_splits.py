@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import random
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +17,7 @@ from PIL import Image, ImageFilter
 
 from data.splits import assign_splits, near_duplicate_groups, perceptual_hash
 
+ROOT = Path(__file__).parents[2]
 FRACTIONS = {"train": 0.64, "val": 0.16, "test": 0.2}
 
 
@@ -40,6 +45,32 @@ def test_hash_survives_delivery_and_tells_pictures_apart(seed: int) -> None:
 def test_hash_takes_any_mode_and_a_flat_picture() -> None:
     for mode in ("L", "RGB", "RGBA", "CMYK", "P", "1"):
         assert 0 <= perceptual_hash(Image.new(mode, (5, 900))) < 2**64
+
+
+#: Pictures most of whose coefficients are 0: flat, a ramp, noise beside its mirror image.
+_SYMMETRIC = """
+import numpy as np
+from PIL import Image
+from data.splits import perceptual_hash
+noise = np.random.default_rng(0).integers(0, 256, (64, 32), dtype=np.uint8)
+ramp = np.tile(np.arange(256, dtype=np.uint8), (64, 1))
+for pixels in (np.full((64, 64), 77, np.uint8), ramp, np.concatenate([noise, noise[:, ::-1]], axis=1)):
+    print(perceptual_hash(Image.fromarray(pixels)))
+"""
+
+
+def test_symmetric_pictures_have_the_same_hash_whatever_the_processors_arithmetic() -> None:
+    hashes = {
+        kernel: subprocess.run(
+            [sys.executable, "-c", _SYMMETRIC],
+            env=os.environ | {"OPENBLAS_CORETYPE": kernel, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for kernel in ("Haswell", "Nehalem")
+    }
+    assert hashes["Haswell"] == hashes["Nehalem"]
 
 
 def test_groups_are_those_of_comparing_every_pair() -> None:

@@ -3,6 +3,8 @@ told."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from data.locations import Location
 from data.versions import open_version
@@ -30,6 +32,7 @@ from train.captioner import (
     prepare_job,
     prompt_of,
     some_patches,
+    tokens_key,
 )
 from train.extract import ExtractConfig, extract
 from train.features import Encode, Features
@@ -185,6 +188,22 @@ def test_a_decoder_learns_from_tokens_of_the_frozen_tower_computed_once(
     _, module, watch = fit_locally(job, tmp_path, "here", say=lambda _: None)
     assert watch.step == 72
     assert named([module.judged[row] for row in range(8)], range(48, 56)) >= 7
+
+
+def test_tokens_are_kept_for_a_tower_and_how_it_reads_pixels_and_not_for_a_decoder(
+    photos: Path, blip: Path, tmp_path: Path
+) -> None:
+    key = tokens_key(job_of(photos, blip))
+    darker = Path(shutil.copytree(blip, tmp_path / "darker"))
+    processor = json.loads((darker / "preprocessor_config.json").read_text())
+    (darker / "preprocessor_config.json").write_text(json.dumps(processor | {"image_mean": [0.1, 0.1, 0.1]}))
+    assert tokens_key(job_of(photos, darker)) != key
+    changed = {"vision_model.post_layernorm.bias": True, "text_decoder.cls.predictions.bias": False}
+    for name, is_another in changed.items():
+        folder = Path(shutil.copytree(blip, tmp_path / name))
+        weights = load_file(folder / "model.safetensors")
+        save_file(weights | {name: weights[name] + 1}, folder / "model.safetensors", {"format": "pt"})
+        assert (tokens_key(job_of(photos, folder)) != key) == is_another, name
 
 
 @pytest.mark.proof
