@@ -15,6 +15,7 @@ batches fill, and after the clients have stopped does not count
 from __future__ import annotations
 
 import asyncio
+import gc
 import io
 import os
 import random
@@ -167,6 +168,13 @@ def _load(uris: dict[str, str]) -> None:
     _direct = BackToBack(uris)
 
 
+def _unload() -> None:
+    """vLLM's engine is a process of its own, which the one that has it would wait for."""
+    global _direct
+    _direct = None
+    gc.collect()
+
+
 def _run(photos: list[bytes]) -> float:
     assert _direct is not None
     return _direct.run(photos)
@@ -244,6 +252,7 @@ def ratio_part(config: ServingConfig, url: str, photos: list[bytes]) -> dict[str
                 {"back_to_back_s": round(bare, 2), "served_s": round(served, 2), "ratio": round(bare / served, 3)}
             )
             print(rounds[-1], flush=True)
+        direct.submit(_unload).result()
     return {
         "rounds": rounds,
         "ratio_median": statistics.median(entry["ratio"] for entry in rounds),
