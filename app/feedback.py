@@ -7,10 +7,9 @@ small server. Knows no SQL, no model and no graph.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
@@ -38,7 +37,7 @@ from app.store.search import MAX_ID, BadCursor, Place
 from app.store.search import Query as StoreQuery
 from app.store.store import Store, StoreBusy, StoreOff
 from app.trials import PARTS
-from app.uploads import UploadLimits, read_body, read_uploads
+from app.uploads import UploadLimits, in_time, read_body, read_uploads
 from deployments.annotation import Annotation as Record
 from deployments.annotation import Tag
 from deployments.metrics import revision_of
@@ -277,7 +276,7 @@ def router(store_of: Callable[[], Awaitable[Store]], judged: Judged | None = Non
         store.taking_in += 1
         try:
             limits = UploadLimits(max_pictures=1, max_bytes=store.max_picture_bytes)
-            async with _in_time():
+            async with in_time(_BODY_S):
                 (upload,) = await read_uploads(request, limits)
             data = upload.data or b""
             if await asyncio.to_thread(lambda: hashlib.sha256(data).hexdigest()) != sha256:
@@ -388,20 +387,6 @@ def router(store_of: Callable[[], Awaitable[Store]], judged: Judged | None = Non
     return routes
 
 
-@contextlib.asynccontextmanager
-async def _in_time() -> AsyncIterator[None]:
-    """Bounds the reading of a body.
-
-    Raises:
-        Problem: `timeout`.
-    """
-    try:
-        async with asyncio.timeout(_BODY_S):
-            yield
-    except TimeoutError:
-        raise Problem("timeout", "The request's body did not arrive in time.") from None
-
-
 async def _read_event(request: Request) -> VerdictFeedback | CaptionFeedback | TagsFeedback:
     """The body of a feedback request.
 
@@ -411,7 +396,7 @@ async def _read_event(request: Request) -> VerdictFeedback | CaptionFeedback | T
     """
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
         raise Problem("unsupported_media_type", "Send application/json.")
-    async with _in_time():
+    async with in_time(_BODY_S):
         body = await read_body(request, _MAX_EVENT_BYTES)
     if not body:
         raise Problem("empty_body", "The request has no body.")

@@ -40,7 +40,7 @@ from app.problems import Problem, install, responses
 from app.store import key_uses
 from app.store.settings import StoreSettings
 from app.store.store import Store
-from app.uploads import Upload, UploadLimits, read_uploads
+from app.uploads import Upload, UploadLimits, in_time, read_uploads
 from deployments import telemetry
 from deployments.annotation import Annotation, Task
 from deployments.images import ImageError
@@ -411,13 +411,11 @@ class Ingress:
             raise Problem("overloaded", "Too many requests at the moment.", {"Retry-After": "2"})
         self._receiving_waits += 1
         try:
-            async with asyncio.timeout(self.limits.request_timeout_s), self._receiving:
+            async with in_time(self.limits.request_timeout_s), self._receiving:
                 with telemetry.span("read body"):
                     uploads = await read_uploads(request, self.uploads)
                 request.state.pictures = len(uploads)
                 return await self.deferral.accept(uploads, tasks, explain, key, callback)
-        except TimeoutError:
-            raise Problem("timeout", "The request's body did not arrive in time.") from None
         finally:
             self._receiving_waits -= 1
 
@@ -430,12 +428,9 @@ class Ingress:
             await self.admission.enter()
         places = 1
         try:
-            try:
-                async with asyncio.timeout(max(0.0, deadline - time.time())):
-                    with telemetry.span("read body"):
-                        uploads = await read_uploads(request, self.uploads)
-            except TimeoutError:
-                raise Problem("timeout", "The request's body did not arrive in time.") from None
+            async with in_time(deadline - time.time()):
+                with telemetry.span("read body"):
+                    uploads = await read_uploads(request, self.uploads)
             self.admission.widen(len(uploads) - 1)
             places = request.state.pictures = len(uploads)
             work = [

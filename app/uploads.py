@@ -16,6 +16,7 @@ import binascii
 import json
 import re
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,20 @@ class Upload:
     id: str | None
     data: bytes | None
     problem: Problem | None = None
+
+
+@asynccontextmanager
+async def in_time(seconds: float) -> AsyncIterator[None]:
+    """Bounds the reading of a body, and whatever else stands in the block.
+
+    Raises:
+        Problem: `timeout`.
+    """
+    try:
+        async with asyncio.timeout(max(0.0, seconds)):
+            yield
+    except TimeoutError:
+        raise Problem("timeout", "The request's body did not arrive in time.") from None
 
 
 async def read_uploads(request: Request, limits: UploadLimits) -> list[Upload]:

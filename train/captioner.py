@@ -584,11 +584,11 @@ def prepare_job(
 
 def tokens_key(job: CaptionerJob) -> str:
     """What the tower's tokens of a job's pictures depend on. Another decoder on the same tower has the same tokens."""
-    folder = resolve(job.checkpoint).folder
+    checkpoint = resolve(job.checkpoint)
     digest = hashlib.sha256(json.dumps([job.version.manifest.version, job.views.model_dump(mode="json")]).encode())
     digest.update(job.config.features.encode())
-    digest.update((folder / "preprocessor_config.json").read_bytes())  # mean and deviation of its pixels
-    tower = load_captioner(resolve(job.checkpoint)).vision_model.state_dict()
+    digest.update((checkpoint.folder / "preprocessor_config.json").read_bytes())  # mean and deviation of its pixels
+    tower = load_captioner(checkpoint).vision_model.state_dict()
     for name in sorted(tower):
         digest.update(name.encode() + tower[name].contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
