@@ -10,6 +10,7 @@ return a changed copy and know no network. Knows no store and no rules.
 from __future__ import annotations
 
 import copy
+import fcntl
 import os
 import time
 from collections.abc import Callable
@@ -27,6 +28,8 @@ _HEALTHY = "HEALTHY"
 _SETTLE_S = 1.5
 #: How long a canary without pictures keeps its replica.
 _DOWN_S = 5.0
+#: Held from reading a configuration to deploying it changed: Ray takes whichever comes last, whole.
+_LOCK = Path("~/.local/share/deeptrust/canary/configuration.lock")
 
 
 class CanaryError(RuntimeError):
@@ -241,11 +244,18 @@ class ServeApi:
             raise CanaryError(f"Ray refused the configuration (HTTP {answer.status_code}): {answer.text[:500]}")
 
     def change(self, edit: Callable[[Config], Config]) -> Config:
-        """Read the running configuration, change it, deploy it if that made a difference; returns it."""
-        before = self.config()
-        after = edit(before)
-        if after != before:
-            self.put(after)
+        """Read the running configuration, change it, deploy it if that made a difference; returns it.
+
+        Commands of this machine take turns. One of another machine in the same moment could undo this one's change.
+        """
+        file = _LOCK.expanduser()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # let go of by closing the file, and with a killed process
+            before = self.config()
+            after = edit(before)
+            if after != before:
+                self.put(after)
         return after
 
     def replicas(self, application: str, deployment: str) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -185,3 +187,28 @@ def test_production_that_was_put_back_stays_so_when_the_command_is_run_again(
     monkeypatch.setattr(dashboard, "away_after_put", 0)
     assert command.run() == 0
     assert f"Detector serves {old} again" in capsys.readouterr().out
+
+
+def test_commands_for_several_models_at_once_undo_nothing_of_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "_LOCK", tmp_path / "home" / "configuration.lock")
+    dashboard = Dashboard(config())
+    monkeypatch.setattr(dashboard, "away_after_put", 0)
+
+    def slow(request: httpx.Request) -> httpx.Response:
+        answer = dashboard(request)
+        time.sleep(0.05)  # long enough for all of them to have read before the first has deployed
+        return answer
+
+    def begin(model: ModelName) -> None:
+        api = running.ServeApi("http://test", None)
+        api._http = httpx.Client(base_url="http://test", transport=httpx.MockTransport(slow))
+        api.change(lambda found: running.with_shares(found, NAME, model, 0.25, 0.0, 1.0))
+
+    models: tuple[ModelName, ...] = ("detector", "captioner", "tagger")
+    with ThreadPoolExecutor(len(models)) as commands:
+        list(commands.map(begin, models))
+    application = running.application_of(dashboard.config, NAME)
+    assert [running.shares_of(application, model) for model in models] == [(0.25, 0.0)] * 3
+    assert dashboard.puts == 3
