@@ -35,7 +35,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.cache_utils import EncoderDecoderCache
 
 from benchmarks.blip_base import Architecture, random_blip
-from benchmarks.memory import ALLOCATOR, process_with
+from benchmarks.memory import ALLOCATOR, Apart
 from benchmarks.plots import COLOURS, save, table
 from benchmarks.report import QUICK, RESULTS, write_result
 from deployments.captioner import Captioner, CaptionerModel
@@ -129,58 +129,24 @@ class Loaded:
         return taken, captions, int((~torch.isin(ids, nothing_said)).sum())  # ends of sentences included
 
 
-_loaded: Loaded | None = None
-
-
-def _load(*arguments: Any) -> dict[str, Any]:
-    global _loaded
-    _loaded = Loaded(*arguments)
-    return _loaded.about()
-
-
-def _ask(method: str, *arguments: Any) -> Any:
-    return getattr(_loaded, method)(*arguments)
-
-
-class Side:
-    """One of the two, and the process that it is in: what is served has the allocator of replicas."""
-
-    def __init__(self, checkpoint: Checkpoint, served: bool, threads: int, **settings: Any) -> None:
-        self._process = process_with(ALLOCATOR if served else {})
-        self.about = self._process.submit(_load, checkpoint.uri, served, threads, settings).result()
-
-    def write(self, views: np.ndarray, beams: int) -> tuple[float, list[str], int]:
-        """See ``Loaded.write``."""
-        return self._process.submit(_ask, "write", views, beams).result()
-
-    def where(self, views: np.ndarray, beams: int) -> dict[str, float]:
-        """See ``Loaded.where``."""
-        return self._process.submit(_ask, "where", views, beams).result()
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.shutdown()
-
-
 @contextlib.contextmanager
-def both(checkpoint: Checkpoint, threads: int, **settings: Any) -> Iterator[dict[str, Side]]:
-    """The same checkpoint twice."""
+def both(checkpoint: Checkpoint, threads: int, **settings: Any) -> Iterator[dict[str, Apart]]:
+    """The same checkpoint twice, each ``Loaded`` in a process: what is served has the allocator of replicas."""
     with contextlib.ExitStack() as stack:
-        sides = {}
-        for name in ("plain", "served"):
-            sides[name] = Side(checkpoint, name == "served", threads, **settings)
-            stack.callback(sides[name].close)
-        yield sides
+        yield {
+            name: stack.enter_context(Apart(allocator, Loaded, checkpoint.uri, name == "served", threads, settings))
+            for name, allocator in (("plain", {}), ("served", ALLOCATOR))
+        }
 
 
-def compare(sides: dict[str, Side], views: np.ndarray, beams: int, rounds: int) -> dict[str, Any]:
+def compare(sides: dict[str, Apart], views: np.ndarray, beams: int, rounds: int) -> dict[str, Any]:
     """Both sides on one batch, in turn."""
     times: dict[str, list[float]] = {"plain": [], "served": []}
     captions: dict[str, list[str]] = {}
     tokens, same = 0, True
     for number in range(rounds):
         for side in ("plain", "served") if number % 2 == 0 else ("served", "plain"):
-            taken, captions[side], written = sides[side].write(views, beams)
+            taken, captions[side], written = sides[side].call("write", views, beams)
             times[side].append(taken)
             tokens = written or tokens
         same = same and captions["plain"] == captions["served"]
@@ -258,21 +224,21 @@ def blip_base(config: CaptionerBenchmark, folder: Path) -> tuple[Checkpoint, dic
     return resolve(str(folder)), {"max_new_tokens": config.length, "min_new_tokens": config.length}
 
 
-def measured(sides: dict[str, Side], config: CaptionerBenchmark, name: str = "") -> dict[str, Any]:
+def measured(sides: dict[str, Apart], config: CaptionerBenchmark, name: str = "") -> dict[str, Any]:
     """All batches of a model, and where their time goes."""
-    about = sides["plain"].about
+    about = sides["plain"].call("about")
     views = views_of(about["views"], config)
     sizes = [int(size) for size in config.batches.split(",")]
     beams = [int(number) for number in config.beams.split(",")]
     for side in sides.values():
-        side.write(views[:1], beams[-1])
+        side.call("write", views[:1], beams[-1])
     rows, parts = [], []
     for size in sizes:
         for number in beams:
             rows.append(compare(sides, views[:size], number, config.rounds))
             print(rows[-1], flush=True)
             if size in _PROFILED:
-                spent = {which: side.where(views[:size], number) for which, side in sides.items()}
+                spent = {which: side.call("where", views[:size], number) for which, side in sides.items()}
                 parts.append({"batch": size, "beams": number} | spent)
     return {
         "model": name or about["model"],

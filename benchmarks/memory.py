@@ -1,9 +1,10 @@
-"""Memory of processes that are measured from outside, at one moment and over time; and the allocator that the project's
-models run with, for processes without Ray. Knows no benchmark.
+"""Memory of processes that are measured from outside, at one moment and over time; and processes that run models with
+the allocator of the project's replicas, without Ray. Knows no benchmark.
 """
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sysconfig
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, Self
 from unittest import mock
 
 import psutil
@@ -29,6 +31,48 @@ def process_with(environment: Mapping[str, str]) -> ProcessPoolExecutor:
     with mock.patch.dict(os.environ, environment):
         process.submit(os.getpid).result()  # the first task starts it
     return process
+
+
+class Apart:
+    """An object in a process of its own, for what does not go from one process to another, such as a model.
+
+    The process ends with the block; the object is let go of before, since vLLM's engine is one more process, for which
+    the one that has it would wait.
+    """
+
+    def __init__(self, environment: Mapping[str, str], make: Callable[..., Any], *arguments: Any) -> None:
+        self._process = process_with(environment)
+        self._process.submit(_make, make, arguments).result()
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """What the object's method returns; what it raises is raised here."""
+        return self._process.submit(_call, method, arguments).result()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.submit(_let_go).result()
+        self._process.shutdown()
+
+
+_apart: Any = None
+"""The object, in its process."""
+
+
+def _make(make: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    global _apart
+    _apart = make(*arguments)
+
+
+def _call(method: str, arguments: tuple[Any, ...]) -> Any:
+    return getattr(_apart, method)(*arguments)
+
+
+def _let_go() -> None:
+    global _apart
+    _apart = None
+    gc.collect()
 
 
 def pss(processes: Iterable[psutil.Process]) -> int:

@@ -15,7 +15,6 @@ batches fill, and after the clients have stopped does not count
 from __future__ import annotations
 
 import asyncio
-import gc
 import io
 import os
 import random
@@ -36,7 +35,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from app import cluster
 from benchmarks.application import application
 from benchmarks.load import closed_loop, session
-from benchmarks.memory import ALLOCATOR, process_with, pss, sampled
+from benchmarks.memory import ALLOCATOR, Apart, pss, sampled
 from benchmarks.report import write_result
 
 
@@ -160,26 +159,6 @@ class BackToBack:
         return time.perf_counter() - started
 
 
-_direct: BackToBack | None = None
-
-
-def _load(uris: dict[str, str]) -> None:
-    global _direct
-    _direct = BackToBack(uris)
-
-
-def _unload() -> None:
-    """vLLM's engine is a process of its own, which the one that has it would wait for."""
-    global _direct
-    _direct = None
-    gc.collect()
-
-
-def _run(photos: list[bytes]) -> float:
-    assert _direct is not None
-    return _direct.run(photos)
-
-
 def memory_bytes(port: int) -> int:
     """Proportional set size of every process of the application together."""
     return pss(cluster.processes(port))
@@ -229,9 +208,9 @@ def read_photos(folder: Path, count: int, seed: int) -> list[bytes]:
 def ratio_part(config: ServingConfig, url: str, photos: list[bytes]) -> dict[str, Any]:
     """The service and the models back to back, in turn."""
     models = httpx.get(f"{url}/v1/models").json()
-    with process_with(ALLOCATOR) as direct:
-        direct.submit(_load, {stage: models[stage]["uri"] for stage in ("detector", "captioner", "tagger")}).result()
-        direct.submit(_run, photos[:8]).result()
+    uris = {stage: models[stage]["uri"] for stage in ("detector", "captioner", "tagger")}
+    with Apart(ALLOCATOR, BackToBack, uris) as direct:
+        direct.call("run", photos[:8])
         rounds = []
         for number in range(config.rounds):
             enough = photos * -(-config.round_photos // len(photos))
@@ -239,7 +218,7 @@ def ratio_part(config: ServingConfig, url: str, photos: list[bytes]) -> dict[str
             seconds = {}
             for way in ("back to back", "served") if number % 2 == 0 else ("served", "back to back"):
                 if way == "back to back":
-                    seconds[way] = direct.submit(_run, chosen).result()
+                    seconds[way] = direct.call("run", chosen)
                     continue
                 load = asyncio.run(drive(url, chosen, config.clients))
                 if load.complete != len(chosen):  # a refusal is quick
@@ -252,7 +231,6 @@ def ratio_part(config: ServingConfig, url: str, photos: list[bytes]) -> dict[str
                 {"back_to_back_s": round(bare, 2), "served_s": round(served, 2), "ratio": round(bare / served, 3)}
             )
             print(rounds[-1], flush=True)
-        direct.submit(_unload).result()
     return {
         "rounds": rounds,
         "ratio_median": statistics.median(entry["ratio"] for entry in rounds),
