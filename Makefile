@@ -99,10 +99,10 @@ proofs: dev  ## the tests that take minutes each (kills, sweeps, thousands of bo
 PHOTOS ?= samples
 # shorter runs than those that are committed, which they do not replace
 bench: export DEEPTRUST_RESULTS = benchmarks/results/bench
-bench: dev  ## the main claims of speed in turn, on a quiet machine (PHOTOS=FOLDER of JPEGs; CAPTIONED= and DATA=PREPARED for two more)
+bench: dev  ## the main claims of speed in turn, on a quiet machine (PHOTOS=FOLDER of JPEGs, BLIP=CHECKPOINT; CAPTIONED= and DATA=PREPARED for two more)
 	$(PY) -m benchmarks.peers --photos $(PHOTOS) --clients '[16,64]' --rounds 1
 	$(PY) -m benchmarks.serving --photos $(PHOTOS) --parts ratio
-	$(PY) -m benchmarks.captioner --photos $(PHOTOS)
+	$(PY) -m benchmarks.captioner --photos $(PHOTOS) $(if $(BLIP),--checkpoint $(BLIP))
 	$(PY) -m benchmarks.hops
 	$(PY) -m benchmarks.annotate --photos $(PHOTOS) --parts throughput --long 192 --rounds 1
 	$(PY) -m benchmarks.prepare --photos $(PHOTOS) --parts throughput --pictures 3000 --rounds 1

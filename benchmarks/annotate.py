@@ -36,6 +36,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
 from benchmarks.load import paired
+from benchmarks.processes import Apart
 from benchmarks.report import RESULTS, write_result
 from data.annotations import FOLDER, read_annotations
 from deployments.annotation import Annotation
@@ -89,84 +90,39 @@ def link(photos: list[Path], folder: Path) -> Path:
     return folder
 
 
+def enough(photos: list[Path], count: int, folder: Path) -> list[Path]:
+    """At least so many photos: where there are fewer, each again under other names."""
+    if not photos:
+        raise SystemExit("error: no photo: name another folder with --photos")
+    if len(photos) >= count:
+        return photos
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    copies = [folder / f"{number}{photos[number % len(photos)].suffix}" for number in range(count)]
+    for number, copy in enumerate(copies):
+        shutil.copy(photos[number % len(photos)], copy)
+    return copies
+
+
 # -------------------------------------------------------------------------------------------------------- throughput
-
-
-class BareLoop:
-    """The same three checkpoints in this process, batch after batch, with every core."""
-
-    def __init__(self) -> None:
-        import torch
-
-        from deployments.captioner import Captioner
-        from deployments.checkpoints import resolve
-        from deployments.detector import Detector
-        from deployments.offline_tagger import OfflineTagger
-        from deployments.tagger import TaggerSettings
-
-        cores = os.cpu_count() or 1
-        torch.set_num_threads(cores)
-        self._detector, self._captioner = Detector(), Captioner()
-        self._detects = self._detector.load(resolve("starter:detector"))
-        self._captions = self._captioner.load(resolve("starter:captioner"))
-        self._tagger = OfflineTagger(resolve("starter:tagger"), TaggerSettings(threads=cores))
-
-    def run(self, photos: list[Path], batch_size: int = 8, group: int = 64) -> float:
-        """Seconds for all photos: read, decoded, detected and captioned in batches, tagged by groups."""
-        import numpy as np
-
-        from deployments.images import decode
-        from deployments.provenance import read_provenance
-        from deployments.views import render
-
-        detector, captioner = self._detects, self._captions
-        started = time.perf_counter()
-        for begin in range(0, len(photos), group):
-            captions: list[str] = []
-            for first in range(begin, min(begin + group, len(photos)), batch_size):
-                files = [photo.read_bytes() for photo in photos[first : first + batch_size]]
-                pictures = [decode(data) for data in files]
-                for data, picture in zip(files, pictures, strict=True):
-                    read_provenance(data, picture.format)
-                self._detector.answer(
-                    detector, np.stack([render(picture.image, detector.views) for picture in pictures])
-                )
-                answers = self._captioner.answer(
-                    captioner, np.stack([render(picture.image, captioner.views) for picture in pictures])
-                )
-                captions += [answer["text"] for answer in answers]
-            self._tagger.tag(captions)
-        return time.perf_counter() - started
 
 
 def throughput(config: AnnotateBenchmark, photos: list[Path], work: Path) -> dict[str, Any]:
     """Alternating measurements of the loop, and of a short and a long run."""
+    from benchmarks.back_to_back import BackToBack
+
     result_file = RESULTS / "annotate_throughput.json"
     before = json.loads(result_file.read_text()) if config.append and result_file.is_file() else {}
     of = config.model_dump(mode="json", include={"short", "long", "bare", "shard_pictures", "options"})
     if before and before.get("of") != of:
         raise SystemExit(f"error: {result_file} is of other settings ({before.get('of')}): leave --append away")
     measured: list[dict[str, Any]] = before.get("measurements", [])
-    steps = config.steps.split(",")
-    loop = BareLoop() if "bare" in steps else None
-    if loop:
-        loop.run(photos[:8])
-    for _ in range(config.rounds):
-        for step in steps:
-            if step == "bare":
-                assert loop
-                # of those by which the long run is longer than the short one
-                chosen = photos[config.short :][: config.bare]
-                seconds = loop.run(chosen)
-            else:
-                chosen = photos[: config.long if step == "long" else config.short]
-                folder, output = link(chosen, work / step), work / f"{step}-records"
-                shutil.rmtree(output, ignore_errors=True)
-                started = time.perf_counter()
-                subprocess.run(command(config, folder, output), env=environment(), cwd=_ROOT, check=True)
-                seconds = time.perf_counter() - started
-            measured.append({"step": step, "photos": len(chosen), "seconds": round(seconds, 2)})
-            print(measured[-1], flush=True)
+    photos = enough(photos, max(config.long, config.short + config.bare), work / "repeated")
+    with contextlib.ExitStack() as stack:
+        loop = stack.enter_context(Apart({}, BackToBack)) if "bare" in config.steps.split(",") else None
+        if loop:
+            loop.call("run", photos[:8])
+        _turns(config, photos, work, loop, measured)
     by_step = {step: [entry for entry in measured if entry["step"] == step] for step in ("bare", "short", "long")}
     result: dict[str, Any] = {"of": of, "measurements": measured}
     if not all(by_step.values()):
@@ -185,6 +141,28 @@ def throughput(config: AnnotateBenchmark, photos: list[Path], work: Path) -> dic
         "ratio": round(ratio, 3),
         "bars": {"annotate >= 0.9 bare": ratio >= 0.9},
     }
+
+
+def _turns(
+    config: AnnotateBenchmark, photos: list[Path], work: Path, loop: Apart | None, measured: list[dict[str, Any]]
+) -> None:
+    """All rounds, added to what has been measured."""
+    for _ in range(config.rounds):
+        for step in config.steps.split(","):
+            if step == "bare":
+                assert loop
+                # of those by which the long run is longer than the short one
+                chosen = photos[config.short :][: config.bare]
+                seconds = loop.call("run", chosen)
+            else:
+                chosen = photos[: config.long if step == "long" else config.short]
+                folder, output = link(chosen, work / step), work / f"{step}-records"
+                shutil.rmtree(output, ignore_errors=True)
+                started = time.perf_counter()
+                subprocess.run(command(config, folder, output), env=environment(), cwd=_ROOT, check=True)
+                seconds = time.perf_counter() - started
+            measured.append({"step": step, "photos": len(chosen), "seconds": round(seconds, 2)})
+            print(measured[-1], flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------- kills

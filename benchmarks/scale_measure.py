@@ -47,8 +47,8 @@ from benchmarks.graph_simulation import (
     poisson,
 )
 from benchmarks.load import closed_loop, quantile, session
-from benchmarks.memory import ALLOCATOR, process_with
 from benchmarks.plots import table
+from benchmarks.processes import ALLOCATOR, process_with
 from benchmarks.published import Step
 from benchmarks.serving import cpu_seconds, memory_bytes
 from benchmarks.simulation import BatchTimes, Scaling

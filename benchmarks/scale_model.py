@@ -21,7 +21,7 @@ from app.store.settings import StoreSettings
 from benchmarks import published
 from benchmarks.graph_simulation import Admitted, Batching, Generating, Graph, IngressTimes, Service, feed, poisson
 from benchmarks.load import quantile
-from benchmarks.report import QUICK, RESULTS
+from benchmarks.report import COMMITTED, QUICK, RESULTS
 from benchmarks.simulation import Scaling
 
 ROOT = Path(__file__).parents[1]
@@ -106,9 +106,9 @@ def graph_settings(path: Path) -> dict[str, Any]:
 
 
 def stored(name: str) -> dict[str, Any] | None:
-    """The last result of a part, if there is one."""
-    path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text()) if path.is_file() else None
+    """The last result of a part, or else the committed one, if there is one."""
+    paths = (folder / f"{name}.json" for folder in (RESULTS, COMMITTED))
+    return next((json.loads(path.read_text()) for path in paths if path.is_file()), None)
 
 
 def ingress_times(threads: int) -> tuple[IngressTimes, dict[str, str]]:

@@ -4,7 +4,7 @@ Three measurements, each on real photos over HTTP with the client on the same ma
 
 * ``photos``    every photo answered completely, none 5xx, no replica restarted
 * ``ratio``     throughput against the same three models called back to back in a process of their own, without HTTP,
-with the allocator of replicas, in alternating rounds
+with the allocator of replicas, batches in parts as theirs and the application paused, in alternating rounds
 * ``overload``  four times the clients that saturate it, no think time: goodput against its best, what is refused,
 memory, and which process works how long for an answer. Steady state: what is answered in the first seconds, while the
 batches fill, and after the clients have stopped does not count
@@ -35,7 +35,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from app import cluster
 from benchmarks.application import application
 from benchmarks.load import closed_loop, session
-from benchmarks.memory import ALLOCATOR, Apart, pss, sampled
+from benchmarks.processes import ALLOCATOR, SETTLE_S, Apart, pause, pss, resume, sampled
 from benchmarks.report import write_result
 
 
@@ -127,38 +127,6 @@ async def drive(url: str, photos: list[bytes], clients: int, seconds: float | No
     return load
 
 
-class BackToBack:
-    """The same three checkpoints in one process, batch after batch: decoding included, no HTTP, no Ray."""
-
-    def __init__(self, uris: dict[str, str]) -> None:
-        from deployments.captioner import CaptionerModel
-        from deployments.checkpoints import resolve
-        from deployments.detector import DetectorModel
-        from deployments.offline_tagger import OfflineTagger
-
-        self.detector = DetectorModel(resolve(uris["detector"]))
-        self.captioner = CaptionerModel(resolve(uris["captioner"]))
-        self.tagger = OfflineTagger(resolve(uris["tagger"]))
-
-    def run(self, photos: list[bytes], batch_size: int = 8) -> float:
-        """Seconds for all photos: batches through detector and captioner, then all captions through vLLM at once."""
-        from deployments.images import ImageLimits, decode
-        from deployments.provenance import read_provenance
-        from deployments.views import render
-
-        started, captions = time.perf_counter(), []
-        for first in range(0, len(photos), batch_size):
-            pictures = [decode(data, ImageLimits()) for data in photos[first : first + batch_size]]
-            for data, picture in zip(photos[first : first + batch_size], pictures, strict=True):
-                read_provenance(data, picture.format)
-            self.detector.detect(np.stack([render(picture.image, self.detector.views) for picture in pictures]))
-            captions += self.captioner.caption(
-                np.stack([render(picture.image, self.captioner.views) for picture in pictures])
-            )
-        self.tagger.tag(captions)
-        return time.perf_counter() - started
-
-
 def memory_bytes(port: int) -> int:
     """Proportional set size of every process of the application together."""
     return pss(cluster.processes(port))
@@ -205,11 +173,14 @@ def read_photos(folder: Path, count: int, seed: int) -> list[bytes]:
     return photos
 
 
-def ratio_part(config: ServingConfig, url: str, photos: list[bytes]) -> dict[str, Any]:
+def ratio_part(config: ServingConfig, url: str, port: int, photos: list[bytes]) -> dict[str, Any]:
     """The service and the models back to back, in turn."""
+    from benchmarks.back_to_back import BackToBack
+
     models = httpx.get(f"{url}/v1/models").json()
     uris = {stage: models[stage]["uri"] for stage in ("detector", "captioner", "tagger")}
-    with Apart(ALLOCATOR, BackToBack, uris) as direct:
+    with Apart(ALLOCATOR, BackToBack, uris) as direct, ExitStack() as stack:
+        stack.callback(lambda: resume(cluster.processes(port)))  # who is stopped does not end
         direct.call("run", photos[:8])
         rounds = []
         for number in range(config.rounds):
@@ -218,7 +189,10 @@ def ratio_part(config: ServingConfig, url: str, photos: list[bytes]) -> dict[str
             seconds = {}
             for way in ("back to back", "served") if number % 2 == 0 else ("served", "back to back"):
                 if way == "back to back":
+                    pause(cluster.processes(port))
                     seconds[way] = direct.call("run", chosen)
+                    resume(cluster.processes(port))
+                    time.sleep(SETTLE_S)
                     continue
                 load = asyncio.run(drive(url, chosen, config.clients))
                 if load.complete != len(chosen):  # a refusal is quick
@@ -285,7 +259,7 @@ def main(arguments: list[str] | None = None) -> None:
             result = load.summary() | {"clients": config.clients, "replicas_restarted": len(before - replicas(port))}
             print(result, write_result("serving_photos", result), flush=True)
         if "ratio" in parts:
-            result = ratio_part(config, url, photos)
+            result = ratio_part(config, url, port, photos)
             print(result["ratio_median"], write_result("serving_ratio", result), flush=True)
         if "overload" in parts:
             result = overload_part(config, url, port, photos)

@@ -50,15 +50,13 @@ from app import cluster
 from benchmarks import plots
 from benchmarks.application import wait_for_replicas
 from benchmarks.load import closed_loop, quantile, session
-from benchmarks.memory import ALLOCATOR, pss
 from benchmarks.peers.model import BATCH, CHECKPOINT, PORT, THREADS, WAIT_S, WORKERS
+from benchmarks.processes import ALLOCATOR, SETTLE_S, pause, pss, resume
 from benchmarks.report import QUICK, RESULTS, write_result
 from benchmarks.serving import read_photos
 
 ROOT = Path(__file__).parents[2]
 _HERE = Path(__file__).parent
-#: Long enough for health checks that were due meanwhile.
-_SETTLE_S = 2.0
 
 
 class PeersConfig(BaseModel):
@@ -226,25 +224,21 @@ class Running:
 
     def pause(self) -> None:
         """Stop its processes where they are."""
-        for process in self.processes():
-            with contextlib.suppress(psutil.Error):
-                process.suspend()
+        pause(self.processes())
+
+    def resume(self) -> None:
+        """Have its processes go on."""
+        resume(self.processes())
 
     @contextmanager
     def awake(self) -> Iterator[None]:
         """It runs meanwhile, and has had time to see to what it missed."""
         self.resume()
-        time.sleep(_SETTLE_S)
+        time.sleep(SETTLE_S)
         try:
             yield
         finally:
             self.pause()
-
-    def resume(self) -> None:
-        """Have its processes go on."""
-        for process in self.processes():
-            with contextlib.suppress(psutil.Error):
-                process.resume()
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 from app import cluster
-from benchmarks.memory import ALLOCATOR
+from benchmarks.processes import ALLOCATOR
 
 #: What a network does: blocks of 24 MB, taken and let go of one after the other. The lines: page faults of the last
 #: rounds, resident MB then, and after what is free has been handed back.

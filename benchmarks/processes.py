@@ -1,5 +1,6 @@
-"""Memory of processes that are measured from outside, at one moment and over time; and processes that run models with
-the allocator of the project's replicas, without Ray. Knows no benchmark.
+"""Processes that are measured from outside, and beside which others are: their memory, at one moment and over time;
+stopping and waking them; and processes that run models with the allocator of the project's replicas, without Ray. Knows
+no benchmark.
 """
 
 from __future__ import annotations
@@ -23,6 +24,10 @@ ALLOCATOR = {
     "LD_PRELOAD": str(Path(sysconfig.get_path("purelib")) / "ray" / "core" / "libjemalloc.so"),
     "MALLOC_CONF": "background_thread:true,narenas:2,dirty_decay_ms:-1,muzzy_decay_ms:0",
 }
+
+
+#: What a service takes to see to what it missed while it was paused, such as health checks that were due.
+SETTLE_S = 2.0
 
 
 def process_with(environment: Mapping[str, str]) -> ProcessPoolExecutor:
@@ -73,6 +78,20 @@ def _let_go() -> None:
     global _apart
     _apart = None
     gc.collect()
+
+
+def pause(processes: Iterable[psutil.Process]) -> None:
+    """Stop them where they are: whatever they do at rest takes nothing from what is measured meanwhile."""
+    for process in processes:
+        with suppress(psutil.Error):
+            process.suspend()
+
+
+def resume(processes: Iterable[psutil.Process]) -> None:
+    """Have them go on; ``SETTLE_S`` later they are what they were."""
+    for process in processes:
+        with suppress(psutil.Error):
+            process.resume()
 
 
 def pss(processes: Iterable[psutil.Process]) -> int:

@@ -7,7 +7,7 @@ import os
 import psutil
 import pytest
 
-from benchmarks.memory import Apart
+from benchmarks.processes import Apart
 
 
 class Counter:
