@@ -92,7 +92,10 @@ stop:  ## end it: accepted requests first, at once when asked again; no process 
 test: dev  ## all tests, the end-to-end ones against the real application
 	$(PY) -m pytest
 
-proofs: dev  ## the tests that take minutes each (kills, sweeps, thousands of bodies)
+# what they measure does not replace what is committed; what is not there to run one with is a failure
+proofs: export DEEPTRUST_RESULTS = benchmarks/results/bench
+proofs: export DEEPTRUST_TEST_ALL = 1
+proofs: dev $(VENV)-review/.done  ## the tests that take minutes each (kills, sweeps, thousands of bodies)
 	@$(INSTALL_HOSTS)
 	$(PY) -m pytest -m proof
 

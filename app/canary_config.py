@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import copy
 import fcntl
+import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,8 @@ _HEALTHY = "HEALTHY"
 _SETTLE_S = 1.5
 #: How long a canary without pictures keeps its replica.
 _DOWN_S = 5.0
-#: Held from reading a configuration to deploying it changed: Ray takes whichever comes last, whole.
-_LOCK = Path("~/.local/share/deeptrust/canary/configuration.lock")
+#: Locks of dashboards' configurations, and how often who waits for one looks again.
+_LOCKS, _AGAIN_S = Path("~/.local/share/deeptrust/canary"), 0.05
 
 
 class CanaryError(RuntimeError):
@@ -190,7 +192,7 @@ class ServeApi:
     """Ray's dashboard: the configuration that runs, and the states of deployments."""
 
     def __init__(self, url: str, token: str | None, timeout_s: float = 120) -> None:
-        self.url = url
+        self.url, self._timeout_s = url, timeout_s
         self._http = httpx.Client(
             base_url=url, headers={"Authorization": f"Bearer {token}"} if token else {}, timeout=timeout_s
         )
@@ -246,12 +248,10 @@ class ServeApi:
     def change(self, edit: Callable[[Config], Config]) -> Config:
         """Read the running configuration, change it, deploy it if that made a difference; returns it.
 
-        Commands of this machine take turns. One of another machine in the same moment could undo this one's change.
+        Commands of one user and machine take turns: Ray takes whichever configuration comes last, whole. One from
+        elsewhere in the same moment could undo this one's change.
         """
-        file = _LOCK.expanduser()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # let go of by closing the file, and with a killed process
+        with _turn(self.url, self._timeout_s):
             before = self.config()
             after = edit(before)
             if after != before:
@@ -283,6 +283,25 @@ class ServeApi:
         room = (state.get("deployment_config") or {}).get("ray_actor_options") or {}
         wants = ", ".join(f"{room[key]:g} {key}" for key in ("num_cpus", "num_gpus") if room.get(key)) or "room"
         raise CanaryError(f"{deployment} was not ready after {timeout_s:.0f} s ({told}); a replica needs {wants}")
+
+
+@contextmanager
+def _turn(url: str, patience_s: float) -> Iterator[None]:
+    """Alone at a dashboard's configuration. Who cannot write, or has waited for so long for one who hangs, goes on all
+    the same: a roll-back and a stop must not depend on it.
+    """
+    with ExitStack() as held:
+        with suppress(OSError, RuntimeError):  # no space, no home
+            folder = _LOCKS.expanduser()
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context((folder / f"{hashlib.sha256(url.encode()).hexdigest()[:16]}.lock").open("a"))
+            limit = time.monotonic() + patience_s
+            while time.monotonic() < limit:
+                with suppress(BlockingIOError):
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go of by closing, and with a killed process
+                    break
+                time.sleep(_AGAIN_S)
+        yield
 
 
 def _running(state: Config) -> int:

@@ -33,6 +33,14 @@ def lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> 
     logger.removeHandler(caplog.handler)
 
 
+@pytest.fixture(autouse=True)
+def locks_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Changes of a running configuration wait for no command of the tests' user."""
+    from app import canary_config
+
+    monkeypatch.setattr(canary_config, "_LOCKS", tmp_path / "locks")
+
+
 @pytest.fixture(params=["sqlite", "postgresql"])
 def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A database of the test's own, of either kind, that has never been opened."""

@@ -189,10 +189,7 @@ def test_production_that_was_put_back_stays_so_when_the_command_is_run_again(
     assert f"Detector serves {old} again" in capsys.readouterr().out
 
 
-def test_commands_for_several_models_at_once_undo_nothing_of_each_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(running, "_LOCK", tmp_path / "home" / "configuration.lock")
+def test_commands_for_several_models_at_once_undo_nothing_of_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     dashboard = Dashboard(config())
     monkeypatch.setattr(dashboard, "away_after_put", 0)
 
@@ -212,3 +209,21 @@ def test_commands_for_several_models_at_once_undo_nothing_of_each_other(
     application = running.application_of(dashboard.config, NAME)
     assert [running.shares_of(application, model) for model in models] == [(0.25, 0.0)] * 3
     assert dashboard.puts == 3
+
+
+@pytest.mark.parametrize("hindrance", ["a command that hangs", "no place for a lock"])
+def test_a_change_is_made_though_no_lock_is_to_be_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hindrance: str
+) -> None:
+    dashboard = Dashboard(config())
+    monkeypatch.setattr(dashboard, "away_after_put", 0)
+    if hindrance == "no place for a lock":
+        (tmp_path / "file").touch()
+        monkeypatch.setattr(running, "_LOCKS", tmp_path / "file")
+    with running._turn("http://test", 0.1):
+        api = running.ServeApi("http://test", None, timeout_s=0.1)
+        api._http = httpx.Client(base_url="http://test", transport=httpx.MockTransport(dashboard))
+        api.change(lambda found: running.with_shares(found, NAME, "detector", 0.25, 0.0, 1.0))
+        other = running.ServeApi("http://other", None, timeout_s=600)  # a dashboard of its own is free
+        with running._turn(other.url, 600):
+            assert dashboard.puts == 1
