@@ -123,7 +123,7 @@ def fill(store: Store, language: Language, rows: int) -> float:
     return took
 
 
-def searches(language: Language, rows: int) -> dict[str, Callable[[int], Query]]:
+def searches(language: Language) -> dict[str, Callable[[int], Query]]:
     """What is asked, by name; each takes the number of the repetition."""
     now = time.time()
 
@@ -183,7 +183,7 @@ async def measure(url: str, settings: StoreBenchmark) -> dict[str, Any]:
     while store.status()["state"] != "ready":
         await asyncio.sleep(0.05)
     result: dict[str, Any] = {"database": database.dialect, "fill_s": fill_s, "searches_ms": {}}
-    for name, query_of in searches(language, settings.rows).items():
+    for name, query_of in searches(language).items():
         times, found = [], []
         for i in range(settings.repeats):
             started = time.perf_counter()

@@ -188,14 +188,6 @@ AutoConfig.register(ClipBlocksConfig.model_type, ClipBlocksConfig, exist_ok=True
 AutoModelForImageClassification.register(ClipBlocksConfig, ClipBlocksForImageClassification, exist_ok=True)
 
 
-def blocks_config(
-    blocks: list[int], pools: list[str], views: int, hidden_size: int = 0, dropout: float = 0.0
-) -> ClipBlocksConfig:
-    """The configuration on CLIP ViT-B/16's tower, cut off after the last of ``blocks``."""
-    vision = clip_config().to_dict() | {"num_hidden_layers": max(blocks)}
-    return ClipBlocksConfig(vision, sorted(blocks), pools, views, hidden_size, dropout)
-
-
 def model_on_clip(config: ClipBlocksConfig, head: dict[str, torch.Tensor]) -> ClipBlocksForImageClassification:
     """A model in evaluation mode: the packaged CLIP tower under the given head.
 
