@@ -26,6 +26,7 @@ import socket
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from app.problems import Problem
 from app.store import callbacks, deferred
-from app.store.callbacks import Due
+from app.store.callbacks import Due, Hold
 from app.store.database import StoreUnavailable
 from app.store.deferred import Outcome
 from app.store.store import Store, StoreBusy, StoreOff
@@ -60,6 +61,8 @@ _LEASE_MARGIN_S = 30.0
 _RETRY_AFTER_S = 2
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 300.0
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+#: All of IPv6 that is routed in the internet.
+_GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 #: Outcomes of trying to tell somebody, for the metric: `failed` is tried again, the others are not.
 OUTCOMES = ("delivered", "failed", "given_up", "gone")
 
@@ -129,6 +132,8 @@ def is_public(text: str) -> bool:
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if inner is not None:
             return inner.is_global and not inner.is_multicast
+        if ip not in _GLOBAL_UNICAST:
+            return False
     return ip.is_global and not ip.is_multicast
 
 
@@ -145,7 +150,13 @@ class CallbackSettings(BaseModel):
     )
     timeout_s: float = Field(10.0, gt=0, le=60, description="one attempt's whole time, from looking the name up")
     max_bytes: int = Field(2**20, ge=1024, description="body of a call-back; a larger answer is to be fetched")
-    in_work: int = Field(4, ge=1, le=256, description="that an ingress replica makes at a time")
+    in_work: int = Field(
+        8,
+        ge=1,
+        le=256,
+        description="that an ingress replica makes at a time, and so many over the seconds that a receiver takes in a "
+        "second; to a host that was not reached at the last attempt one",
+    )
     give_up_after_h: float = Field(6.0, gt=0, le=24 * 7, description="hours after which nobody is told any more")
 
     @field_validator("allow")
@@ -191,6 +202,14 @@ def signature(body: bytes, at_s: int, keys: Sequence[bytes]) -> str:
     return ",".join([f"t={at_s}", *(f"v1={hmac.new(key, signed, hashlib.sha256).hexdigest()}" for key in keys)])
 
 
+@dataclass(frozen=True)
+class _Unreached:
+    """A host that was not reached at the last attempt, and until when it is left alone."""
+
+    pause_s: float
+    until_s: float
+
+
 def body_of(place: str, found: Sequence[Outcome], max_bytes: int) -> bytes:
     """What is sent: the place, and the answer as `GET /v1/results/{id}` gives it, if it is not too large."""
     status, answer = answer_of(found)
@@ -202,10 +221,14 @@ def body_of(place: str, found: Sequence[Outcome], max_bytes: int) -> bytes:
 
 
 def answer_of(found: Sequence[Outcome]) -> tuple[int, str]:
-    """Status and JSON of the answer to a request whose pictures are all answered."""
+    """Status and JSON of the answer to a request whose pictures are all answered. A problem in it is marked as final:
+    the place may have another one, of its own, while it cannot be looked at.
+    """
+    if len(found) == 1 and found[0].status == 200:
+        return 200, found[0].answer
+    items = [json.loads(outcome.answer) | ({} if outcome.status == 200 else {"final": True}) for outcome in found]
     if len(found) == 1:
-        return found[0].status, found[0].answer
-    items = [json.loads(outcome.answer) for outcome in found]
+        return found[0].status, json.dumps(items[0])
     return 200, json.dumps({"items": items}, ensure_ascii=False, separators=(",", ":"))
 
 
@@ -231,7 +254,9 @@ class Callbacks:
         """
         self.settings, self._store, self._count, self._resolve = settings, store, count, look_up
         self._prefixes = settings.prefixes
-        self._telling: set[asyncio.Task[None]] = set()
+        self._telling: dict[asyncio.Task[None], str] = {}
+        """Call-backs that are being made, and to which host."""
+        self._unreached: dict[str, _Unreached] = {}
         self._client: httpx.AsyncClient | None = None
         if reason := why_not(settings):
             _log.error("call-backs: %s", reason)
@@ -276,10 +301,11 @@ class Callbacks:
     async def run(self) -> None:
         """Tell whoever is due, for ever."""
         while True:
+            pause_s = _LOOK_S
             with contextlib.suppress(StoreBusy, StoreUnavailable, StoreOff):  # it says so itself
                 if self._prefixes and self._store.status()["state"] == "ready":
-                    await self._begin_some()
-            await asyncio.sleep(_LOOK_S)
+                    pause_s = await self._begin_some()
+            await asyncio.sleep(pause_s)
 
     async def count_due(self) -> int:
         """Who is due; 0 if that cannot be known."""
@@ -287,16 +313,57 @@ class Callbacks:
             return await self._store.read(callbacks.count)
         return 0
 
-    async def _begin_some(self) -> None:
-        room = self.settings.in_work - len(self._telling)
-        now = time.time()
-        if room <= 0 or not secrets() or not await self._store.read(partial(callbacks.is_any_due, now_s=now)):
-            return
+    async def _begin_some(self) -> float:
+        """Tell as many as there is room for, once there is some; returns seconds until it is worth looking again."""
+        if len(self._telling) >= self.settings.in_work:
+            await asyncio.wait(self._telling, return_when=asyncio.FIRST_COMPLETED)
+        room, now = self.settings.in_work - len(self._telling), time.time()
+        if not secrets() or not await self._store.read(partial(callbacks.is_any_due, now_s=now)):
+            return _LOOK_S
         lease_s = self.settings.timeout_s + _LEASE_MARGIN_S
-        for due in await self._store.commit(partial(callbacks.lease, now_s=now, lease_s=lease_s, most=room)):
+        lease = partial(callbacks.lease, now_s=now, lease_s=lease_s, most=room, held=self._held(now))
+        turn = await self._store.commit(lease)
+        for due in turn.taken:
             task = asyncio.get_running_loop().create_task(self._tell(due))
-            self._telling.add(task)
-            task.add_done_callback(self._telling.discard)
+            self._telling[task] = due.host
+            task.add_done_callback(self._telling.pop)
+        for due in turn.given_up:
+            copy_context().run(self._left, due)  # each has the name of its own request
+        return 0.0 if len(turn.taken) == room or turn.put_off or turn.given_up else _LOOK_S
+
+    # ---- hosts that are not reached -----------------------------------------------------------------------------
+
+    def _held(self, now_s: float) -> dict[str, Hold]:
+        """Hosts that were not reached at the last attempt: each has one call-back in work at most, and that after a
+        pause, so that whoever does not answer holds up nobody else's.
+        """
+        busy = set(self._telling.values())
+        over_s = now_s - self.settings.give_up_after_h * 3600
+        return {
+            host: Hold(
+                until_s=gone.until_s if now_s < gone.until_s else now_s + gone.pause_s,
+                takes_one=now_s >= gone.until_s and host not in busy,
+                # not one that was lost just now: after an outage of our own the time of many is over
+                gives_up_before_s=over_s if gone.pause_s >= _LONGEST_PAUSE_S else 0.0,
+            )
+            for host, gone in self._unreached.items()
+        }
+
+    def _note_reached(self, host: str, is_reached: bool) -> None:
+        if is_reached:
+            self._unreached.pop(host, None)
+            return
+        now, gone = time.time(), self._unreached.get(host)
+        if gone is None or now >= gone.until_s:  # else it is another one of those that were on their way together
+            pause_s = _FIRST_PAUSE_S if gone is None else min(_LONGEST_PAUSE_S, 2 * gone.pause_s)
+            self._unreached[host] = _Unreached(pause_s, now + pause_s * random.uniform(0.75, 1.25))
+
+    def _left(self, due: Due) -> None:
+        """Note that somebody is told no more whose host is not reached."""
+        with telemetry.resumed(due.request_id, due.traceparent):
+            self._said("given_up", due, "unreached", 0, 0)
+
+    # ---- one call-back ------------------------------------------------------------------------------------------
 
     async def _tell(self, due: Due) -> None:
         try:
@@ -325,6 +392,7 @@ class Callbacks:
         except Exception as error:  # whatever it is, the other side is not reached
             status, code = 0, "timeout" if isinstance(error, TimeoutError) else type(error).__name__
         seconds = time.perf_counter() - began
+        self._note_reached(due.host, status > 0)
         if 200 <= status < 300:
             await self._end(due, "delivered", "ok", seconds, status)
         elif status == 410 or time.time() - due.since_s > self.settings.give_up_after_h * 3600:
@@ -346,7 +414,7 @@ class Callbacks:
             "callback",
             outcome=outcome,
             code=code,
-            host=urlsplit(due.url).hostname,
+            host=due.host,
             status=status,
             attempt=due.attempts,
             duration_ms=telemetry.milliseconds(seconds),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -29,6 +29,8 @@ WATCHER = "Drift"
 
 
 ModelName = Literal["detector", "captioner", "tagger"]
+#: As a `Host` header has it, in lower case and without port.
+HostName = Annotated[str, Field(pattern=r"^(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])$")]
 
 
 class _Strict(BaseModel):
@@ -36,7 +38,7 @@ class _Strict(BaseModel):
 
 
 class Limits(_Strict):
-    """What one request may ask of the application."""
+    """What one request may ask of the application, and by which name."""
 
     picture: ImageLimits = Field(ImageLimits())
     max_pictures: int = Field(32, ge=1, le=256, description="pictures in one request")
@@ -53,6 +55,11 @@ class Limits(_Strict):
         8,
         ge=0,
         description="pictures of a trial of which the other model is asked at a time; beyond it it is not asked",
+    )
+    hosts: tuple[HostName, ...] = Field(
+        (),
+        description="names, without port, under which it is asked besides loopback's while there are no API keys: of a "
+        "proxy in front that keeps the Host header",
     )
 
 

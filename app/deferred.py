@@ -240,8 +240,7 @@ class Deferral:
             self._admission.slip_out(1)
         try:
             if answer is None:
-                until_s = time.time() + min(60.0, 2.0**picture.attempts)
-                await self._store.commit(partial(deferred.give_back, ids=[picture.id], until_s=until_s))
+                await self._store.commit(self._back([picture.id], min(60.0, 2.0**picture.attempts)))
                 return
             expires_s = self._store.expiry(record.sha256, time.time()) if record is not None else None
             finish = partial(
@@ -255,13 +254,12 @@ class Deferral:
 
     async def _attempt(self, picture: Leased) -> tuple[int, str | None, Annotation | None]:
         """Status and body of the answer, and the annotation; without a body it is to be tried again."""
-        last = picture.attempts >= _MAX_ATTEMPTS
         tasks: Any = frozenset(picture.tasks.split(","))
         explain: Any = picture.explain or None
         failed = Problem("internal_error", "The picture could not be analysed.")
         try:
             if picture.attempts > _MAX_ATTEMPTS:  # it was begun so often, and never ended
-                raise failed
+                return _refused(failed)
             started = time.perf_counter()
             record = await self._graph.analyze(
                 picture.data, picture.answer_id, tasks, explain, time.time() + self._timeout_s
@@ -269,20 +267,31 @@ class Deferral:
         except ImageError as error:
             return _refused(Problem.of_image(error))
         except Problem as problem:
-            return _refused(problem) if last else (0, None, None)
+            return _refused(problem) if self._is_last(picture) else (0, None, None)
         except Exception:
             _log.exception("a picture that waited could not be analysed")
-            return _refused(failed) if last else (0, None, None)
+            return _refused(failed) if self._is_last(picture) else (0, None, None)
         # it tells as much as any other how many may be in work
         self._admission.observe(time.perf_counter() - started)
-        if not record.is_whole and not last:
+        if not record.is_whole and not self._is_last(picture):
             return 0, None, None
         return 200, record.model_dump_json(), record
+
+    def _is_last(self, picture: Leased) -> bool:
+        """Whether what came of an attempt is the answer, whatever it is. Not what came of it while the models ended
+        together with this replica.
+        """
+        return picture.attempts >= _MAX_ATTEMPTS and not self._is_stopping()
+
+    def _back(self, ids: list[int], pause_s: float) -> partial[None]:
+        """Lets others work on pictures after a pause; an attempt that this replica's end cut short counts for none."""
+        until_s, counts = time.time() + pause_s, not self._is_stopping()
+        return partial(deferred.give_back, ids=ids, until_s=until_s, counts=counts)
 
     def close(self) -> None:
         """What this replica works on may be another's at once."""
         if self._working and self.is_possible:
-            self._store.submit(partial(deferred.give_back, ids=list(self._working), until_s=time.time()))
+            self._store.submit(self._back(list(self._working), 0.0))
 
 
 def _refused(problem: Problem) -> tuple[int, str, None]:

@@ -35,7 +35,7 @@ from app.deferred import Deferral, PlaceId, Waiting, wants_to_wait
 from app.drift import DriftSampleSettings, Sampler
 from app.feedback import router
 from app.keys import RequireKey, caller_of, check_exposure, is_operator
-from app.openapi import ANALYZE_BODY, ANALYZE_RESPONSES, CALLBACKS, use_local_docs
+from app.openapi import ANALYZE_BODY, ANALYZE_RESPONSES, CALLBACKS, RESULT_RESPONSES, use_local_docs
 from app.problems import Problem, install, responses
 from app.store import key_uses
 from app.store.settings import StoreSettings
@@ -107,7 +107,7 @@ async def _share(day: int, uses: Mapping[str, int]) -> Mapping[str, int]:
 
 
 api.add_middleware(Closing, gate=_gate)
-api.add_middleware(RequireKey, share=_share)
+api.add_middleware(RequireKey, share=_share, hosts=lambda: serve.get_replica_context().servable_object.limits.hosts)
 api.add_middleware(SecurityHeaders)
 api.add_middleware(RequestLines)
 api.add_middleware(Taken)
@@ -192,10 +192,12 @@ def _why_not(settings: StoreSettings) -> str:
     """Why a store cannot be used on this cluster, or "": replicas on two nodes would each have a SQLite file."""
     import ray
 
+    if not settings.database_url.startswith("sqlite"):
+        return ""
     # several raylets may run on one machine
     alive = [node for node in ray.nodes() if node["Alive"]]
     nodes = len({(node["NodeManagerHostname"], node["NodeManagerAddress"]) for node in alive})
-    if settings.database_url.startswith("sqlite") and nodes > 1:
+    if nodes > 1:
         return f"a SQLite store serves one node and there are {nodes}: give store.url a PostgreSQL"
     return ""
 
@@ -340,14 +342,14 @@ class Ingress:
     @api.get(
         "/v1/results/{place}",
         tags=["annotate"],
-        responses={
-            200: ANALYZE_RESPONSES[200],
-            202: {"model": Waiting, "description": "not there yet"},
-            **responses("not_found", "bad_parameter", "overloaded", "internal_error", "unavailable"),
-        },
+        responses={**RESULT_RESPONSES, 202: {"model": Waiting, "description": "not there yet"}},
     )
     async def result(self, place: PlaceId) -> Response:
-        """The answer to a request that was accepted with `Prefer: respond-async`: as it would have been at once."""
+        """The answer to a request that was accepted with `Prefer: respond-async`: as it would have been at once.
+
+        A problem with `"final": true` is that answer, whatever its status: do not ask again. A 429 or 503 without it
+        says that nobody can look there at the moment.
+        """
         return await self.deferral.result(place)
 
     @api.post("/v1/detect", tags=["annotate"], openapi_extra=ANALYZE_BODY, responses=_ONE_PART)

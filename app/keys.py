@@ -2,8 +2,9 @@
 
 ``python -m app.keys create|list|revoke`` keeps a file of names, scopes and hashes; the key itself is printed once and
 kept nowhere. ``DEEPTRUST_KEYS`` names the file to the commands and to the application, which looks at it again when it
-has changed: a key that is revoked ends within a second, without a restart. While the variable is unset everybody may
-ask for everything, and the application listens on loopback only.
+has changed: a key that is revoked ends within a second, without a restart, and within a minute where the file cannot be
+read any more. While the variable is unset everybody may ask for everything, the application listens on loopback only,
+and answers under names of loopback only, and those that its settings list: a page whose name leads here is another's.
 
 A key comes as ``Authorization: Bearer KEY``, or as the password of HTTP Basic under any user name, which is how a
 browser asks for it. Rate limits hold for each ingress replica. Quotas of a day hold for all of them together, give or
@@ -26,9 +27,10 @@ import math
 import os
 import re
 import secrets
+import stat
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -46,8 +48,12 @@ KeyScope = Literal["read", "feedback", "admin"]
 _LOOKING = frozenset(("GET", "HEAD", "OPTIONS"))
 _ANNOTATING = frozenset(("/v1/analyze", "/v1/detect", "/v1/caption", "/v1/tag"))
 LOOPBACK = frozenset(("127.0.0.1", "localhost", "::1"))
-#: How long a change of the file may go unnoticed.
-_LOOK_S = 1.0
+#: A `Host` that no name server is asked for; and what follows the name in any.
+_LOOPBACK_HOST = re.compile(r"(?:localhost|127(?:\.[0-9]{1,3}){3}|\[::1\])(?::[0-9]*)?", re.IGNORECASE)
+_PORT = re.compile(r":[0-9]*$")
+#: How long a change of the file may go unnoticed; how long its keys are taken while it cannot be read; and when to try
+#: again after that.
+_LOOK_S, _KEPT_S, _RETRY_AFTER_S = 1.0, 60.0, 5
 #: How often replicas tell each other of the day's requests.
 _SHARE_S = 2.0
 #: `dt_`, eight characters that name the key, and 256 random bits: no dictionary helps, a plain hash is enough.
@@ -99,33 +105,67 @@ def read_keys(path: Path) -> KeyFile:
     """
     try:
         return KeyFile.model_validate_json(path.read_bytes())
-    except OSError as error:
+    except FileNotFoundError as error:
         raise KeyFileError(
             f"cannot read {path}: {error.strerror}. Make it with `python -m app.keys create NAME`"
         ) from error
+    except PermissionError as error:
+        raise KeyFileError(
+            f"cannot read {path}: {error.strerror}. Let the user that runs this (uid {os.geteuid()}) read it: `chown` "
+            "it, or `chgrp` it and `chmod g+r`; it stays so when keys are changed"
+        ) from error
+    except OSError as error:
+        raise KeyFileError(f"cannot read {path}: {error.strerror}") from error
     except ValidationError as error:
         raise KeyFileError(f"{path} is no file of API keys: {error.errors()[0]['msg']}") from error
 
 
 @contextlib.contextmanager
 def changing(path: Path) -> Iterator[KeyFile]:
-    """The file's content, to be changed; written when the block ends well, at once or not at all.
+    """The file's content, to be changed; written when the block ends well, at once or not at all. A file that there is
+    keeps its mode, owner and group.
 
     Raises:
-        KeyFileError: it is no file of keys.
+        KeyFileError: it is no file of keys, or cannot be written like that.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (path.parent / f".{path.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        content = read_keys(path) if path.exists() else KeyFile()
-        yield content
-        written = path.parent / f".{path.name}.new"
-        descriptor = os.open(written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with (path.parent / f".{path.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            before = path.stat() if path.exists() else None
+            content = read_keys(path) if before else KeyFile()
+            yield content
+            _replace(path, json.dumps(content.model_dump(mode="json"), indent=1) + "\n", before)
+    except PermissionError as error:
+        raise KeyFileError(
+            f"cannot change {path}, it is as it was: {error.strerror}. Run this as root, or as its owner with the "
+            f"right to write into {path.parent}"
+        ) from error
+    except OSError as error:
+        raise KeyFileError(f"cannot change {path}, it is as it was: {error.strerror} ({error.filename})") from error
+
+
+def _replace(path: Path, text: str, before: os.stat_result | None) -> None:
+    """Put a new file in a file's place, for the same people to read.
+
+    Raises:
+        OSError: it cannot be done; the old file is left. Without the right to give the new one to the old one's owner
+            and group it is not done either: the application, which could not read it, would let nobody in.
+    """
+    written = path.parent / f".{path.name}.new"
+    descriptor = os.open(written, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    try:
         with os.fdopen(descriptor, "w") as file:
-            file.write(json.dumps(content.model_dump(mode="json"), indent=1) + "\n")
+            if before is not None:
+                os.fchown(descriptor, before.st_uid, before.st_gid)
+                os.fchmod(descriptor, stat.S_IMODE(before.st_mode))
+            file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            os.fsync(descriptor)
         written.replace(path)
+    except BaseException:
+        written.unlink(missing_ok=True)
+        raise
 
 
 def create(
@@ -134,7 +174,7 @@ def create(
     """Add a key and return it: it cannot be read again.
 
     Raises:
-        KeyFileError: a key of this name is in use.
+        KeyFileError: a key of this name is in use, or the file cannot be changed.
     """
     identity, secret = secrets.token_hex(4), secrets.token_urlsafe(32)
     with changing(path) as content:
@@ -159,7 +199,7 @@ def revoke(path: Path, name: str) -> None:
     """End a key, by its name or id.
 
     Raises:
-        KeyFileError: there is none.
+        KeyFileError: there is none, or the file cannot be changed.
     """
     with changing(path) as content:
         found = [key for key in content.keys if name in (key.name, key.id) and key.revoked is None]
@@ -228,8 +268,9 @@ Share = Callable[[int, Mapping[str, int]], Awaitable[Mapping[str, int]]]
 class KeyRing:
     """The keys of a file, looked at again when it has changed.
 
-    A file that cannot be read lets nobody in; one that cannot be read *any more* leaves those in who were, and says so
-    in the log.
+    A file that cannot be read lets nobody in. One that cannot be read *any more* leaves those in who were, for
+    `_KEPT_S` since it last could be, and says so in the log: a moment locks nobody out, and a key that has been revoked
+    meanwhile ends all the same.
     """
 
     def __init__(self, path: Path) -> None:
@@ -238,12 +279,14 @@ class KeyRing:
         self._buckets: dict[str, Bucket] = {}
         self._quotas: dict[str, Quota] = {}
         self._seen: tuple[int, ...] | None = None
-        self._looked = -math.inf
+        self._looked = self._known_at = -math.inf
+        #: Whether it can be told, as of the last look, which keys there are.
+        self.is_known = False
 
     def find(self, text: str) -> Key | None:
-        """The key that this is, if it is one and has not been revoked."""
+        """The key that this is, if it is one and has not been revoked; none while that cannot be told."""
         self._look()
-        parts = _KEY.fullmatch(text)
+        parts = _KEY.fullmatch(text) if self.is_known else None
         if parts is None or (key := self._keys.get(parts[1])) is None:
             return None
         return key if hmac.compare_digest(_digest(parts[2]), key.sha256) else None
@@ -285,11 +328,15 @@ class KeyRing:
         try:
             status = self._path.stat()
             seen = (status.st_mtime_ns, status.st_size, status.st_ino)
-            if seen == self._seen:
-                return
-            content = read_keys(self._path)
+            content = read_keys(self._path) if seen != self._seen else None
         except (OSError, KeyFileError) as error:
-            _log.error("API keys: %s", error)
+            left_s = self._known_at + _KEPT_S - now
+            self.is_known = left_s > 0
+            then = f"known ones are taken for {left_s:.0f} s more" if self.is_known else "all callers are refused (503)"
+            _log.error("API keys: %s; until that is mended %s", error, then)
+            return
+        self._known_at, self.is_known = now, True
+        if content is None:
             return
         self._seen = seen
         self._keys = {key.id: key for key in content.keys if key.revoked is None}
@@ -324,15 +371,26 @@ def scope_of(method: str, path: str) -> KeyScope:
     return "read" if method in _LOOKING or path in _ANNOTATING else "feedback"
 
 
+_OTHER_HOST = (
+    "Without API keys it is answered under names of loopback only: ask http://localhost or http://127.0.0.1, list the "
+    "name of a proxy in front as `args.limits.hosts` of the Serve configuration, or make API keys."
+)
+
+
 class RequireKey:
-    """ASGI middleware: nothing but health is answered without a key, once ``DEEPTRUST_KEYS`` names a file.
+    """ASGI middleware: nothing but health is answered without a key, once ``DEEPTRUST_KEYS`` names a file; and until
+    then, under no other name than loopback's and those that are listed. A browser takes a page whose name was made to
+    lead to loopback (DNS rebinding) for one of ours, but says the name.
 
     Args:
         share: keeps the counts that quotas go by for all replicas.
+        hosts: names, in lower case and without port, under which it is asked too.
     """
 
-    def __init__(self, app: ASGIApp, share: Share | None = None) -> None:
-        self.app = app
+    def __init__(
+        self, app: ASGIApp, share: Share | None = None, hosts: Callable[[], Collection[str]] = frozenset
+    ) -> None:
+        self.app, self._hosts = app, hosts
         path = os.environ.get(VARIABLE)
         self.ring = KeyRing(Path(path)) if path else None
         self._share = share
@@ -342,19 +400,27 @@ class RequireKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            state, key = scope.setdefault("state", {}), None
-            if self.ring is not None:
-                try:
-                    is_open = scope["path"] in OPEN
+            state, key, is_open = scope.setdefault("state", {}), None, scope["path"] in OPEN
+            try:
+                if self.ring is None:
+                    operates = self._is_asked_as_ours(scope)
+                    if not operates and not is_open:
+                        raise Problem("host_refused", _OTHER_HOST)
+                else:
                     key = self.ring.find(_credentials(scope)[1]) if is_open else _admit(self.ring, scope)
-                except Problem as problem:
-                    await problem.to_response(scope)(scope, receive, send)
-                    return
+                    operates = key is not None and "admin" in key.scopes
+            except Problem as problem:
+                await problem.to_response(scope)(scope, receive, send)
+                return
             if key is not None and key.per_day is not None:
                 self._share_soon()
             state["caller"] = key.caller if key is not None else ""
-            state["operator"] = self.ring is None or (key is not None and "admin" in key.scopes)
+            state["operator"] = operates
         await self.app(scope, receive, send)
+
+    def _is_asked_as_ours(self, scope: Scope) -> bool:
+        host = Headers(scope=scope).get("host", "")
+        return _LOOPBACK_HOST.fullmatch(host) is not None or _PORT.sub("", host.lower()) in self._hosts()
 
     def _share_soon(self) -> None:
         """Have counts shared beside the requests, now and then."""
@@ -382,8 +448,8 @@ def caller_of(scope: Scope) -> str:
 
 
 def is_operator(scope: Scope) -> bool:
-    """Whether what is for operators may be shown: to a key with scope `admin`, and where there are no keys, because
-    then only loopback is listened on.
+    """Whether what is for operators may be shown: to a key with scope `admin`, and where there are no keys to whoever
+    asks under a name of ours, because then only loopback is listened on.
     """
     return bool(scope.get("state", {}).get("operator", False))
 
@@ -402,11 +468,17 @@ def _admit(ring: KeyRing, scope: Scope) -> Key:
     """Let a request pass; returns its key.
 
     Raises:
-        Problem: `unauthorized`, `forbidden`, `rate_limited` or `quota_exceeded`.
+        Problem: `unauthorized`, `forbidden`, `rate_limited`, `quota_exceeded`, or `unavailable` while nobody knows.
     """
     headers = Headers(scope=scope)
     kind, credentials = _credentials(scope)
     key = ring.find(credentials)
+    if not ring.is_known:
+        raise Problem(
+            "unavailable",
+            "The service cannot read its API keys; whoever runs it finds the reason in its log.",
+            headers={"Retry-After": str(_RETRY_AFTER_S)},
+        )
     if key is None:
         raise Problem(
             "unauthorized",

@@ -10,6 +10,8 @@ Knows no data set.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import secrets
 import shutil
@@ -26,6 +28,8 @@ import pyarrow.fs
 
 from data.errors import DataError, explained
 
+#: What a file system answers that has no locks.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 #: Set by Ray for the driver of a submitted job.
 _JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
@@ -174,6 +178,15 @@ class Location:
             return sorted(e["name"].rstrip("/").rsplit("/", 1)[-1] for e in listed if e["type"] == "directory")
         return []
 
+    def entries(self) -> dict[str, bool]:
+        """What lies directly in this folder, by name: whether it is a file (and no link); nothing when it does not
+        exist."""
+        with explained(str(self)), suppress(FileNotFoundError):
+            listed = self.filesystem.ls(self.path, detail=True)
+            plain = {e["name"].rstrip("/"): e["type"] == "file" and not e.get("islink") for e in listed}
+            return {path.rsplit("/", 1)[-1]: plain[path] for path in sorted(plain) if path != self.path}
+        return {}
+
     def files(self) -> list[FileEntry]:
         """Every file below, sorted by name.
 
@@ -232,6 +245,29 @@ class Location:
         if not self.is_local:
             with explained(str(self)):
                 self.filesystem.ls(self.path.split("/", 1)[0], detail=False)
+
+    @contextmanager
+    def alone(self, refusal: Exception) -> Iterator[None]:
+        """No other process has this folder for the length of the block. The kernel gives it back however a process
+        ends; programs that the process starts do not keep it (Python opens files with ``O_CLOEXEC``). S3 and file
+        systems without locks give it to everybody.
+
+        Raises:
+            Exception: ``refusal``, when another process has it.
+        """
+        if not self.is_local:
+            yield
+            return
+        self.make_dir()
+        with (self.local_path / "lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise refusal from None
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+            yield
 
     def write_bytes(self, data: bytes | memoryview) -> None:
         """Write the whole file or nothing: a reader never sees half of it, whatever kills the writer."""

@@ -132,7 +132,7 @@ def resolve(uri: str) -> Checkpoint:
             folder = _from_mlflow(uri)
         elif uri.startswith("s3://"):
             folder = _from_s3(uri)
-        elif Path(uri).expanduser().is_dir():
+        elif uri and Path(uri).expanduser().is_dir():  # an empty path is the working directory
             folder = Path(uri).expanduser().absolute()
         elif _HUB_ID.match(uri):
             folder = _from_hub(uri)

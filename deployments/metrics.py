@@ -2,7 +2,8 @@
 
 Replicas and the ingress record here; Ray's agent on each node exports the figures for Prometheus with Ray's prefix,
 as ``ray_deeptrust_requests_total``, ``ray_deeptrust_stage_seconds_bucket`` and so on, and Serve adds ``application``,
-``deployment`` and ``replica``. What a figure is about bears the ``revision`` of the model that it comes from.
+``deployment`` and ``replica``. What a model says or takes bears its ``revision``, and a request those of all models
+that it needs; outcomes of pictures and what files declare are no model's.
 
 Labels never take their values from what a client sends, and each metric has at most so many combinations of them in a
 process (``MOST_SERIES``, where it says no other): what comes later is counted as ``other``.
@@ -92,8 +93,9 @@ METRICS = {
         _histogram(
             "request_seconds",
             _SECONDS,
-            ("endpoint",),
-            "Time from a request's head to its answer, without what was refused with 429 or accepted for later",
+            ("endpoint", "revision"),
+            "Time from a request's head to its answer, without what was refused with 429 or accepted for later; "
+            "revisions as of `requests`",
         ),
         _counter("pictures", ("outcome",), "Pictures: `answered`, `partial` (a stage failed), `failed` (all did)"),
         _gauge("pictures_in_work", (), "Pictures that an ingress replica has in work"),
@@ -106,6 +108,7 @@ METRICS = {
             ("outcome",),
             "Call-backs: `delivered`, `failed` (tried again), `given_up`, `gone` (the picture was deleted)",
         ),
+        _gauge("store_ready", (), "1 while a replica's store can be used, else 0; nothing where none is wanted"),
         _gauge("store_queued", (), "Answers that wait to be written"),
         # a gauge, so that it is there before the first one is lost
         _gauge(
@@ -227,7 +230,7 @@ class Metrics:
         self.record("requests", 1, endpoint, code, revision)
         # these take no time: the more of them, the faster would the others look
         if code not in ("accepted", "overloaded"):
-            self.record("request_seconds", seconds, endpoint)
+            self.record("request_seconds", seconds, endpoint, revision)
 
     def picture(self, record: Annotation, in_service: Mapping[str, str] = MappingProxyType({})) -> None:
         """A picture has been through the graph: all that its record says.
@@ -272,6 +275,8 @@ class Metrics:
 
     def store(self, status: Mapping[str, Any]) -> None:
         """What a store says of itself (``Store.status``)."""
+        if (state := status.get("state")) != "off":
+            self.record("store_ready", float(state == "ready"))
         self.record("store_queued", status.get("queued", 0))
         self.record("store_dropped", status.get("dropped", 0), "answers")
         self.record("store_dropped", status.get("pictures_dropped", 0), "pictures")

@@ -128,6 +128,12 @@ SERVICE = Board(
                     f"{_APPROXIMATE}; without what was refused with 429 or accepted for later",
                 ),
                 Panel(
+                    "Time to answer, 95 %, by the models that they need",
+                    "s",
+                    (Query(_quantile(0.95, "ray_deeptrust_request_seconds", "revision"), "{{revision}}"),),
+                    f"{_APPROXIMATE}; revisions as of the requests; none: refused before a model was asked",
+                ),
+                Panel(
                     "Share of requests that fail on our side",
                     "percentunit",
                     (
@@ -201,6 +207,15 @@ SERVICE = Board(
                         Query(f"sum by (what) (ray_deeptrust_store_dropped{{{_APP}}})", "{{what}} dropped"),
                     ),
                     "Dropped since the replicas began: the database does not keep up, or cannot be reached",
+                ),
+                Panel(
+                    "Replicas that can use the store",
+                    "short",
+                    (
+                        Query(f"sum(ray_deeptrust_store_ready{{{_APP}}})", "can"),
+                        Query(f"count(ray_deeptrust_store_ready{{{_APP}}})", "all"),
+                    ),
+                    "Of the ingress, where a store is wanted",
                 ),
                 Panel(
                     "Requests in the replicas",

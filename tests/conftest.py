@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,37 +54,18 @@ def application(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApp
     import httpx
 
     from app import cluster
+    from tests.serving import served, starting
 
     if url := os.environ.get("DEEPTRUST_TEST_URL"):
         yield RunningApplication(url.rstrip("/"), int(url.rstrip("/").rsplit(":", 1)[1]), Path("/dev/null"))
         return
     port = cluster.free_port(8123)
     log = tmp_path_factory.mktemp("application") / "serve.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "app.serve"],
-            env=os.environ | {"PORT": str(port)},
-            cwd=ROOT,
-            stdout=output,
-            stderr=output,
-        )
-    try:
-        while "ready after" not in log.read_text():
-            if process.poll() is not None:
-                pytest.fail(f"the application ended with {process.returncode}:\n{log.read_text()[-4000:]}")
-            try:
-                process.wait(1)
-            except subprocess.TimeoutExpired:
-                continue
+    with served(port, log) as process:
+        for _ in starting(process, log):
+            pass
         assert httpx.get(f"http://127.0.0.1:{port}/readyz").status_code == 200
         yield RunningApplication(f"http://127.0.0.1:{port}", port, log)
-    finally:
-        process.terminate()
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            cluster.stop(port)
 
 
 @pytest.hookimpl(trylast=True)

@@ -46,6 +46,7 @@ from train.cider import CiderReward
 from train.command import TrainCommand, absolute, data_before, launch, run_command
 from train.detector import pictures_of, training_of
 from train.features import Features, compute_features
+from train.loop import threads_of
 from train.module import Optimisation, TrainedModule, TrainingError
 from train.new_captioner import NewDecoder, write_new_captioner
 from train.stream import Augment, Batch, Deliver, Pictures, Source
@@ -354,7 +355,7 @@ class CaptionerModule(TrainedModule):
             ids = self.generate(captioner.text_decoder, batch["features"].float())
         else:
             given = prompted(captioner, self.vocabulary.tokenizer, prompt, len(batch["row"]))
-            ids = captioner.generate(pixel_values=self.pixels(batch["pixels"]), **given, **self.generation)
+            ids = captioner.generate(pixel_values=self.pixels(batch["pixels"], model), **given, **self.generation)
         texts = self.vocabulary.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [text.strip().removeprefix(prompt).strip() for text in texts]
 
@@ -602,14 +603,15 @@ def with_features(job: CaptionerJob, give_way_s: float = 0.0) -> CaptionerJob:
     found = []
     for split, source in (("train", job.train_pictures(Deliver())), ("val", job.val_pictures())):
         place = Location.of(config.cache) / f"captioner-{split}-{key}-{sum(source.groups)}"
-        threads = config.threads or 1
         found.append(
             compute_features(
                 source,
                 encoder,
                 place,
                 workers=config.num_workers,
-                threads=threads,
+                least=config.min_workers,
+                threads=threads_of(config),
+                gpus=config.gpus_per_worker,
                 deadline=job.deadline,
                 give_way_s=give_way_s,
             )

@@ -4,11 +4,15 @@ In: a ``TrainCommand`` and the job that a task makes of it. Out: a checkpoint fo
 ``s3://``), an MLflow run, and an exit status. Everything that can be known to fail fails here, before a worker is
 started: the model, the data set version, the labels, the place for checkpoints and its free space, MLflow.
 
-A run is named by ``--storage`` and ``--name``: started again after whatever killed it, it goes on. Knows no task.
+A run is named by ``--storage`` and ``--name``: started again after whatever killed it, it goes on. While it lives, a
+second start of it is refused where storage is a local path; S3 has no locks, and nothing refuses it there.
+
+Knows no task.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -19,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -31,11 +35,12 @@ from data.errors import DataError, as_data_error
 from data.locations import Location
 from data.session import RaySettings, ray_session
 from data.versions import DataVersion, open_version
-from deployments.checkpoints import Checkpoint, CheckpointError, pinned, resolve
+from deployments.checkpoints import Checkpoint, CheckpointError, mlflow_uri, pinned, resolve
 from train.features import OutOfTime
 from train.giving_way import Resource, wait_for_room
 from train.loop import Job, LoopConfig, Outcome, quieten, share_of_batch, work
 from train.module import TrainingError
+from train.registry import meant
 from train.tracking import DatasetInput, Run, TrackingConfig, TrackingError, describe, refused, start
 
 logger = logging.getLogger(__name__)
@@ -46,6 +51,10 @@ _FREE = {
     *("loader_cpus", "checkpoint_every", "keep", "max_failures", "record", "tracking", "num_cpus", "storage", "cache"),
     *("object_store_bytes", "patience", "give_way_s"),
 }
+#: What the names of a checkpoint's files end with: nothing else is replaced.
+_CHECKPOINT = (".json", ".safetensors", ".txt", ".model", ".jinja", ".onnx")
+#: Reason of an outcome that an earlier start of the run came to.
+_BEFORE = "finished before"
 _DURATION = re.compile(r"^(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?:in)?)?(?:(\d+(?:\.\d+)?)s?)?$")
 
 
@@ -56,10 +65,15 @@ class TrainCommand(LoopConfig, RaySettings):
 
     data: str = Field(description="prepared data set NAME/VERSION, or NAME for its newest version; a path or s3://")
     model: str = Field(description="checkpoint that training starts from: folder, s3://, models:/, starter:, hub id")
-    output: str = Field(description="where the trained checkpoint goes: a folder or s3://bucket/prefix; replaced")
+    output: str = Field(
+        description="where the trained checkpoint goes: a folder or s3://bucket/prefix; a checkpoint that is there is "
+        "replaced, anything else is refused"
+    )
     name: str = Field(description="name of the run; the same name in the same storage goes on with it")
     storage: str = Field(
-        "~/.cache/deeptrust/runs", description="where runs keep their checkpoints; on a cluster, seen by all nodes"
+        "~/.cache/deeptrust/runs",
+        description="where runs keep their checkpoints; on a cluster, seen by all nodes. On s3:// nothing keeps a run "
+        "from being started twice at once",
     )
     time_limit: str = Field(
         "", description="end with a checkpoint after this time, e.g. 5h30m; the same command goes on"
@@ -111,6 +125,20 @@ def launch(
     Raises:
         TrainingError, DataError, CheckpointError, TrackingError: nothing was trained, or what came out is of no use.
     """
+    with meant(config.tracking), ExitStack() as held:  # the checkpoint is of the registry that gets the run
+        return _launch(config, experiment, base, prepare, features, callbacks, parent, held)
+
+
+def _launch(
+    config: TrainCommand,
+    experiment: str,
+    base: Callable[[Any, DataVersion], str],
+    prepare: Callable[[Any, DataVersion, Checkpoint], tuple[Any, int]],
+    features: Callable[[Any, float], Job] | None,
+    callbacks: Sequence[Any],
+    parent: str | None,
+    held: ExitStack,
+) -> Outcome:
     began = time.time()
     quieten()
     place = Location.of(config.storage)
@@ -119,14 +147,21 @@ def launch(
     job: Any = None
     try:
         folder.ready()
-        Location.of(config.output).parent.ready()
+        if not callbacks:  # a sweep has its trials: one that outlives its driver for a moment must not stop the next
+            held.enter_context(folder.alone(running(config, folder)))
+        output = Location.of(config.output)
+        check_output(output)
+        output.parent.ready()
         _check_workers(config)
         started = _started(config, folder)
         finished = _finished(folder)
-        if finished is not None and published.exists():
-            _publish(finished[1], Location.of(config.output), None)
-            return finished[0]
         kept = started.get("inputs")
+        if finished is not None and published.exists():
+            told = as_finished(config, base, kept)
+            print(f"run {told}: nothing was trained; give another --name to train anew", flush=True)
+            if not is_published(finished[1], output):
+                _publish(finished[1], output, None)
+            return replace(finished[0], reason=_BEFORE)
         version = data_of(config, kept)
         if finished is None:
             checkpoint = base_of(config, base, version, kept)
@@ -150,7 +185,7 @@ def launch(
         if outcome.status == "failed":
             raise TrainingError(outcome.reason)
         if finished is not None:
-            _publish(finished[1], Location.of(config.output), run)
+            _publish(finished[1], output, run)
     except BaseException as error:
         if run is not None:
             run.close(error)
@@ -163,6 +198,14 @@ def launch(
     if finished is not None:
         published.write_text(config.output)
     return outcome
+
+
+def running(config: TrainCommand, folder: Location) -> TrainingError:
+    """Of a second start of a run or sweep while the first lives."""
+    return TrainingError(
+        f"{config.name!r} in {config.storage} is running: another process has {folder / 'lock'}. Wait until it ends, "
+        "or give another --name"
+    )
 
 
 @contextmanager
@@ -270,8 +313,12 @@ def ray_trainer(config: TrainCommand, job: Job, place: Location, callbacks: Sequ
     if not place.is_local:
         storage["storage_filesystem"] = place.arrow_filesystem
     return Trainer(
-        work,
-        train_loop_config={"job": job, "holds": sought if _gives_way(config, callbacks) else None},
+        _work,
+        train_loop_config={
+            "job": job,
+            "holds": sought if _gives_way(config, callbacks) else None,
+            "registry": mlflow_uri(),
+        },
         # before a step has brought the model to its GPU, workers exchange numbers of the CPU
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if sought == "GPU" else "gloo"),
         scaling_config=ScalingConfig(
@@ -287,6 +334,12 @@ def ray_trainer(config: TrainCommand, job: Job, place: Location, callbacks: Sequ
             **storage,
         ),
     )
+
+
+def _work(settings: dict[str, Any]) -> dict[str, Any]:
+    """``work`` in a process whose environment may name another registry than the driver's."""
+    os.environ["MLFLOW_TRACKING_URI"] = settings["registry"]
+    return work(settings)
 
 
 def _loading(config: TrainCommand, job: Job) -> float:
@@ -354,7 +407,13 @@ def _gives_way(config: TrainCommand, callbacks: Sequence[Any]) -> bool:
 
 
 def publish(folder: Path, target: Location) -> None:
-    """Put a finished checkpoint folder in its place, in the stead of an older one; the card comes last on S3."""
+    """Put a finished checkpoint folder in its place, in the stead of an older one; on S3 nothing of that stays, and the
+    card comes last.
+
+    Raises:
+        TrainingError: what is there is no checkpoint.
+    """
+    there = check_output(target)
     if target.is_local:
         target.parent.make_dir()
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.local_path.parent))
@@ -364,12 +423,61 @@ def publish(folder: Path, target: Location) -> None:
         target.remove()
         partial.rename(target.local_path)
         return
+    files = {file.name: file for file in folder.iterdir()}
+    # without its card it is no finished checkpoint, by its configuration it is one that may be replaced
     (target / "card.json").remove()
-    for file in sorted(folder.iterdir(), key=lambda file: file.name == "card.json"):
-        target.filesystem.put_file(str(file), (target / file.name).path)
+    for name in there - set(files):
+        (target / name).remove()
+    for name in sorted(files, key=lambda name: (name == "card.json", name != "config.json")):
+        target.filesystem.put_file(str(files[name]), (target / name).path)
+
+
+def is_published(export: Location, target: Location) -> bool:
+    """Whether a run's checkpoint is in its place already: the weights, and a card of the same moment. What was added
+    there since (a reference for drift) is no other checkpoint."""
+    there = {entry.name: entry.size for entry in target.files()} if target.exists() else {}
+    weights = [entry for entry in export.files() if entry.name.endswith(".safetensors")]
+    if "card.json" not in there or any(there.get(entry.name) != entry.size for entry in weights):
+        return False
+    made = [json.loads((folder / "card.json").read_text()).get("created_at") for folder in (export, target)]
+    names = [entry.name for entry in weights]
+    return made[0] == made[1] and all(_digest(export / name) == _digest(target / name) for name in names)
+
+
+def _digest(file: Location) -> str:
+    digest = hashlib.sha256()
+    with file.open() as opened:
+        while block := opened.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------- before workers
+
+
+def check_output(target: Location) -> set[str]:
+    """Refuse a place in whose stead no checkpoint may be put: what is there is lost. Returns the names of its files.
+
+    Raises:
+        TrainingError: it is a link or a file, or holds something else than one checkpoint that was published there.
+    """
+    if target.is_local:
+        path = target.local_path
+        if path.is_symlink():
+            raise TrainingError(f"--output {path} is a link to {path.readlink()}: name that folder, or another")
+        if path.exists() and (not path.is_dir() or path.is_mount()):
+            what = "the root of a file system" if path.is_dir() else "a file"
+            raise TrainingError(f"--output {path} is {what}: name a folder, in one that exists or is made")
+    there = target.entries()
+    needed = {"config.json", "card.json"} if target.is_local else {"config.json"}  # a killed publication has no card
+    strange = sorted(name for name, plain in there.items() if not plain or not name.endswith(_CHECKPOINT))
+    if strange or (there and not needed <= set(there)):
+        what = f"it holds {', '.join(strange[:5])}" if strange else f"it has no {' and '.join(needed - set(there))}"
+        raise TrainingError(
+            f"--output {target} would be replaced and is no checkpoint of a training ({what}): name a folder of its "
+            f"own, as {target / 'NAME'}, or empty this one"
+        )
+    return set(there)
 
 
 def _check_workers(config: TrainCommand) -> None:
@@ -400,6 +508,9 @@ def _check_space(config: TrainCommand, place: Location, parameters: int) -> None
     places = [("the temporary folder (TMPDIR)", temporary, 3 * each + 2**28)]
     if place.is_local:
         places.insert(0, ("--storage", place.local_path, each * (config.keep + 1) + 2**28))
+    output = Location.of(config.output)
+    if output.is_local:  # the new one lies beside the old one for a moment
+        places.append(("the folder of --output", output.parent.local_path, 4 * parameters + 2**26))
     for what, path, needed in places:
         path.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(path).free
@@ -496,6 +607,35 @@ def base_of(
         raise _gone(config, f"{started['model']}#{started['revision']}", f"now it is #{checkpoint.revision}")
     print(f"{config.name} goes on as it was started: data {version.location}, model {checkpoint.name}", flush=True)
     return checkpoint
+
+
+def as_finished(config: Command, base: Callable[[Command, DataVersion], str], started: Mapping[str, str] | None) -> str:
+    """A finished run or sweep for people: its name and what it was made of.
+
+    Args:
+        started: ``inputs_as_kept`` of its start.
+
+    Raises:
+        TrainingError: the settings name another data version or model now, and what is finished is not of these.
+    """
+    if not started:
+        return f"{config.name!r} is finished"
+    model = f"{started['model']}#{started['revision']}"
+    told = f"{config.name!r} is finished (data {started['version']}, model {model})"
+    now = ""
+    with suppress(DataError, CheckpointError):  # what is gone is not named anew
+        version = open_version(config.data)
+        if version.manifest.version != started["version"]:
+            now = f"data {version.manifest.version}"
+        # a starter model comes with the code; `make starter` changes it by what was trained from it
+        elif not (named := base(config, version)).startswith("starter:") or named != started["model"]:
+            checkpoint = resolve(absolute(pinned(named)))
+            now = f"model {checkpoint.name}" if checkpoint.revision != started["revision"] else ""
+    if now:
+        raise TrainingError(
+            f"{told}, and the settings name {now} now: nothing was trained; give another --name to train anew"
+        )
+    return told
 
 
 def _gone(config: TrainCommand, what: str, reason: str) -> TrainingError:
@@ -607,4 +747,7 @@ def tell(outcome: Outcome, output: str) -> None:
         )
         return
     figures = ", ".join(f"{name} {value:.4f}" for name, value in outcome.metrics.items())
+    if outcome.reason == _BEFORE:
+        print(f"{output} has what it came to: {figures}")
+        return
     print(f"trained in {outcome.steps} steps: {figures}\nwritten to {output}")

@@ -42,6 +42,7 @@ from train.calibration import balanced_weights, calibrate, choose_thresholds, si
 from train.command import TrainCommand, absolute, data_before, launch, run_command
 from train.damage import Damage, Tier
 from train.features import Features, compute_features
+from train.loop import threads_of
 from train.module import NonFinite, Optimisation, TrainedModule, TrainingError
 from train.order import by_group
 from train.stream import Batch, Deliver, Pictures, RandomDamage, Source
@@ -210,6 +211,8 @@ class DetectorModule(TrainedModule):
         super().__init__(model, normalisation, config, total_steps)
         self.train_rows, self.val_rows = train, val
         self.label_smoothing, self.penalty = label_smoothing, penalty
+        self.calibration = 1.0, 0.0
+        """Temperature and bias by which ``export`` makes scores probabilities."""
 
     def prepare(self, batch: Batch) -> dict[str, torch.Tensor]:
         rows = batch["row"]
@@ -222,7 +225,7 @@ class DetectorModule(TrainedModule):
         """Logits of a batch of pixels, or of features of the frozen tower."""
         if "features" in batch:
             return head_of(model)(batch["features"].float())
-        return model(pixel_values=self.pixels(batch["pixels"])).logits
+        return model(pixel_values=self.pixels(batch["pixels"], model)).logits
 
     def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         each = functional.cross_entropy(
@@ -449,6 +452,7 @@ class DetectorJob:
         else:
             with torch.no_grad():
                 out.bias[1] += bias
+        module.calibration = temperature, bias
         probabilities = sigmoid((scores + bias) / temperature)
         thresholds = choose_thresholds(probabilities, labels, config.real_error, config.ai_error)
         first, second = self.labels
@@ -493,8 +497,11 @@ class DetectorJob:
     def samples(self, module: TrainedModule) -> list[tuple[Any, str]]:
         """The validation pictures that it is surest and most wrong about."""
         assert isinstance(module, DetectorModule)
+        temperature, bias = module.calibration
         scores = {
-            row: values[1] - values[0] for row, values in module.judged.items() if row < len(module.val_rows.labels)
+            row: (values[1] - values[0] + bias) / temperature
+            for row, values in module.judged.items()
+            if row < len(module.val_rows.labels)
         }
         if not scores:
             return []
@@ -659,7 +666,9 @@ def with_features(job: DetectorJob, give_way_s: float = 0.0) -> DetectorJob:
                 place,
                 variants,
                 workers=config.num_workers,
-                threads=config.threads or 1,
+                least=config.min_workers,
+                threads=threads_of(config),
+                gpus=config.gpus_per_worker,
                 deadline=job.deadline,
                 give_way_s=give_way_s,
             )

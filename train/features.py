@@ -2,7 +2,7 @@
 
 In: a source of pictures (``train.stream``) and an encoder. Out: ``Features``, a source of the same rows, whose shards
 ``VARIANT-NUMBER.npy`` (float16) lie in a folder or on S3, each written whole or not at all; a killed run continues
-where it was, as does one that has let a replica of Serve have its CPUs (``train.giving_way``).
+where it was, as does one that has let a replica of Serve have its CPUs or GPUs (``train.giving_way``).
 
 Knows no model and no task.
 """
@@ -10,6 +10,8 @@ Knows no model and no task.
 from __future__ import annotations
 
 import io
+import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -19,8 +21,9 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 
+from data.errors import DataError
 from data.locations import Location
-from train.giving_way import Ask, GiveWay, wait_for_room, waiting_replicas
+from train.giving_way import Ask, GiveWay, Resource, wait_for_room, waiting_replicas
 from train.order import by_group
 from train.stream import Batch, Source
 
@@ -106,7 +109,9 @@ def compute_features(
     workers: int = 1,
     threads: int = 1,
     batch: int = 8,
+    least: int = 0,
     cpus: float = 0.5,
+    gpus: float = 0.0,
     deadline: float = float("inf"),
     give_way_s: float = 0.0,
     ask: Ask = waiting_replicas,
@@ -115,37 +120,53 @@ def compute_features(
 
     Args:
         location: its name must change whenever encoder, source or variants' meaning do.
-        workers: processes that encode, each with ``threads`` threads and reserving ``cpus``; Ray must be there.
+        workers: processes that encode at most, each with ``threads`` threads and reserving ``cpus`` and, where the
+            cluster has GPUs, ``gpus`` of them (-1: one); Ray must be there.
+        least: of them, for how many there must be room to go on after giving way; 0: for all.
         deadline: ``time.time()`` at which to stop.
-        give_way_s: how long a replica of Serve may wait for a CPU until this stops for it; 0: for ever.
+        give_way_s: how long a replica of Serve may wait for a GPU, or where none is reserved for a CPU, until this
+            stops for it; 0: for ever.
         ask: who waits.
 
     Raises:
         OutOfTime: it came before the end.
+        DataError: the place has no room for them all.
     """
+    import ray
+
     rows = sum(source.groups)
     groups = tuple(min(_SHARD, rows - first) for first in range(0, rows, _SHARD))
     features = Features(location, groups, variants)
     location.ready()
-    stage: dict[str, Any] = {
-        "fn_constructor_kwargs": {
-            "source": source, "target": features, "encoder": encoder, "batch": batch, "threads": threads
-        },
-        "num_cpus": cpus,
-    }  # fmt: skip
+    constructor = {"source": source, "target": features, "encoder": encoder, "batch": batch, "threads": threads}
     while missing := _missing(features):
         if time.time() > deadline:
             raise OutOfTime(f"{len(missing)} shards of features are missing")
-        with GiveWay("CPU", give_way_s, ask) if give_way_s else nullcontext() as way:
-            if _encode(features, missing, workers, stage, lambda: bool(way and way.to) or time.time() > deadline):
+        here = ray.cluster_resources().get("GPU", 0.0)
+        share = (1.0 if gpus < 0 else gpus) if here else 0.0
+        most = min(workers, max(1, int(here / share))) if share else workers
+        held: Resource = "GPU" if share else "CPU"
+        stage = {"fn_constructor_kwargs": constructor, "num_cpus": cpus} | _reserved(share)
+        with GiveWay(held, give_way_s, ask) if give_way_s else nullcontext() as way:
+            if _encode(features, missing, most, stage, lambda: bool(way and way.to) or time.time() > deadline):
                 break
         if way and way.to:
             print(f"features of the frozen tower: stopped, serving wants room for {way.to}", flush=True)
-            found = wait_for_room("CPU", cpus * workers, deadline, ask)
+            found = wait_for_room(held, (share or cpus) * min(least or most, most), deadline, ask)
             if found == "no help":
                 print("serving did not take the room: features keep what they have from now on", flush=True)
                 give_way_s = 0.0
     return features
+
+
+def _reserved(share: float) -> dict[str, Any]:
+    """What Ray Data is told of a stage's GPUs and environment. Processes that reserve no GPU are to see none: Ray hides
+    GPUs only from those that have reserved others, and they would compute on a node's first, beside whoever has that.
+    ``models:/`` means there what it means here.
+    """
+    hidden = {} if share else {"CUDA_VISIBLE_DEVICES": ""}
+    here = {name: os.environ[name] for name in ("MLFLOW_TRACKING_URI",) if name in os.environ}
+    return ({"num_gpus": share} if share else {}) | {"runtime_env": {"env_vars": hidden | here}}
 
 
 def _missing(features: Features) -> list[tuple[int, int]]:
@@ -172,7 +193,7 @@ def _encode(
     blocks = [pa.table({"variant": [variant], "group": [group]}) for variant, group in missing]
     dataset = ray.data.from_blocks(blocks).map_batches(
         Encode,
-        batch_size=None,
+        batch_size=1,  # a shard; Ray Data wants a number where there are GPUs
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=min(workers, len(blocks)), max_tasks_in_flight_per_actor=2),
         **stage,
@@ -180,6 +201,8 @@ def _encode(
     total, done, began = sum(features.groups[group] for _, group in missing), 0, time.monotonic()
     said = began
     for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        if not done:
+            _check_space(features, table, total)
         done += sum(table["rows"].to_pylist())
         if time.monotonic() - said > 10 or done == total:
             said = time.monotonic()
@@ -192,3 +215,21 @@ def _encode(
         if done < total and stop():
             return False
     return True
+
+
+def _check_space(features: Features, first: pa.Table, rows: int) -> None:
+    """Refuse to go on for hours towards a full disk: what the first shard takes, all others will.
+
+    Raises:
+        DataError: there is no room for so many rows.
+    """
+    if not features.location.is_local:
+        return
+    shard = features.shard(first["variant"][0].as_py(), first["group"][0].as_py()).local_path
+    needed = shard.stat().st_size / first["rows"][0].as_py() * rows
+    free = shutil.disk_usage(shard).free
+    if free < needed:
+        raise DataError(
+            f"features of the frozen tower need {needed / 2**30:.1f} GiB and {features.location} has "
+            f"{free / 2**30:.1f} free: free some, choose another --cache, or train without --freeze tower"
+        )

@@ -17,14 +17,16 @@ Knows no task, no command line and no MLflow server but the run it is given.
 from __future__ import annotations
 
 import copy
+import fcntl
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -536,6 +538,44 @@ def outcome_of(config: LoopConfig, watch: Watch, total_steps: int) -> Outcome:
     )
 
 
+@contextmanager
+def scratch_of(run: str, rank: int) -> Iterator[Path]:
+    """A folder of this process for the length of the block; around it lies one for checkpoints, which may be on their
+    way longer. What a killed worker of this run and rank left on this machine is removed: a lock tells it from what is
+    in use, which the kernel gives back when the process ends."""
+    prefix = f"training-{re.sub(r'[^A-Za-z0-9_.-]', '_', run)}-rank{rank}-"
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        with suppress(OSError):
+            descriptor = _locked(left)
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(descriptor)
+    fresh = Path(tempfile.mkdtemp(prefix="new-"))
+    with suppress(OSError):  # where a file system has no locks nothing is removed either
+        _locked(fresh)
+    around = fresh.rename(fresh.with_name(f"{prefix}{fresh.name.removeprefix('new-')}"))  # locked before it is found
+    try:
+        with tempfile.TemporaryDirectory(dir=around) as scratch:
+            yield Path(scratch)
+    finally:
+        with suppress(OSError):  # a checkpoint is on its way
+            around.rmdir()
+
+
+def _locked(folder: Path) -> int:
+    """A descriptor that keeps a folder locked while it is open.
+
+    Raises:
+        OSError: another process has it, or its file system has no locks.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
 def work(settings: dict[str, Any]) -> dict[str, Any]:
     """What each Ray Train worker runs; the first one's answer is the run's.
 
@@ -562,8 +602,7 @@ def work(settings: dict[str, Any]) -> dict[str, Any]:
             delete_local_checkpoint_after_upload=True,
         )
 
-    with tempfile.TemporaryDirectory(prefix="training-") as scratch_name, ExitStack() as stack:
-        scratch = Path(scratch_name)
+    with scratch_of(context.get_experiment_name(), rank) as scratch, ExitStack() as stack:
         resume = None
         if checkpoint := ray.train.get_checkpoint():
             resume = scratch / "resume"

@@ -147,10 +147,12 @@ class TrainedModule(pl.LightningModule):
         """The part that forward and backward go through: what a strategy shards."""
         return self.model
 
-    def pixels(self, views: torch.Tensor) -> torch.Tensor:
-        """Normalised ``(n, V, 3, S, S)``, or ``(n, 3, S, S)`` of a single view, from uint8 ``(n, V, S, S, 3)``."""
+    def pixels(self, views: torch.Tensor, model: nn.Module | None = None) -> torch.Tensor:
+        """Normalised ``(n, V, 3, S, S)``, or ``(n, 3, S, S)`` of a single view, from uint8 ``(n, V, S, S, 3)``, in the
+        type of the model that reads them: the trained one, unless another is given. What is judged may be float32 where
+        training is not."""
         scaled = (views.movedim(-1, -3).float() * self._scale - self._mean) / self._std
-        scaled = scaled.to(next(self.model.parameters()).dtype)
+        scaled = scaled.to(next((self.model if model is None else model).parameters()).dtype)
         return scaled if scaled.shape[1] > 1 else scaled[:, 0]
 
     def freeze_unreached(self, batch: dict[str, torch.Tensor]) -> None:

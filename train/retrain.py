@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import fcntl
 import json
 import os
 import shutil
@@ -37,6 +36,7 @@ from pydantic import ConfigDict, Field, ValidationError
 from data import pages
 from data.browse import pictures
 from data.errors import DataError
+from data.locations import Location
 from data.prepare import AivshumanConfig, prepare
 from data.versions import DataVersion, open_version
 from deployments.checkpoints import CheckpointError, mlflow_uri, open_checkpoint, pinned, resolve
@@ -452,11 +452,7 @@ def _alone(folder: Path) -> Iterator[None]:
     Raises:
         RetrainError: one is running.
     """
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RetrainError(f"a retraining is running in {folder}: one at a time") from None
+    with Location.of(folder.absolute()).alone(RetrainError(f"a retraining is running in {folder}: one at a time")):
         yield
 
 

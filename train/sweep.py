@@ -4,7 +4,8 @@ In: a trainer's own settings, and the space in which some of them vary. Out: the
 and in the registry as a candidate, a page with every trial's curve, a parent run in MLflow with a child for each trial.
 
 Each trial is a Ray Train run of its own, with its own checkpoints. A sweep is named by ``--storage`` and ``--name``:
-started again after whatever killed it, it goes on, and so do the trials that were running. A trial whose loss becomes
+started again after whatever killed it, it goes on, and so do the trials that were running; a second start while the
+first lives is refused as a run's is. A trial whose loss becomes
 NaN, or that cannot run with its settings, fails alone. Knows no task.
 
     python -m train.sweep detector --data DATA/aivshuman --output BEST --trials 8 --epochs 4 [--space space.yaml]
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,23 @@ from pydantic_settings import CliSubCommand
 from data import pages
 from data.locations import Location
 from data.session import RaySettings, ray_session
+from deployments.checkpoints import mlflow_uri
 from train import captioner, detector, registry, tracking
 from train.captioner import CaptionerTraining
-from train.command import TrainCommand, base_of, changed_settings, data_of, end, inputs_as_kept, publish, reported
+from train.command import (
+    TrainCommand,
+    as_finished,
+    base_of,
+    changed_settings,
+    check_output,
+    data_of,
+    end,
+    inputs_as_kept,
+    is_published,
+    publish,
+    reported,
+    running,
+)
 from train.detector import DetectorTraining
 from train.gate import Kind
 from train.module import TrainingError
@@ -219,24 +234,36 @@ def sweep(config: AnySweep) -> tuple[list[TrialOutcome], bool]:
     Raises:
         TrainingError, TrackingError, DataError: before a trial starts; or no trial came to its end.
     """
-    place = Location.of(config.storage) / config.name
+    with registry.meant(config.tracking), ExitStack() as held:
+        return _sweep(config, held)
+
+
+def _sweep(config: AnySweep, held: ExitStack) -> tuple[list[TrialOutcome], bool]:
+    place, told = Location.of(config.storage) / config.name, ""
     try:
         space = read_space(config)
         place.make_dir()
+        held.enter_context(place.alone(running(config, place)))
+        output = Location.of(config.output)
+        check_output(output)
         _check_same(config, space, place)
         done = (place / _DONE).exists()
-        if not done:
+        if done:
+            kept = json.loads((place / "sweep.json").read_text()).get("inputs")
+            told = as_finished(config, _trainer(config).base_of, kept)
+        else:
             config = _with_inputs(config, place)
     except Exception as error:
         if config.record:
             tracking.refused(config.tracking, kind_of(config), config.name, error, _parameters(config))
         raise
     if done:
-        print(f"{config.name} is done; for another give another --name", flush=True)
+        print(f"sweep {told}: nothing was tried; give another --name to search anew", flush=True)
         trials = [TrialOutcome.model_validate(each) for each in json.loads((place / _DONE).read_text())]
-        if (best := _best_trial(trials)) is not None:
+        best = _best_trial(trials)
+        if best is not None and not is_published(place / "models" / best.id, output):
             with _model_of(best, place) as folder:
-                publish(folder, Location.of(config.output))
+                publish(folder, output)
         return trials, True
     parent = None
     if config.record:
@@ -265,6 +292,10 @@ def _parameters(config: AnySweep) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude={"tracking", "record"})
 
 
+def _trainer(config: AnySweep) -> Any:
+    return detector if kind_of(config) == "detector" else captioner
+
+
 def _with_inputs(config: AnySweep, place: Location) -> AnySweep:
     """The sweep on the data version and the model that its settings name now, or named when it was started: every
     trial has the same. Both are opened, so that what no trial could use is told before any starts.
@@ -272,7 +303,7 @@ def _with_inputs(config: AnySweep, place: Location) -> AnySweep:
     Raises:
         TrainingError, DataError, CheckpointError: data or model are missing, or not fit for the trainer.
     """
-    trainer: Any = detector if kind_of(config) == "detector" else captioner
+    trainer = _trainer(config)
     file = place / "sweep.json"
     before = json.loads(file.read_text())
     kept = before.get("inputs")
@@ -285,6 +316,12 @@ def _with_inputs(config: AnySweep, place: Location) -> AnySweep:
         file.write_text(json.dumps(before | {"inputs": inputs_as_kept(version, checkpoint)}, indent=1))
     model = checkpoint.uri if checkpoint.uri.startswith("models:/") else config.model
     return config.model_copy(update={"data": str(version.location), "model": model})
+
+
+def _as_sent(config: AnySweep) -> dict[str, Any]:
+    """The settings for trials, in whose processes the environment may name another registry."""
+    tracking_here = config.tracking.model_copy(update={"uri": mlflow_uri()})
+    return config.model_copy(update={"tracking": tracking_here}).model_dump(mode="json")
 
 
 def _tune(
@@ -306,7 +343,7 @@ def _tune(
         trainable = tune.with_resources(
             tune.with_parameters(
                 run_trial,
-                sweep=config.model_dump(mode="json"),
+                sweep=_as_sent(config),
                 kind=kind_of(config),
                 parent=parent.run_id if parent else None,
             ),

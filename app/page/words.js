@@ -33,6 +33,7 @@ const PROBLEMS = {
   conflict: "This was said before, and otherwise. Reload the page, then say it again.",
   unauthorized: "This service wants a key. Reload the page and give yours as the password.",
   forbidden: "Your key does not allow this.",
+  host_refused: "The service does not answer under this address. Open it at localhost, or ask whoever runs it to allow this one.",
   rate_limited: "Too many requests with your key. Wait a moment, then press Retry.",
   quota_exceeded: "Your key has used up its requests of the day. It begins again at midnight UTC.",
   overloaded: "The service is still too busy after several tries. Wait a minute, then press Retry.",

@@ -2,16 +2,21 @@
 
 A request's row waits until the last of its pictures is answered (``release``), is due from then on, and ends as
 delivered, given up or gone. Whoever tells somebody leases the row first; a lease that has run out (its process was
-killed) lets another one tell again: at least once, and not more often than processes die.
+killed) lets another one tell again: at least once, and not more often than processes die. Rows of a host that is not
+reached are held: they are put off together, so that whoever is due behind them is found.
 
 Functions on a connection, the same for both databases. Knows no HTTP.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
+from urllib.parse import urlsplit
 
 from sqlalchemy import Connection, delete, exists, func, insert, select, update
 
@@ -19,6 +24,8 @@ from app.store.models import Callback, Deferred, first_id, new_id
 
 Ending = Literal["delivered", "given_up", "gone"]
 WAITING, DUE = "waiting", "due"
+#: Of hosts that are held, so many are put off at a look.
+_MOST_HELD = 500
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,39 @@ class Due:
     """When the answer was there."""
     request_id: str
     traceparent: str
+
+    @property
+    def host(self) -> str:
+        """Whose address it is."""
+        return _host_of(self.url)
+
+
+@dataclass(frozen=True)
+class Hold:
+    """What is left to a host that is not reached."""
+
+    until_s: float
+    """Whoever is due there is put off until then."""
+    takes_one: bool = False
+    """But for one, who is told: whether it is reached again."""
+    gives_up_before_s: float = 0.0
+    """And but for those whose answers were there before that: nobody tells them any more."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a look at who is due came to."""
+
+    taken: list[Due]
+    given_up: list[Due]
+    """Of hosts that are held; not told this time."""
+    put_off: int
+
+
+def _host_of(url: str) -> str:
+    with contextlib.suppress(ValueError):
+        return urlsplit(url).hostname or ""
+    return ""
 
 
 def add(connection: Connection, place: str, url: str, now_s: float) -> None:
@@ -76,24 +116,56 @@ def is_due(connection: Connection, place: str) -> bool:
     return bool(connection.execute(select(due)).scalar())
 
 
-def lease(connection: Connection, now_s: float, lease_s: float, most: int) -> list[Due]:
-    """Up to ``most`` who are to be told, the longest due first; they are this caller's for ``lease_s``."""
+def lease(
+    connection: Connection,
+    now_s: float,
+    lease_s: float,
+    most: int,
+    held: Mapping[str, Hold] = MappingProxyType({}),
+) -> Turn:
+    """Up to ``most`` who are to be told, the longest due first; they are this caller's for ``lease_s``.
+
+    Args:
+        held: hosts that are not reached.
+    """
     wanted = (
-        select(Callback.place)
+        select(Callback.place, Callback.url, Callback.since)
         .where(Callback.state == DUE, Callback.due_at <= int(now_s * 1000))
         .order_by(Callback.due_at)
-        .limit(most)
+        .limit(most + (_MOST_HELD if held else 0))
     )
     if connection.dialect.name == "postgresql":
         wanted = wanted.with_for_update(skip_locked=True)
-    places = list(connection.execute(wanted).scalars())
+    taken: list[str] = []
+    given_up: list[str] = []
+    put_off: dict[str, list[str]] = {}
+    tried: set[str] = set()
+    for place, url, since in connection.execute(wanted):
+        host = _host_of(url)
+        hold = held.get(host)
+        if hold is None or (hold.takes_one and host not in tried):
+            if len(taken) < most:
+                taken.append(place)
+                tried.add(host)
+        elif since < hold.gives_up_before_s * 1000:
+            given_up.append(place)
+        else:
+            put_off.setdefault(host, []).append(place)
+    if taken:
+        values = {"due_at": int((now_s + lease_s) * 1000), "attempts": Callback.attempts + 1}
+        connection.execute(update(Callback).where(Callback.place.in_(taken)).values(values))
+    if given_up:
+        connection.execute(update(Callback).where(Callback.place.in_(given_up)).values(state="given_up"))
+    for host, places in put_off.items():
+        until = int(held[host].until_s * 1000)
+        connection.execute(update(Callback).where(Callback.place.in_(places)).values(due_at=until))
+    return Turn(_named(connection, taken), _named(connection, given_up), sum(map(len, put_off.values())))
+
+
+def _named(connection: Connection, places: list[str]) -> list[Due]:
+    """Who is to be told of the answers at places, as they are known by now."""
     if not places:
         return []
-    connection.execute(
-        update(Callback)
-        .where(Callback.place.in_(places))
-        .values(due_at=int((now_s + lease_s) * 1000), attempts=Callback.attempts + 1)
-    )
     # of a request whose pictures were all deleted there is nothing left to name
     columns = (Callback.place, Callback.url, Callback.attempts, Callback.since)
     named = (func.coalesce(Deferred.request_id, ""), func.coalesce(Deferred.traceparent, ""))

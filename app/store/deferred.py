@@ -207,11 +207,14 @@ def lease(connection: Connection, now_s: float, lease_s: float, most: int) -> li
     return [Leased(*row) for row in rows]
 
 
-def give_back(connection: Connection, ids: Sequence[int], until_s: float) -> None:
-    """Let others work on pictures from ``until_s`` on."""
-    connection.execute(
-        update(Deferred).where(Deferred.id.in_(ids), Deferred.status == 0).values(leased_until=int(until_s * 1000))
-    )
+def give_back(connection: Connection, ids: Sequence[int], until_s: float, counts: bool = True) -> None:
+    """Let others work on pictures from ``until_s`` on.
+
+    Args:
+        counts: the attempt was one.
+    """
+    values = {"leased_until": int(until_s * 1000), "attempts": Deferred.attempts - (0 if counts else 1)}
+    connection.execute(update(Deferred).where(Deferred.id.in_(ids), Deferred.status == 0).values(values))
 
 
 def finish(

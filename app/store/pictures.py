@@ -80,9 +80,9 @@ class PictureFiles:
         """
         try:
             return bytes(self._files().cat_file(self._path(sha256)))
-        except FileNotFoundError:
-            return None
         except Exception as error:
+            if _is_no_picture(error):
+                return None
             raise PicturesUnavailable(f"cannot read a picture below {self._root}: {error}") from error
 
     def remove(self, sha256: str) -> None:
@@ -93,7 +93,15 @@ class PictureFiles:
         """
         try:
             self._files().rm_file(self._path(sha256))
-        except FileNotFoundError:
-            return
         except Exception as error:
+            if _is_no_picture(error):
+                return
             raise PicturesUnavailable(f"cannot remove a picture below {self._root}: {error}") from error
+
+
+def _is_no_picture(error: Exception) -> bool:
+    """Whether a picture is not there, and its place is: s3fs calls a bucket that does not exist a file not found, too,
+    and the cause is what S3 itself said.
+    """
+    said = getattr(error.__cause__, "response", None) or {}
+    return isinstance(error, FileNotFoundError) and said.get("Error", {}).get("Code") != "NoSuchBucket"

@@ -49,6 +49,10 @@ _THREADS, _MAX_WAITING = 4, 64
 #: When feedback that found no answer looks again: another replica may be about to write it.
 _LOOK_AGAIN_S = (0.15, 0.35)
 _TIDY_ROWS = 500
+#: How often it is asked again whether the database can be used here: a node may join.
+_ASK_S = 15.0
+#: How long what has been taken is waited for at the end.
+_PATIENCE_S = 5.0
 _SMALL_PX = 384
 
 
@@ -111,13 +115,13 @@ class Store:
         """
         Args:
             max_picture_bytes: the largest picture that is taken.
-            unusable: asked once, on a thread: why this database cannot be used here, or "".
+            unusable: asked now and then, on a thread: why this database cannot be used here, or "".
         """
         self.settings, self.max_picture_bytes = settings, max_picture_bytes
         self._message = ""
         self.taking_in = 0
         """Pictures that are being received, for whoever bounds them."""
-        self._unusable = unusable
+        self._unusable, self._closing = unusable, threading.Event()
         self._starting: threading.Thread | None = None
         self._keeping: threading.Thread | None = None
         self._removing: Future[None] | None = None
@@ -149,12 +153,7 @@ class Store:
 
     def _start(self) -> None:
         assert self._writer is not None
-        try:
-            reason = self._unusable() if self._unusable is not None else ""
-        except Exception:  # what cannot be found out is no reason
-            _log.exception("whether the store can be used was not found out")
-            reason = ""
-        if reason:
+        if reason := self._why_not():
             self._message = reason
             _log.error("the store cannot be used: %s", reason)
             return
@@ -162,10 +161,39 @@ class Store:
         if self._files is not None and self.settings.pictures == "all":
             self._keeping = threading.Thread(target=self._write_pictures, name="store-pictures", daemon=True)
             self._keeping.start()
+        while self._unusable is not None and not self._closing.wait(_ASK_S):
+            if reason := self._why_not():
+                self._give_up(reason)
+                return
 
-    def close(self, patience_s: float = 5.0) -> None:
+    def _why_not(self) -> str:
+        """Why the database cannot be used here, or ""."""
+        try:
+            return self._unusable() if self._unusable is not None else ""
+        except Exception:  # what cannot be found out is no reason
+            _log.exception("whether the store can be used was not found out")
+            return ""
+
+    def _give_up(self, reason: str) -> None:
+        """Take nothing more into a database that was in use, and write what has been taken."""
+        assert self._writer is not None and self._database is not None
+        self._message = reason
+        self._end_pictures(_PATIENCE_S)
+        self._writer.close(_PATIENCE_S)
+        waiting = "pictures that wait for their answers"
+        with contextlib.suppress(StoreUnavailable, SQLAlchemyError), self._database.reading() as connection:
+            waiting = f"{deferred.count(connection)} {waiting} and {callbacks.count(connection)} call-backs"
+        self._database.close()
+        self._message = (
+            f"{reason}; what was kept stays in {self._database.file or 'the database'} with {waiting}, which go on "
+            "when the application is started with it where it can be used"
+        )
+        _log.error("the store is used no more: %s", self._message)
+
+    def close(self, patience_s: float = _PATIENCE_S) -> None:
         """Write what waits, if that is possible in time: pictures first, which take the writer, then answers."""
         ends = time.monotonic() + patience_s
+        self._closing.set()
         if self._starting is not None:
             self._starting.join(patience_s)
         if self._writer is not None and not self._message:
@@ -352,9 +380,10 @@ class Store:
         return False
 
     def _commit_here(self, run: Callable[[Connection], Value]) -> Value:
-        """``commit``, on a thread that may wait for it."""
+        """``commit``, on a thread that may wait for it, and to the last: what has been taken is kept."""
+        assert self._writer is not None
         try:
-            return self.submit(run).result(self.settings.timeout_s)
+            return self._writer.submit(run).result(self.settings.timeout_s)
         except TimeoutError:
             raise StoreUnavailable("the database did not answer in time") from None
 

@@ -100,7 +100,7 @@ class Service:
                 await asyncio.sleep(0.01)
             deferral = asyncio.ensure_future(self.ingress.deferral.run())
             transport = httpx.ASGITransport(ingress.api)
-            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
                 await work(client)
             deferral.cancel()
 

@@ -7,11 +7,8 @@ becomes of them when their processes die is what tests look at. Vocabulary and c
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -26,8 +23,8 @@ import yaml
 from app import cluster
 from app.config import read_serve_config
 from app.serve import deploy
+from tests.serving import ROOT, served, starting
 
-ROOT = Path(__file__).parents[2]
 #: A request's whole time: short, because tests wait for requests that run out of it.
 REQUEST_TIMEOUT_S = 12.0
 #: What the tagger takes before it refuses: few, because tests fill it.
@@ -226,34 +223,14 @@ def small_service(
     """Start it, wait until all stages are ready, and leave nothing of it behind."""
     port = cluster.free_port(8133)
     path, log = write_config(folder, tell, change, **limits), folder / "serve.log"
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "app.serve", "--config", str(path)],
-            env=os.environ | {"PORT": str(port)},
-            cwd=ROOT,
-            stdout=output,
-            stderr=output,
-        )
-    service = SmallService(folder, port, process, log, {})
-    try:
+    with served(port, log, "--config", str(path)) as process:
+        service = SmallService(folder, port, process, log, {})
         with httpx.Client(timeout=5) as http:  # one: making it takes longer than an answer does
-            while "ready after" not in log.read_text():
-                assert process.poll() is None, (
-                    f"the application ended with {process.returncode}:\n{log.read_text()[-4000:]}"
-                )
+            for _ in starting(process, log):
                 with suppress(httpx.HTTPError, ValueError):
                     page, ready = http.get(f"{service.url}/"), http.get(f"{service.url}/readyz").json()
                     if "stages" in ready:  # and not a proxy's answer
                         service.while_starting.append((page.status_code, ready))
-                time.sleep(0.2)
         service.config = read_serve_config(path)
         service.config["http_options"]["port"] = port
         yield service
-    finally:
-        process.terminate()
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        cluster.stop(port)

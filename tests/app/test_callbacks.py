@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -140,21 +141,30 @@ def test_a_list_that_says_something_else_than_it_seems_is_refused(entry: str) ->
         CallbackSettings(allow=(entry,))
 
 
-def test_addresses_of_own_networks_are_told_however_they_are_written() -> None:
-    own = [
-        "127.0.0.1",
-        "10.0.0.1",
-        "172.16.0.1",
-        "192.168.1.1",
-        "169.254.169.254",
-        "100.64.0.1",
-        "0.0.0.0",
-        "224.0.0.1",
-    ]
-    own += ["255.255.255.255", "::1", "::", "fe80::1", "fd00::1", "ff02::1", "::ffff:10.0.0.1", "64:ff9b::10.0.0.1"]
-    own += ["2002:7f00:1::1", "2001:db8::1", "192.0.2.1", "198.18.0.1"]
-    assert [text for text in own if is_public(text)] == []
-    assert is_public("93.184.215.14") and is_public("2606:2800:21f:cb07:6820:80da:af6b:8b2c")
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("127.0.0.1", "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0"),
+        *("224.0.0.1", "255.255.255.255", "192.0.2.1", "198.18.0.1"),
+        *("::1", "::", "fe80::1", "fd00::1", "ff02::1", "ff0e::1", "fec0::1", "2001:db8::1", "4000::1"),
+        # IPv4 in IPv6: mapped, translated, compatible, by NAT64 (well-known and local), 6to4, Teredo
+        *("::ffff:10.0.0.1", "::ffff:0:10.0.0.1", "::10.0.0.1", "64:ff9b::10.0.0.1", "64:ff9b:1::a00:1"),
+        *("2002:7f00:1::1", "2002:a00:1::1", "2001:0:5ef5:79fd:0:0:f5ff:fffe"),
+    ],
+)
+def test_addresses_of_own_networks_are_told_however_they_are_written(text: str) -> None:
+    assert not is_public(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("93.184.215.14", "2606:2800:21f:cb07:6820:80da:af6b:8b2c"),
+        *("::ffff:93.184.215.14", "64:ff9b::93.184.215.14", "2002:5db8:d70e::1"),
+    ],
+)
+def test_addresses_of_the_internet_are_too(text: str) -> None:
+    assert is_public(text)
 
 
 # ---- what is sent --------------------------------------------------------------------------------------------------
@@ -180,8 +190,10 @@ def test_a_body_says_what_the_place_answers_or_where_to_fetch_it() -> None:
     one = [Outcome(0, 200, '{"id": "a"}')]
     said = {"id": "p", "result": "/v1/results/p", "status": 200}
     assert json.loads(callbacks.body_of("p", one, 1024)) == said | {"answer": {"id": "a"}}
-    two = [*one, Outcome(1, 415, '{"code": "not_an_image"}')]
-    assert json.loads(callbacks.body_of("p", two, 1024))["answer"] == {"items": [{"id": "a"}, {"code": "not_an_image"}]}
+    refused = Outcome(1, 415, '{"code": "not_an_image"}')
+    final = {"code": "not_an_image", "final": True}
+    assert json.loads(callbacks.body_of("p", [*one, refused], 1024))["answer"] == {"items": [{"id": "a"}, final]}
+    assert json.loads(callbacks.body_of("p", [refused], 1024)) == said | {"status": 415, "answer": final}
     large = [Outcome(0, 200, json.dumps({"id": "a" * 1024}))]
     assert json.loads(callbacks.body_of("p", large, 1024)) == said | {"answer": None}
 
@@ -222,9 +234,15 @@ def accepted(number: int, status: int = 0) -> Accepted:
 
 
 def put(store: Store, place: str, url: str | None, *pictures: Accepted, request_id: str | None = None) -> None:
+    asyncio.run(taken_in(store, place, url, *pictures, request_id=request_id))
+
+
+async def taken_in(
+    store: Store, place: str, url: str | None, *pictures: Accepted, request_id: str | None = None
+) -> None:
     named = f"request-{place}" if request_id is None else request_id
     run = partial(deferred.put, place=place, tasks="tag", explain="", pictures=pictures, max_count=99, max_bytes=2**20)
-    asyncio.run(store.commit(partial(run, callback=url, request_id=named)))
+    await store.commit(partial(run, callback=url, request_id=named))
 
 
 def answer(store: Store, most: int = 99) -> None:
@@ -237,7 +255,13 @@ def answer(store: Store, most: int = 99) -> None:
 
 
 def due(store: Store, now_s: float | None = None) -> list[rows.Due]:
-    return asyncio.run(store.commit(partial(rows.lease, now_s=now_s or time.time(), lease_s=60, most=99)))
+    return look(store, now_s or time.time(), most=99).taken
+
+
+def look(store: Store, now_s: float, most: int, **held: rows.Hold) -> rows.Turn:
+    """A look at who is due, while hosts of `example.com` are held."""
+    hosts = {f"{name}.example.com": hold for name, hold in held.items()}
+    return asyncio.run(store.commit(partial(rows.lease, now_s=now_s, lease_s=60, most=most, held=hosts)))
 
 
 def tell(store: Store, settings: CallbackSettings, until: Callable[[list[str]], bool], **options: Any) -> list[str]:
@@ -308,6 +332,47 @@ def test_a_request_whose_pictures_were_deleted_may_come_again_with_another_addre
     assert due(store, time.time() + 1000) == []
 
 
+def put_in_turn(store: Store, **urls: str) -> None:
+    """Answered already, and each due after the one before."""
+    for place, url in urls.items():
+        put(store, place, url, accepted(0, status=415))
+        time.sleep(0.002)  # each has a millisecond of its own
+
+
+def test_who_is_due_at_a_host_that_is_held_is_put_off_and_others_behind_them_are_found(store: Store) -> None:
+    away = ["https://a.example.com/", "https://A.example.com:8443/b", "https://a.example.com?c"]
+    put_in_turn(store, **{f"away-{number}": url for number, url in enumerate(away)})
+    put_in_turn(store, longer="https://a.example.com.example.org/", other="https://b.example.com/")
+    now = time.time() + 1
+    turn = look(store, now, 2, a=rows.Hold(until_s=now + 20))
+    assert {found.place for found in turn.taken} == {"longer", "other"}
+    assert (turn.put_off, turn.given_up) == (3, [])
+    assert due(store, now + 19) == []
+    turn = look(store, now + 21, 2, a=rows.Hold(until_s=now + 40, takes_one=True))
+    assert len(turn.taken) == 1 and turn.put_off == 2
+    found = due(store, now + 41)
+    assert [one.attempts for one in found] == [1, 1] and {one.host for one in found} == {"a.example.com"}
+    assert turn.taken[0].place not in {one.place for one in found}, "it is leased for longer"
+
+
+def test_where_there_is_no_room_to_try_a_host_that_is_held_nobody_of_it_is_put_off(store: Store) -> None:
+    put_in_turn(store, other="https://b.example.com/", one="https://a.example.com/", two="https://a.example.com/")
+    now = time.time() + 1
+    turn = look(store, now, 1, a=rows.Hold(until_s=now + 300, takes_one=True))
+    assert ([found.place for found in turn.taken], turn.put_off) == (["other"], 0)
+    assert {found.place for found in due(store, now)} == {"one", "two"}
+
+
+def test_whose_time_is_over_at_a_host_that_is_held_is_given_up_untold(store: Store) -> None:
+    put(store, "away", "https://a.example.com/", accepted(0, status=415))
+    put(store, "other", "https://b.example.com/", accepted(0, status=415))
+    now = time.time() + 1
+    turn = look(store, now, 9, a=rows.Hold(until_s=now + 20, gives_up_before_s=now))
+    assert [(found.place, found.attempts, found.request_id) for found in turn.given_up] == [("away", 0, "request-away")]
+    assert [found.place for found in turn.taken] == ["other"] and turn.put_off == 0
+    assert due(store, now + 1000) != [] and asyncio.run(store.read(rows.count)) == 1, "of the other one"
+
+
 def test_it_goes_when_the_answers_have_gone(store: Store) -> None:
     put(store, "old", HOOK, accepted(0))
     answer(store)
@@ -369,6 +434,118 @@ def test_who_does_not_answer_in_time_does_not_keep_others(one_store: Store, hook
     outcomes = tell(one_store, settings, lambda outcomes: outcomes.count("delivered") == 2)
     held.set()
     assert "failed" in outcomes and outcomes[0] == "delivered"
+
+
+class Receivers:
+    """Hosts that are told. One of them, ``away``, is not reached by the first ``lost`` attempts, and of those the first
+    ``together`` end together.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, away: str = "", lost: int = 99, together: int = 0) -> None:
+        self.away, self.lost, self.together = away, lost, together
+        self.asked: list[str] = []
+        self.at_a_time: list[int] = []
+        """Of the attempts that were lost: how many there were as each began."""
+        self._now = 0
+        monkeypatch.setattr(Callbacks, "_post", lambda _, address, *rest: self._told(address.host))
+
+    async def _told(self, host: str) -> int:
+        self.asked.append(host)
+        if host != self.away or self.asked.count(host) > self.lost:
+            return 200
+        self._now += 1
+        self.at_a_time.append(self._now)
+        while len(self.at_a_time) < self.together:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.01)
+        self._now -= 1
+        raise TimeoutError
+
+
+ONE, OTHER = "http://127.0.0.1/", "http://127.0.0.2/"
+
+
+def put_many(store: Store, url: str, count: int) -> None:
+    """Answered already."""
+
+    async def run() -> None:
+        picture = accepted(0, status=415)
+        places = [f"{url}-{number}" for number in range(count)]
+        await asyncio.gather(*(taken_in(store, place, url, picture, request_id="") for place in places))
+
+    asyncio.run(run())
+
+
+def test_it_is_looked_again_as_soon_as_there_is_room(one_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(callbacks, "_LOOK_S", 3600.0)
+    Receivers(monkeypatch)
+    put_many(one_store, ONE, 9)
+    settings = CallbackSettings(allow=(ONE,), in_work=2)
+    assert tell(one_store, settings, lambda outcomes: len(outcomes) == 9) == ["delivered"] * 9
+
+
+def test_a_host_that_is_not_reached_does_not_hold_up_others(one_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(callbacks, "_FIRST_PAUSE_S", 60.0)
+    monkeypatch.setattr(callbacks, "_LOOK_S", 3600.0)
+    monkeypatch.setattr(rows, "_MOST_HELD", 3)
+    receivers = Receivers(monkeypatch, "127.0.0.1")
+    put_many(one_store, ONE, 12)
+    put_many(one_store, OTHER, 3)
+    settings = CallbackSettings(allow=(ONE, OTHER), in_work=2)
+    tell(one_store, settings, lambda outcomes: outcomes.count("delivered") == 3)
+    assert Counter(receivers.asked) == {"127.0.0.1": 2, "127.0.0.2": 3}
+    left = due(one_store, time.time() + 1000)
+    assert Counter(found.attempts for found in left) == {1: 10, 2: 2}, "nobody was lost, nor an attempt counted"
+
+
+def test_a_host_that_is_not_reached_is_tried_by_one_at_a_time_until_it_is(
+    one_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(callbacks, "_FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(callbacks, "_LOOK_S", 0.001)
+    receivers = Receivers(monkeypatch, "127.0.0.1", lost=6, together=3)
+    put_many(one_store, ONE, 6)
+    settings = CallbackSettings(allow=(ONE,), in_work=3)
+    tell(one_store, settings, lambda outcomes: outcomes.count("delivered") == 6)
+    assert receivers.at_a_time == [1, 2, 3, 1, 1, 1], "nobody knew it of the first ones"
+
+
+def test_a_host_that_is_not_reached_is_left_alone_for_longer_and_longer(
+    one_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(callbacks, "time", SimpleNamespace(time=lambda: clock.now))
+    monkeypatch.setattr(callbacks.random, "uniform", lambda low, high: 1.0)
+    monkeypatch.setattr(callbacks, "_FIRST_PAUSE_S", 2.0)
+    made = Callbacks(CallbackSettings(allow=(HOOK,), give_up_after_h=1.0), one_store, lambda outcome: None)
+    for pause_s in (2.0, 4.0, 8.0):
+        for _ in range(3):  # they were on their way together
+            made._note_reached("a", False)
+        assert made._held(clock.now) == {"a": rows.Hold(clock.now + pause_s)}
+        clock.now += pause_s
+        assert made._held(clock.now) == {"a": rows.Hold(clock.now + pause_s, takes_one=True)}
+    task: Any = object()
+    made._telling[task] = "a"
+    assert not made._held(clock.now)["a"].takes_one, "one is being told"
+    for _ in range(6):
+        made._note_reached("a", False)
+        clock.now += 300.0
+    assert made._held(clock.now)["a"] == rows.Hold(clock.now + 300.0, gives_up_before_s=clock.now - 3600)
+    made._note_reached("b", False)
+    made._note_reached("a", True)
+    assert made._held(clock.now).keys() == {"b"}
+
+
+def test_at_a_host_that_is_not_reached_for_long_nobody_is_told_whose_time_is_over(
+    one_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(callbacks, "_FIRST_PAUSE_S", 60.0)
+    monkeypatch.setattr(callbacks, "_LONGEST_PAUSE_S", 60.0)
+    receivers = Receivers(monkeypatch, "127.0.0.1")
+    put_many(one_store, ONE, 5)
+    settings = CallbackSettings(allow=(ONE,), in_work=1, give_up_after_h=1e-9)
+    assert tell(one_store, settings, lambda outcomes: len(outcomes) == 5) == ["given_up"] * 5
+    assert receivers.asked == ["127.0.0.1"] and asyncio.run(one_store.read(rows.count)) == 0
 
 
 def test_a_name_that_leads_into_the_own_network_is_not_gone_to(one_store: Store, hook: Hook) -> None:
@@ -464,4 +641,4 @@ def test_a_kill_between_the_call_and_its_note_means_a_second_call_under_the_same
         second.wait()
     assert [headers["idempotency-key"] for _, headers, _ in hook.came] == ["place", "place"]
     with opened(database_url) as store:
-        assert asyncio.run(store.commit(partial(rows.lease, now_s=time.time() + 999, lease_s=1, most=9))) == []
+        assert due(store, time.time() + 999) == []

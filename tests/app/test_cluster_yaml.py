@@ -43,12 +43,17 @@ def home(tmp_path_factory: pytest.TempPathFactory, config: dict[str, Any]) -> Pa
     return folder
 
 
-def shell(home: Path, command: str) -> str:
-    """Run a command as the launcher has a node run it, in another home."""
+def shell(home: Path, command: str, *before: str) -> str:
+    """Run a command as the launcher has a node run it, in another home, by a program ``before`` it if there is one."""
     # the launcher's own wrapping: `... && (command)`
     command = f"true && export PYTHONWARNINGS=ignore && ({command})"
     return subprocess.run(
-        ["bash", "-c", command], env=SHELL | {"HOME": str(home)}, cwd=home, capture_output=True, text=True, check=True
+        [*before, "bash", "-c", command],
+        env=SHELL | {"HOME": str(home)},
+        cwd=home,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
 
 
@@ -113,6 +118,33 @@ def test_ray_asks_for_a_token_and_calls_nobody(home: Path, config: dict[str, Any
 def test_what_a_node_and_its_secrets_say_comes_last(home: Path) -> None:
     last = (home / "deeptrust" / "cluster.env").read_text().strip().splitlines()[-2:]
     assert [line.split()[-1] for line in last] == ["/etc/deeptrust/node", "/etc/deeptrust/secrets"]
+
+
+@pytest.mark.parametrize(
+    ("made", "is_named"),
+    [
+        ("", False),
+        ("mkdir etc", False),
+        ("mkdir etc && touch etc/keys.json", True),
+        ("mkdir etc && touch etc/keys.json && chmod 0 etc/keys.json", True),
+        ("mkdir etc && ln -s gone etc/keys.json", True),
+        ("mkdir etc && touch etc/keys.json && chmod 0 etc", True),
+    ],
+)
+def test_a_file_of_keys_that_cannot_be_read_does_not_count_as_none(
+    tmp_path: Path, config: dict[str, Any], made: str, is_named: bool
+) -> None:
+    folder = tmp_path / "etc"
+    shell(tmp_path, config["setup_commands"][0].replace("/etc/deeptrust", str(folder)))
+    shell(tmp_path, made or "true")
+    # who may read everything would not see the difference
+    before = ("setpriv", "--bounding-set=-all") if os.geteuid() == 0 else ()
+    try:
+        said = shell(tmp_path, ". ~/deeptrust/cluster.env; echo $DEEPTRUST_KEYS", *before).strip()
+    finally:
+        if folder.exists():
+            folder.chmod(0o700)
+    assert said == (f"{folder}/keys.json" if is_named else "")
 
 
 def test_it_serves_with_the_flags_of_make_serve(home: Path) -> None:

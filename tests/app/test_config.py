@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from app.config import ConfigError, read_serve_config
+from app.config import AppArgs, ConfigError, read_serve_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,6 +47,8 @@ def _deployment(config: dict, name: str) -> dict:
         (lambda c: _deployment(c, "Ingress").update(user_config={"canary": {"detector": 2}}), "canary.detector"),
         (lambda c: _deployment(c, "Detector").update(name="Detektor"), "no deployment 'Detektor'"),
         (lambda c: c["applications"][0]["args"]["limits"].update(max_in_flight=0), "limits.max_in_flight"),
+        (lambda c: c["applications"][0]["args"]["limits"].update(hosts=["a.example:443"]), r"limits\.hosts\.0"),
+        (lambda c: c["applications"][0]["args"]["limits"].update(hosts=["https://a.example"]), r"limits\.hosts\.0"),
         (lambda c: c["applications"][0]["args"].update(detector={}), "args: detector"),
         (lambda c: c.pop("applications"), "applications"),
     ],
@@ -98,6 +100,15 @@ def test_an_unknown_key_anywhere_is_named(tmp_path: Path, name: str) -> None:
 def test_a_part_of_another_kind_is_named(tmp_path: Path, change, complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         read_serve_config(_with(tmp_path, change))
+
+
+def test_the_names_of_a_proxy_in_front_are_taken_as_the_shipped_comment_has_them(tmp_path: Path) -> None:
+    text = (ROOT / "serve_config.yaml").read_text()
+    path = tmp_path / "config.yaml"
+    for shipped, hosts in ((text, ()), (text.replace("# hosts: [", "hosts: ["), ("photos.example.com",))):
+        path.write_text(shipped)
+        args = AppArgs.model_validate(read_serve_config(path)["applications"][0]["args"])
+        assert args.limits.hosts == hosts
 
 
 def test_an_empty_part_is_as_good_as_none(tmp_path: Path) -> None:

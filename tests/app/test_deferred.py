@@ -11,14 +11,17 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from fastapi.responses import Response
 from sqlalchemy import func, select, text, update
 
+from app import deferred as queue
 from app.admission import Admission
 from app.analysis import Graph
 from app.callbacks import answer_of
 from app.deferred import Deferral, wants_to_wait
 from app.problems import Problem
 from app.store import deferred, events
+from app.store.database import StoreUnavailable
 from app.store.deferred import Accepted, QueueFull
 from app.store.events import KeyConflict
 from app.store.models import Deferred, Prediction, first_id
@@ -148,7 +151,7 @@ def test_a_deleted_picture_of_several_keeps_its_turn_and_says_that_it_is_gone(st
     assert outcomes(store, "b") == [], "of which nothing else is left"
     assert finish(store, first)
     status, answer = answer_of(outcomes(store, "a"))
-    gone = Problem("not_found", "This picture was deleted.").to_dict()
+    gone = Problem("not_found", "This picture was deleted.", final=True).to_dict()
     items = json.loads(answer)["items"]
     assert status == 200 and [item.get("id") for item in items] == ["mine-0", None, None, "mine-2"]
     assert items[1] == items[2] == gone
@@ -295,3 +298,71 @@ def test_what_waits_teaches_the_admission_that_more_may_be_in_work(store: Store)
     assert admission.slipping.places > 8
     assert admission.in_work == admission.slipped == 0
     assert answers(store) == 20
+
+
+class FailingGraph(QuickGraph):
+    """A graph without models, which fails as it is told."""
+
+    def __init__(self, failure: Exception) -> None:
+        self.failure = failure
+
+    async def analyze(self, *_: object) -> Annotation:
+        raise self.failure
+
+
+@pytest.mark.parametrize("code", ["overloaded", "unavailable", "timeout"])
+def test_a_problem_that_is_the_answer_says_so_and_one_that_nobody_can_look_there_does_not(
+    tmp_path: Path, code: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue, "_MAX_ATTEMPTS", 1)
+    opened = Store(StoreSettings(url=f"sqlite:///{tmp_path}/store.db", timeout_s=60, search_timeout_s=60))
+    opened.start()
+    failure = Problem(code, "Too much.", {"Retry-After": "7"})
+    deferral = Deferral(opened, FailingGraph(failure), Admission(2, 4, 60.0), 60.0)
+
+    async def answered() -> Response:
+        await deferral._begin_some()
+        await asyncio.gather(*deferral._working.values())
+        return await deferral.result("here")
+
+    def away(*_: object) -> None:
+        raise StoreUnavailable("gone")
+
+    put(opened, "here", picture(0))
+    answer = asyncio.run(answered())
+    assert answer.status_code == failure.status and "retry-after" not in answer.headers
+    assert json.loads(bytes(answer.body)) == failure.to_dict() | {"final": True}
+    monkeypatch.setattr(opened, "read", away)
+    with pytest.raises(Problem) as later:
+        asyncio.run(deferral.result("here"))
+    assert later.value.code == "unavailable" and "final" not in later.value.to_dict() and later.value.headers
+    opened.close()
+
+
+def test_what_fails_while_a_replica_stops_is_anothers_to_try_and_counts_for_nothing(store: Store) -> None:
+    put(store, "here", picture(0))
+    stopping = True
+    deferral = Deferral(
+        store, FailingGraph(Problem("unavailable", "Gone.")), Admission(2, 4, 60.0), 60.0, lambda: stopping
+    )
+
+    async def attempt(number: int) -> deferred.Leased:
+        await store.commit(
+            lambda connection: connection.execute(update(Deferred).values(attempts=number - 1, leased_until=0))
+        )
+        (leased,) = await store.commit(partial(deferred.lease, now_s=time.time(), lease_s=60, most=1))
+        deferral._admission.slip_in(1)
+        await deferral._work(leased)
+        return leased
+
+    def attempts() -> int:
+        return asyncio.run(store.read(lambda connection: connection.execute(select(Deferred.attempts)).scalar_one()))
+
+    for number in (1, queue._MAX_ATTEMPTS):
+        assert asyncio.run(attempt(number)).attempts == number
+        assert outcomes(store, "here")[0].status == 0 and attempts() == number - 1
+    stopping = False
+    asyncio.run(attempt(1))
+    assert outcomes(store, "here")[0].status == 0 and attempts() == 1
+    asyncio.run(attempt(queue._MAX_ATTEMPTS))
+    assert outcomes(store, "here")[0].status == 503

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -38,10 +40,13 @@ class Server(BaseHTTPRequestHandler):
             self.close_connection = True
             self.connection.close()
             return
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.send_response(200)
         self.send_header("Content-Length", "2")
         self.end_headers()
         self.wfile.write(b"ok")
+
+    do_POST = do_GET
 
     def log_message(self, *_: Any) -> None:
         """Nothing."""
@@ -49,7 +54,7 @@ class Server(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def backend() -> Iterator[int]:
-    with HTTPServer(("127.0.0.1", 0), Server) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         yield server.server_port
         server.shutdown()
@@ -58,7 +63,7 @@ def backend() -> Iterator[int]:
 class Front:
     """HAProxy as Ray's manager starts it."""
 
-    def __init__(self, folder: Path, servers: dict[str, int]) -> None:
+    def __init__(self, folder: Path, servers: dict[str, int], program: Path = FRONT / "haproxy") -> None:
         self.port = cluster.free_port()
         config = HAProxyConfig(http_options=HTTPOptions(host="127.0.0.1", port=self.port), is_head=True)
         config.socket_path = str(folder / "a.sock")
@@ -76,7 +81,7 @@ class Front:
             # a parent of its own, as Ray's actor is: it starts HAProxy and waits
             [
                 *(sys.executable, "-c", "import subprocess, sys; subprocess.run(sys.argv[1:])"),
-                *(str(FRONT / "haproxy"), "-db", "-f", str(self.file), "-dR"),
+                *(str(program), "-db", "-f", str(self.file), "-dR"),
             ],
             env=os.environ | {cluster.HAPROXY: cluster.haproxy_program()},
             stderr=(folder / "log").open("w"),
@@ -146,6 +151,48 @@ def test_no_application_is_a_503(tmp_path: Path) -> None:
         assert is_unavailable(httpx.get(f"{empty.url}/v1/analyze"))
     finally:
         empty.close()
+
+
+GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+def asking(front: Front, data: bytes) -> socket.socket:
+    """A connection that has sent this."""
+    connection = socket.create_connection(("127.0.0.1", front.port), timeout=20)
+    connection.sendall(data)
+    return connection
+
+
+def answer(connection: socket.socket) -> bytes:
+    """What comes, to the end of the body that `Server` sends."""
+    came = b""
+    while not came.endswith(b"\r\n\r\nok"):
+        piece = connection.recv(2**16)
+        assert piece, came
+        came += piece
+    return came
+
+
+def test_headers_have_their_time_and_bodies_and_idle_connections_have_another(tmp_path: Path, backend: int) -> None:
+    program = tmp_path / "front" / "haproxy"
+    shutil.copytree(FRONT, program.parent)
+    text = program.read_text()
+    assert text.count("timeout http-request 10s") == 1
+    program.write_text(text.replace("timeout http-request 10s", "timeout http-request 500ms"))
+    impatient = Front(tmp_path, {"app": backend}, program)
+    try:
+        with asking(impatient, GET) as idle:
+            assert answer(idle).startswith(b"HTTP/1.1 200 ")
+            post = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\n\r\n"
+            with asking(impatient, post) as slow, asking(impatient, GET[:-2]) as stuck:
+                assert stuck.recv(2**16).startswith(b"HTTP/1.1 408 ")
+                # by then it would be over for these as well, if it were theirs
+                slow.sendall(b"ab")
+                assert answer(slow).startswith(b"HTTP/1.1 200 ")
+            idle.sendall(GET)
+            assert answer(idle).startswith(b"HTTP/1.1 200 ")
+    finally:
+        impatient.close()
 
 
 def test_it_ends_with_what_manages_it(front: Front) -> None:

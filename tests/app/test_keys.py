@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
 import json
+import os
 import re
 import stat
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.routing import APIRoute
 from starlette.routing import Mount, Route
 
 from app import keys
+from app.closing import Gate
 from app.keys import (
     OPEN,
     VARIABLE,
@@ -29,6 +34,7 @@ from app.keys import (
     RequireKey,
     check_exposure,
     create,
+    is_operator,
     main,
     read_keys,
     revoke,
@@ -49,15 +55,39 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def app(share: keys.Share | None = None) -> FastAPI:
+@pytest.fixture
+def no_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+
+
+class Clock:
+    """Stands for the module `time`: it is as late as the test says."""
+
+    def __init__(self) -> None:
+        self.later_s = 0.0
+
+    def monotonic(self) -> float:
+        return time.monotonic() + self.later_s
+
+    time = staticmethod(time.time)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(keys, "time", made)
+    return made
+
+
+def app(share: keys.Share | None = None, **options: Any) -> FastAPI:
     made = FastAPI()
     install(made)
 
     @made.api_route("/{path:path}", methods=["GET", "POST", "PUT", "DELETE"])
-    def anything(path: str) -> dict[str, str]:
-        return {"path": path}
+    def anything(path: str, request: Request) -> dict[str, Any]:
+        return {"path": path, "operator": is_operator(request.scope)}
 
-    made.add_middleware(RequireKey, share=share)
+    made.add_middleware(RequireKey, share=share, **options)
     return made
 
 
@@ -76,9 +106,77 @@ def code(answer: httpx.Response) -> tuple[int, str]:
     return answer.status_code, answer.json()["code"]
 
 
-def test_without_a_file_everybody_may_ask(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(VARIABLE, raising=False)
-    assert code(send(app(), "GET", "/v1/models")) == (200, "ok")
+def as_host(host: str) -> dict[str, str]:
+    return {"host": host}
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "LocalHost:8000", "127.0.0.1", "127.0.0.1:8456", "127.8.9.1", "[::1]:8000"]
+)
+def test_without_a_file_everybody_may_ask(no_file: None, host: str) -> None:
+    answer = send(app(), "GET", "/v1/models", headers=as_host(host))
+    assert code(answer) == (200, "ok") and answer.json()["operator"]
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *(
+            "evil.example",
+            "evil.example:8000",
+            "localhost.evil.example",
+            "127.0.0.1.evil.example",
+            "evil-localhost",
+            "",
+        ),
+        *(
+            "127.0.0.1@evil.example",
+            "localhost:8000.evil.example",
+            "127.1.evil",
+            "[::2]",
+            "0.0.0.0:8000",
+            "localhost\xe9",
+        ),
+    ],
+)
+def test_without_a_file_a_page_whose_name_leads_here_is_refused(no_file: None, host: str) -> None:
+    asked, headers = app(), {"host": host.encode("latin-1")}
+    for method, path in (("GET", "/"), ("GET", "/v1/search"), ("DELETE", "/v1/pictures/0"), ("GET", "/healthz/")):
+        refused = send(asked, method, path, headers=headers)
+        assert code(refused) == (403, "host_refused") and "args.limits.hosts" in refused.json()["detail"]
+    for path in OPEN:
+        answer = send(asked, "GET", path, headers=headers)
+        assert code(answer) == (200, "ok") and not answer.json()["operator"], "it watches, and is told no more"
+
+
+def test_without_a_file_names_that_are_listed_may_be_asked_for(no_file: None) -> None:
+    asked = app(hosts=lambda: ("photos.example.com", "[fd00::7]"))
+    for host in ("photos.example.com", "Photos.Example.com:8443", "[fd00::7]:80", "localhost"):
+        answer = send(asked, "GET", "/v1/search", headers=as_host(host))
+        assert code(answer) == (200, "ok") and answer.json()["operator"], host
+    for host in ("example.com", "x.photos.example.com", "photos.example.com.evil"):
+        assert code(send(asked, "GET", "/v1/search", headers=as_host(host))) == (403, "host_refused"), host
+
+
+def test_the_real_application_takes_the_listed_names_from_its_limits(
+    no_file: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray import serve
+
+    from app.config import Limits
+    from app.ingress import api
+
+    ingress = SimpleNamespace(limits=Limits(hosts=("photos.example.com",)), gate=Gate())
+    monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(servable_object=ingress))
+    monkeypatch.setattr(api, "middleware_stack", None)
+    assert send(api, "GET", "/docs", headers=as_host("photos.example.com")).status_code == 200
+    assert code(send(api, "GET", "/docs", headers=as_host("evil.example"))) == (403, "host_refused")
+
+
+def test_with_keys_any_name_may_be_asked_for(file: Path) -> None:
+    key = create(file, "backend", READ, 50, 100)
+    answer = send(app(), "GET", "/v1/models", headers=bearer(key) | as_host("photos.example.com"))
+    assert code(answer) == (200, "ok")
 
 
 def test_with_keys_nothing_but_health_is_answered_without_one(file: Path) -> None:
@@ -286,19 +384,50 @@ def test_another_sites_page_cannot_use_a_browsers_key(file: Path) -> None:
     assert code(send(asked, "POST", "/v1/feedback", headers=bearer(key) | foreign)) == (200, "ok")
 
 
-def test_a_file_that_is_not_there_lets_nobody_in(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_that_is_not_there_lets_nobody_in(file: Path, lines: pytest.LogCaptureFixture) -> None:
     key = create(file.with_name("other.json"), "x", READ, 50, 100)
-    assert code(send(app(), "GET", "/", headers=bearer(key))) == (401, "unauthorized")
-    assert "cannot read" in caplog.text or "No such file" in caplog.text
+    asked = app()
+    for headers in ({}, bearer(key)):
+        refused = send(asked, "GET", "/", headers=headers)
+        assert code(refused) == (503, "unavailable") and int(refused.headers["retry-after"]) > 0
+    assert code(send(asked, "GET", "/readyz")) == (200, "ok")
+    assert "No such file" in lines.text and "all callers are refused" in lines.text
 
 
-def test_a_file_that_breaks_leaves_in_who_was_and_says_so(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_that_breaks_leaves_in_who_was_for_a_minute_and_says_so(
+    file: Path, clock: Clock, lines: pytest.LogCaptureFixture
+) -> None:
+    key, asked = create(file, "one", frozenset({"admin"}), 50, 100), app()
+
+    def ask(later_s: float, path: str = "/", headers: Mapping[str, str] = bearer(key)) -> tuple[int, str]:
+        clock.later_s = later_s
+        return code(send(asked, "GET", path, headers=headers))
+
+    assert ask(0) == (200, "ok")
+    good = file.read_text()
+    file.write_text("{")
+    assert ask(keys._KEPT_S / 2) == (200, "ok")
+    assert "no file of API keys" in lines.text and "known ones are taken for" in lines.text
+    assert "all callers are refused" not in lines.text
+    assert ask(keys._KEPT_S + 1) == (503, "unavailable"), "it may have been revoked"
+    assert ask(keys._KEPT_S + 1, headers={}) == (503, "unavailable")
+    assert ask(keys._KEPT_S + 1, "/readyz") == (200, "ok") and not send(asked, "GET", "/readyz").json()["operator"]
+    assert "all callers are refused" in lines.records[-1].getMessage() and lines.records[-1].levelname == "ERROR"
+    file.write_text(good)
+    assert ask(keys._KEPT_S + 2) == (200, "ok"), "as soon as it can be read"
+
+
+def test_a_file_that_goes_away_and_comes_back_as_it_was_is_known_again(file: Path, clock: Clock) -> None:
     key = create(file, "one", READ, 50, 100)
     ring = KeyRing(file)
     assert ring.find(key) is not None
-    file.write_text("{")
+    clock.later_s = 100 * keys._KEPT_S
+    assert ring.find(key) is not None, "it has not changed, however long ago it was read"
+    away = file.rename(file.with_name("away"))
+    clock.later_s += keys._KEPT_S + 1
+    assert ring.find(key) is None and not ring.is_known
+    away.rename(file)
     assert ring.find(key) is not None
-    assert "no file of API keys" in caplog.text
 
 
 def test_the_file_holds_no_key_and_is_its_owners_alone(file: Path) -> None:
@@ -307,6 +436,63 @@ def test_the_file_holds_no_key_and_is_its_owners_alone(file: Path) -> None:
     assert key not in text and key.split("_", 2)[2] not in text
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert json.loads(text)["keys"][0]["name"] == "one"
+
+
+def test_a_file_keeps_its_mode_owner_and_group(file: Path) -> None:
+    create(file, "one", READ, 50, 100)
+    own = (47101, 47102) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
+    os.chown(file, *own)
+    file.chmod(0o640)
+    create(file, "two", READ, 50, 100)
+    revoke(file, "one")
+    status = file.stat()
+    assert (stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid) == (0o640, *own)
+
+
+@pytest.mark.parametrize("step", ["open", "fchown", "fsync"])
+def test_a_file_that_cannot_be_replaced_for_the_same_readers_stays_as_it_was(
+    file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], step: str
+) -> None:
+    create(file, "one", READ, 50, 100)
+    before = file.read_bytes()
+
+    def denied(*_: Any) -> int:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(keys.os, step, denied)
+    for command in (["revoke", "one"], ["create", "two"]):
+        with pytest.raises(
+            SystemExit, match=r"error: cannot change .*, it is as it was: Operation not .*Run this as root"
+        ):
+            main(command)
+    assert file.read_bytes() == before and not capsys.readouterr().out, "no key that does not exist is printed"
+    assert [path.name for path in file.parent.iterdir() if path.name.endswith(".new")] == []
+
+
+def test_a_file_that_may_not_be_read_is_said_so_by_commands_and_at_the_start(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create(file, "one", READ, 50, 100)
+
+    def denied(_: Path) -> bytes:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    for command in (["list"], ["revoke", "one"], ["create", "two"]):
+        with pytest.raises(SystemExit, match=r"error: cannot read .*: Permission denied\. Let the user .* read it"):
+            main(command)
+    for host in ("127.0.0.1", "0.0.0.0", None):
+        with pytest.raises(KeyFileError, match="cannot read"):
+            check_exposure(host)
+
+
+def test_a_place_where_no_file_can_be_is_one_line_of_a_command(file: Path) -> None:
+    create(file, "one", READ, 50, 100)
+    for command in (["create", "two"], ["revoke", "one"], ["list"]):
+        with pytest.raises(SystemExit, match="error: cannot"):
+            main([*command, "--file", str(file / "keys.json")])
+        with pytest.raises(SystemExit, match="error: cannot"):
+            main([*command, "--file", str(file.parent)])
 
 
 def test_keys_made_at_the_same_time_are_all_kept(file: Path) -> None:

@@ -1,4 +1,4 @@
-"""The OpenAPI document and the running application say the same: schemathesis finds nothing between them."""
+"""The OpenAPI document says what routes answer, and schemathesis finds nothing between it and the application."""
 
 from __future__ import annotations
 
@@ -11,7 +11,31 @@ from typing import Any
 import httpx
 import pytest
 
-pytestmark = pytest.mark.application
+from app.ingress import api
+from app.openapi import ANALYZE_RESPONSES
+from app.problems import MEDIA_TYPE
+
+#: Refusals of a whole request, whether its sender can wait or not.
+_AT_ONCE = {"bad_request", "too_many_pictures", "unsupported_media_type", "unknown_task"}
+
+
+def _codes(answers: dict[Any, Any]) -> set[str]:
+    return {
+        code for answer in answers.values() for code in answer["content"].get(MEDIA_TYPE, {"examples": {}})["examples"]
+    }
+
+
+def test_a_place_may_have_whatever_becomes_of_a_picture_and_problems_that_are_final(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(api, "openapi_schema", None)
+    route = api.openapi()["paths"]["/v1/results/{place}"]["get"]
+    assert _codes(route["responses"]) == _codes(ANALYZE_RESPONSES) - _AT_ONCE | {"not_found"}
+    problems = {status: answer for status, answer in route["responses"].items() if int(status) >= 400}
+    assert {"400", "404", "413", "415", "422", "429", "500", "503", "504"} <= problems.keys()
+    for answer in problems.values():
+        assert answer["content"][MEDIA_TYPE]["schema"]["properties"]["final"]["type"] == "boolean"
+    assert "final" in route["description"]
 
 
 def _schemathesis(url: str, folder: Path, examples: int, seed: int, phases: str = "examples,coverage,fuzzing") -> None:
@@ -41,11 +65,13 @@ def _schemathesis(url: str, folder: Path, examples: int, seed: int, phases: str 
     assert ended.returncode == 0, (ended.stdout + ended.stderr)[-12000:]
 
 
+@pytest.mark.application
 def test_schemathesis_finds_nothing(application: Any, tmp_path: Path) -> None:
     _schemathesis(application.url, tmp_path, examples=1, seed=1, phases="examples,coverage")
     assert httpx.get(f"{application.url}/readyz").json()["ready"]
 
 
+@pytest.mark.application
 @pytest.mark.proof
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", [2, 3])

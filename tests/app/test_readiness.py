@@ -11,14 +11,16 @@ from typing import Any
 
 import httpx
 import pytest
+import ray
 from grpc import StatusCode
 from grpc.aio import AioRpcError, Metadata
 from ray import serve
 from ray.exceptions import ActorDiedError
 from ray.serve.schema import DeploymentStatus
 
-from app import analysis, keys
+from app import analysis, ingress, keys
 from app.config import CanaryShares
+from app.store.settings import StoreSettings
 from tests.app.in_process import Model, Service, picture
 
 #: As the last line of what a replica died of may be.
@@ -146,7 +148,7 @@ def test_production_answers_for_a_canary_that_is_gone_or_hangs(
     canary.deployment_name = "CaptionerCanary"
     graph.routes["captioner"].canary, graph.shares = canary, CanaryShares(captioner=1.0)
     if not is_noticed:
-        short = service.ingress.limits.model_copy(update={"request_timeout_s": 1.0})
+        short = service.ingress.limits.model_copy(update={"request_timeout_s": 5.0})
         monkeypatch.setattr(service.ingress, "limits", short)
 
     async def ask(client: httpx.AsyncClient) -> dict[str, Any]:
@@ -172,3 +174,21 @@ def test_production_answers_for_a_canary_that_is_gone_or_hangs(
             assert (await ask(client))["caption"]["text"] == "a candidate's words"
 
     service.run(work)
+
+
+@pytest.mark.parametrize(
+    ("url", "addresses", "is_usable"),
+    [
+        ("sqlite:////srv/store.db", ["10.0.0.11", "10.0.0.11"], True),
+        ("sqlite:////srv/store.db", ["10.0.0.11", "10.0.0.12"], False),
+        ("postgresql://db7/store", ["10.0.0.11", "10.0.0.12"], True),
+    ],
+)
+def test_a_sqlite_store_is_for_one_node(
+    monkeypatch: pytest.MonkeyPatch, url: str, addresses: list[str], is_usable: bool
+) -> None:
+    gone = {"Alive": False, "NodeManagerHostname": "c", "NodeManagerAddress": "10.0.0.13"}
+    alive = [{"Alive": True, "NodeManagerHostname": at, "NodeManagerAddress": at} for at in addresses]
+    monkeypatch.setattr(ray, "nodes", lambda: [gone, *alive])
+    why = ingress._why_not(StoreSettings(url=url))
+    assert (why == "") is is_usable and ("PostgreSQL" in why) is not is_usable

@@ -23,16 +23,18 @@ from sqlalchemy.event import listen
 from app import idempotency
 from app.feedback import router
 from app.problems import Problem
-from app.store import events, key_uses, models
+from app.store import deferred, events, key_uses, models
 from app.store.database import Database, StoreUnavailable, migrate
+from app.store.deferred import Accepted
 from app.store.events import Event, KeyConflict, UnknownAnswer
 from app.store.models import Base, Feedback, KeyUse, Prediction, first_id, new_id, time_of
 from app.store.search import Query
 from app.store.settings import StoreSettings
 from app.store.store import Store, StoreOff
 from deployments.annotation import Annotation
+from deployments.metrics import Metrics
 from tests.app.small_app import send
-from tests.app.stores import PICTURE, SHA, Stores, annotation, count, files, hits, keep, run, tidy
+from tests.app.stores import PATIENT, PICTURE, SHA, Stores, annotation, count, files, hits, keep, run, tidy
 from tests.waiting import wait_for
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
@@ -133,6 +135,49 @@ def test_where_it_must_not_be_used_it_is_not(tmp_path: Path) -> None:
     wait_for(lambda: store.status()["message"] == "two nodes")
     with pytest.raises(StoreUnavailable, match="two nodes"):
         run(store.feedback(Event("a", "verdict", True)))
+
+
+def test_what_comes_to_be_unusable_is_used_no_more_and_keeps_what_it_has(
+    stores: Stores, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("app.store.store._ASK_S", 0.01)
+    why, pictures = "", str(stores.folder / "pictures")
+    settings = StoreSettings(url=stores.url, pictures="all", pictures_url=pictures, **PATIENT)
+    store = Store(settings, unusable=lambda: why)
+    stores.opened.append(store)
+    store.start()
+    wait_for(lambda: store.status()["state"] == "ready")
+    waiting = [Accepted("later", SHA, PICTURE)]
+    put = partial(deferred.put, place="p", tasks="detect", explain="", pictures=waiting, max_count=9, max_bytes=2**20)
+    run(store.commit(put))
+    record = annotation("a").model_copy(update={"sha256": SHA})
+    store.offer(record, PICTURE)
+    why = "two nodes"
+    wait_for(lambda: "1 pictures that wait" in store.status()["message"])
+    said = store.status()["message"]
+    assert said.startswith("two nodes; ") and said in lines.text and store.status()["state"] == "unavailable"
+    if stores.url.startswith("sqlite"):
+        assert str(tmp_path / "deep" / "store.db") in said
+    store.offer(annotation("b"), PICTURE)
+    for ask in (store.feedback(Event("a", "verdict", True)), store.read(deferred.count), store.commit(put)):
+        with pytest.raises(StoreUnavailable, match="two nodes"):
+            run(ask)
+    other = stores()
+    wait_for(lambda: other.status()["state"] == "ready")
+    assert hits(other) == ["a"] and run(other.read(deferred.count)) == 1
+    assert run(other.picture(SHA)) == (PICTURE, "image/jpeg"), "what was taken was written"
+
+
+def test_whether_the_store_can_be_used_is_a_metric_where_one_is_wanted(
+    stores: Stores, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[float] = []
+    monkeypatch.setattr(Metrics, "record", lambda _, *told: shown.extend(told[1:2] if told[0] == "store_ready" else ()))
+    off, store, away = Store(StoreSettings(keep="off")), stores(), Store(StoreSettings(url="nonsense"))
+    wait_for(lambda: store.status()["state"] == "ready")
+    for each in (off, store, away):
+        Metrics().store(each.status())
+    assert shown == [1.0, 0.0]
 
 
 # ---- what is kept ---------------------------------------------------------------------------------------------------

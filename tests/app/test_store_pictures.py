@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +28,7 @@ from app.store.search import Query
 from app.store.store import Store
 from tests.app.small_app import send
 from tests.app.stores import PICTURE, SHA, Held, Stores, annotation, count, files, hits, keep, names, run, tidy
+from tests.data.made import S3Server, s3_server
 from tests.waiting import wait_for
 
 
@@ -233,6 +236,39 @@ def test_deletion_waits_for_what_is_in_the_queue(stores: Stores) -> None:
         store.offer(annotation("a").model_copy(update={"sha256": SHA}), PICTURE)
         return await store.delete_picture(SHA)
 
-    run(at_once())
-    time.sleep(0.5)
+    assert run(at_once()) == {"pictures": 0, "predictions": 1, "feedback": 0}
     assert hits(store) == []
+
+
+@pytest.fixture
+def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    with s3_server(tmp_path / "s3" / "root") as server:
+        (server.folder / "bucket").mkdir()
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        yield server
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_pictures_lie_on_s3_where_that_is_wanted(s3: S3Server, stores: Stores) -> None:
+    store = stores(pictures_url="s3://bucket/pictures/")
+    place = want_picture(store)
+    assert place.read(SHA) is None
+    assert run(store.keep_picture(SHA, PICTURE))
+    assert run(store.picture(SHA)) == (PICTURE, "image/jpeg")
+    (file,) = (path for path in (s3.folder / "bucket" / "pictures").rglob("*") if path.is_file())
+    assert file.name == SHA and file.read_bytes() == PICTURE
+    assert run(store.delete_picture(SHA)) == {"pictures": 1, "predictions": 1, "feedback": 1}
+    assert not file.exists() and place.read(SHA) is None
+    place.remove(SHA)  # there is none, which is as well
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_bucket_that_does_not_exist_is_no_picture_that_is_not_there(s3: S3Server, stores: Stores) -> None:
+    store = stores(pictures_url="s3://another/pictures")
+    place = want_picture(store)
+    for work in (partial(place.read, SHA), partial(place.remove, SHA), partial(place.write, SHA, PICTURE)):
+        with pytest.raises(PicturesUnavailable, match="bucket does not exist"):
+            work()
+    with pytest.raises(StoreUnavailable, match="bucket does not exist"):
+        run(store.delete_picture(SHA))

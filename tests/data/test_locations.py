@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import pickle
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,6 +83,32 @@ def test_files_folders_and_bytes(place: Location) -> None:
     (place / "a").remove()
     (place / "none").remove()
     assert [entry.name for entry in place.files()] == ["b/three.txt"]
+
+
+def test_what_lies_directly_in_a_folder(place: Location) -> None:
+    assert place.entries() == {}
+    (place / "a/one.bin").write_bytes(b"1")
+    (place / "two.txt").write_text("2")
+    assert place.entries() == {"a": False, "two.txt": True}
+    if place.is_local:
+        (place.local_path / "link").symlink_to("two.txt")
+        assert place.entries()["link"] is False
+
+
+def test_a_folder_is_had_by_one_until_it_ends(place: Location) -> None:
+    refusal = ValueError("somebody has it")
+    with place.alone(refusal):
+        # given every descriptor that is not closed by itself
+        outlives = subprocess.Popen(["sleep", "60"], close_fds=False)
+        if place.is_local:
+            with pytest.raises(ValueError, match="somebody has it"), place.alone(refusal):
+                pass
+    try:
+        with place.alone(refusal):
+            assert outlives.poll() is None
+    finally:
+        outlives.kill()
+        outlives.wait()
 
 
 def test_a_folder_is_published_whole_and_once(place: Location) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import s3fs
 import torch
 from safetensors.torch import save_file
 
 from deployments.checkpoints import CheckpointError, open_checkpoint, publish, resolve, scratch_folder
+from tests.data.made import s3_server
 
 
 @pytest.fixture
@@ -58,10 +61,44 @@ def test_what_is_no_safe_checkpoint_is_refused_by_name(folder: Path, break_it, c
         open_checkpoint(folder, "x")
 
 
-@pytest.mark.parametrize("uri", ["nothing", "starter:painter", "/no/such/folder", "ftp://host/x", ""])
-def test_an_unknown_uri_says_what_would_be_one(uri: str) -> None:
-    with pytest.raises(CheckpointError):
+@pytest.mark.parametrize(
+    ("uri", "complaint"),
+    [
+        *((uri, "Expected a folder that exists, starter:NAME") for uri in ("nothing", "/no/such/folder", "ftp://x/y")),
+        ("", "no such checkpoint: ''. Expected"),
+        ("starter:painter", "there are .*detector"),
+    ],
+)
+def test_an_unknown_uri_says_what_would_be_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, uri: str, complaint: str
+) -> None:
+    monkeypatch.chdir(folder)  # which nobody has named
+    with pytest.raises(CheckpointError, match=complaint):
         resolve(uri)
+
+
+def test_a_checkpoint_on_s3_is_fetched_once_and_anew_when_it_has_changed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DEEPTRUST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(s3fs.S3FileSystem, "_cache", {})  # those of other tests go to other servers
+    uri, weights = "s3://bucket/models/detector", folder / "model.safetensors"
+    with s3_server(tmp_path / "s3" / "root") as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        shutil.copytree(folder, server.folder / "bucket" / "models" / "detector")
+        first = resolve(uri)
+        assert (first.uri, first.revision) == (uri, resolve(str(folder)).revision)
+        assert first.card.temperature == 1.5
+        with monkeypatch.context() as patch:
+            patch.setattr(s3fs.S3FileSystem, "get_file", lambda *_: pytest.fail("it is fetched again"))
+            assert resolve(uri).folder == first.folder
+        save_file({"weight": torch.zeros(2)}, weights)
+        s3fs.S3FileSystem().put_file(str(weights), f"bucket/models/detector/{weights.name}")
+        assert resolve(uri).revision == resolve(str(folder)).revision != first.revision
+        for wrong, complaint in (("bucket/models", "holds no files"), ("bucket/x", "cannot fetch"), ("x/y", "bucket")):
+            with pytest.raises(CheckpointError, match=complaint):
+                resolve(f"s3://{wrong}")
 
 
 def test_a_folder_is_published_whole_and_the_first_one_stays(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -209,8 +210,7 @@ async def test_a_replica_that_has_just_answered_is_not_asked(folder: Path) -> No
         return known(model)
 
     replica.known_answer = counted
-    replica._health.every_s = 0.2
-    await asyncio.sleep(0.25)
+    replica._health._checked = replica._health._answered = time.monotonic() - 2 * replica._health.every_s
     await ask(replica)
     await outcome(replica)
     assert not asked
@@ -224,18 +224,21 @@ async def test_a_long_batch_does_not_make_a_replica_look_dead_and_is_not_run_int
 ) -> None:
     monkeypatch.setattr(health, "_PATIENCE_S", 0.05)
     replica = await started(Detector, folder / "detector")
-    sound = replica.answer
+    sound, loop = replica.answer, asyncio.get_running_loop()
+    computing, go_on = asyncio.Event(), threading.Event()
 
     def slow(model: Any, views: np.ndarray) -> Any:
-        time.sleep(0.4)
+        loop.call_soon_threadsafe(computing.set)
+        assert go_on.wait(30)
         return sound(model, views)
 
     replica.answer = slow
     working = asyncio.create_task(ask(replica))
-    await asyncio.sleep(0.1)
+    await asyncio.wait_for(computing.wait(), 30)
     for _ in range(2):
         assert await outcome(replica) == ""
     assert not working.done()
+    go_on.set()
     assert "ai_probability" in await working
     scale(replica, -1.0)
     while not await outcome(replica):  # what it came to is seen by a later check

@@ -139,16 +139,22 @@ def replica(monkeypatch: pytest.MonkeyPatch) -> Slow:
     return type("OwnQueue", (Slow,), {"_batch": decorated})()
 
 
-async def test_pictures_that_come_one_by_one_during_a_batch_are_computed_together_after_it(replica: Slow) -> None:
-    computing, all_have_come = asyncio.Event(), threading.Event()
+def hold(replica: Slow) -> tuple[asyncio.Event, threading.Event]:
+    """Holds its batches up: what is set when one is being computed, and what to set for them to go on."""
+    computing, go_on = asyncio.Event(), threading.Event()
     loop = asyncio.get_running_loop()
 
     def answer(model: Any, views: np.ndarray) -> list[dict[str, Any]]:
         loop.call_soon_threadsafe(computing.set)
-        assert all_have_come.wait(10)
+        assert go_on.wait(10)
         return Slow.answer(replica, model, views)
 
     replica.answer = answer  # type: ignore[method-assign]
+    return computing, go_on
+
+
+async def test_pictures_that_come_one_by_one_during_a_batch_are_computed_together_after_it(replica: Slow) -> None:
+    computing, all_have_come = hold(replica)
     coming = [asyncio.create_task(replica.batched(picture(0), SPEC, time.time() + 60))]
     await asyncio.wait_for(computing.wait(), 10)
     for value in range(1, 7):
@@ -227,13 +233,15 @@ async def test_views_of_another_shape_or_making_are_refused(replica: Slow) -> No
 
 
 async def test_views_made_for_the_revision_before_are_refused_in_the_batch(replica: Slow) -> None:
+    computing, exchanged = hold(replica)
     first = asyncio.create_task(replica.batched(picture(1), SPEC, time.time() + 60))
-    await asyncio.sleep(0.05)  # it is computed; the next one waits at the door
-    waiting = asyncio.create_task(replica.batched(picture(2), SPEC, time.time() + 60))
+    await asyncio.wait_for(computing.wait(), 10)
+    waiting = asyncio.create_task(replica.batched(picture(2), SPEC, time.time() + 60))  # at the door
     await settle()
     replica._model = loaded(OTHER)
+    exchanged.set()
     assert (await first)["value"] == 1
-    with pytest.raises(ViewMismatch):
+    with pytest.raises(ViewMismatch, match="another revision has come"):
         await waiting
 
 

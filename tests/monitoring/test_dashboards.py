@@ -76,6 +76,17 @@ def test_labels_in_our_queries_are_labels_of_the_metric() -> None:
             assert used <= {*definition.labels, *added}, expression
 
 
+def test_what_our_queries_sum_by_are_labels_of_the_metric() -> None:
+    added, summed = {"application", "deployment", "replica", "le"}, 0
+    for expression in [*alerts().values(), *panels()]:
+        for labels, metric in re.findall(r"by \(([^)]*)\) \((?:rate\()?ray_deeptrust_(\w+)", expression):
+            base = re.sub(r"_(total|bucket|sum|count)$", "", metric)
+            definition = METRICS[metric if metric in METRICS else base]
+            assert set(labels.split(", ")) <= {*definition.labels, *added}, expression
+            summed += 1
+    assert summed > 40
+
+
 def test_what_the_small_application_cannot_export_is_what_rays_own_dashboards_ask_for() -> None:
     folder = Path(ray.__file__).parent / "dashboard" / "modules" / "metrics" / "dashboards"
     text = "\n".join(path.read_text() for path in folder.glob("*_panels.py"))

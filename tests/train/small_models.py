@@ -10,9 +10,13 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import (
+    AutoModelForImageClassification,
     BertTokenizer,
     BlipConfig,
     BlipForConditionalGeneration,
+    PreTrainedConfig,
+    RegNetConfig,
+    SwinConfig,
     ViTConfig,
     ViTForImageClassification,
 )
@@ -73,6 +77,22 @@ def small_detector(folder: Path, seed: int = 0, **card: Any) -> Path:
         }
         | card,
     )
+    return folder
+
+
+#: Architectures that leave the type of their pixels as it is.
+STRICT: dict[str, PreTrainedConfig] = {
+    "swin": SwinConfig(image_size=SIDE_PX, embed_dim=8, depths=[1, 2], num_heads=[1, 2], window_size=4, patch_size=4),
+    "regnet": RegNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2], groups_width=8),
+}
+
+
+def small_classifier(folder: Path, config: PreTrainedConfig) -> Path:
+    """A detector of this configuration with weights drawn at random, and no card."""
+    torch.manual_seed(0)
+    config.id2label = {0: "human", 1: "ai"}
+    AutoModelForImageClassification.from_config(config).save_pretrained(folder)
+    write_processor(folder)
     return folder
 
 

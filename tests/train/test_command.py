@@ -4,6 +4,7 @@ what cannot start is on record."""
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -16,10 +17,22 @@ import pytest
 from data.errors import DataError
 from data.locations import Location
 from data.versions import MANIFEST, DataVersion, Manifest, open_version
-from deployments.checkpoints import CheckpointError, open_checkpoint
+from deployments.checkpoints import CheckpointError, open_checkpoint, resolve
+from tests.data.made import s3_server
 from tests.train.small import labelled_version, tiny_vit
 from train import command
-from train.command import TrainCommand, base_of, data_of, inputs_as_kept, reported
+from train.command import (
+    TrainCommand,
+    as_finished,
+    base_of,
+    check_output,
+    data_of,
+    inputs_as_kept,
+    launch,
+    publish,
+    reported,
+    tell,
+)
 from train.command import _finished as finished
 from train.detector import DetectorTraining, prepare_job, with_features
 from train.detector import train as train_detector
@@ -194,6 +207,191 @@ def test_damaged_weights_are_told(tmp_path: Path, version: Path) -> None:
     config = DetectorTraining(data=str(version), model=str(model), output="x")
     with pytest.raises(TrainingError, match="cannot be trained as a classifier"):
         prepare_job(config, open_version(version))
+
+
+def never(*_: object) -> Any:
+    pytest.fail("work was begun")
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    return {str(file.relative_to(folder)): file.read_text() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def small_checkpoint(folder: Path, **others: str) -> Path:
+    """The names of a published checkpoint, and others."""
+    folder.mkdir(parents=True)
+    for name, text in {"config.json": "{}", "card.json": "{}", "model.safetensors": "w", **others}.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("others", "told"),
+    [
+        ({"v1/model.safetensors": "w"}, "it holds v1"),
+        ({"thesis.tex": "years"}, "it holds thesis.tex"),
+        ({"card.json": None}, "it has no card.json"),
+        ({"config.json": None}, "it has no config.json"),
+    ],
+)
+def test_an_output_that_is_no_checkpoint_is_refused_before_any_work(
+    tmp_path: Path, others: dict[str, str | None], told: str
+) -> None:
+    out = small_checkpoint(tmp_path / "out", **{name: text for name, text in others.items() if text is not None})
+    for name in (name for name, text in others.items() if text is None):
+        (out / name).unlink()
+    before = files_of(out)
+    with pytest.raises(TrainingError, match=f"is no checkpoint of a training .{told}.*name a folder of its own"):
+        launch(settings(tmp_path), "detector", never, never)
+    with pytest.raises(TrainingError, match=told):  # it may have come to hold that during the training
+        publish(small_checkpoint(tmp_path / "new"), Location.of(out))
+    assert files_of(out) == before
+
+
+def test_a_link_a_file_and_a_run_are_no_place_for_a_checkpoint(tmp_path: Path) -> None:
+    small_checkpoint(tmp_path / "v3")
+    (tmp_path / "current").symlink_to("v3")
+    (tmp_path / "gone").symlink_to("v4")
+    (tmp_path / "file").write_text("")
+    for name, told in (
+        ("current", "is a link to v3"),
+        ("gone", "is a link to v4"),
+        ("file", "is a file"),
+        ("runs/run", "it holds lock"),
+        ("runs", "it holds run"),
+    ):
+        with pytest.raises(TrainingError, match=told):
+            launch(settings(tmp_path, output=str(tmp_path / name)), "detector", never, never)
+    with pytest.raises(TrainingError, match="the root of a file system"):
+        check_output(Location.of("/proc"))
+    assert (tmp_path / "current").is_symlink() and (tmp_path / "v3" / "card.json").is_file()
+
+
+def test_a_checkpoint_is_replaced_with_all_that_was_added_to_it(tmp_path: Path) -> None:
+    new = small_checkpoint(tmp_path / "new", **{"vocab.txt": "new"})
+    (tmp_path / "empty").mkdir()
+    out = small_checkpoint(tmp_path / "out", **{"drift.safetensors": "r", "detector.int8.onnx": "e", "merges.txt": "m"})
+    for folder in (tmp_path / "empty", out, tmp_path / "not there"):
+        publish(new, Location.of(folder))
+        assert files_of(folder) == files_of(new)
+
+
+def test_on_s3_nothing_of_an_older_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    new = small_checkpoint(tmp_path / "new", **{"vocab.txt": "new"})
+    with s3_server(tmp_path / "s3") as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        bucket = server.folder / "bucket"
+        small_checkpoint(bucket / "out", **{"drift.safetensors": "of the old weights", "merges.txt": "old"})
+        publish(new, Location.of("s3://bucket/out"))
+        assert files_of(bucket / "out") == files_of(new)
+        (bucket / "out" / "card.json").unlink()  # what a killed publication left
+        publish(new, Location.of("s3://bucket/out"))
+        assert files_of(bucket / "out") == files_of(new)
+        with pytest.raises(TrainingError, match=r"s3://bucket would be replaced .*it holds out"):
+            publish(new, Location.of("s3://bucket"))
+        assert files_of(bucket / "out") == files_of(new)
+
+
+def finished_run(config: TrainCommand) -> Path:
+    """A run that came to its end; its checkpoint is nowhere else yet."""
+    run = Path(config.storage) / config.name
+    checkpoint = ended(run / "checkpoint_1")
+    listed(run, "checkpoint_1")
+    kept = inputs_as_kept(open_version(config.data), resolve(config.model))
+    (run / "settings.json").write_text(json.dumps(command._settings(config) | {"inputs": kept}))
+    (run / "published").write_text(config.output)
+    return checkpoint / "export"
+
+
+def test_a_finished_run_says_so_and_what_is_published_stays(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    data = labelled_version(tmp_path / "data", train=4, val=2)
+    model = tiny_vit(tmp_path / "vit", ("human", "ai"))
+    config, out = settings(tmp_path, data=str(data.parent), model=str(model)), tmp_path / "out"
+    export = finished_run(config)
+    outcome = launch(config, "detector", named, never)
+    made_of = f"data {data.name}, model {model}#{resolve(str(model)).revision}"
+    told = f"run 'run' is finished ({made_of}): nothing was trained; give another --name to train anew"
+    assert told in capfd.readouterr().out and outcome.steps == 9
+    assert open_checkpoint(out, "").revision == open_checkpoint(export, "").revision
+    tell(outcome, config.output)
+    assert "trained" not in capfd.readouterr().out
+    (out / "drift.safetensors").write_bytes(b"made of what is here")
+    launch(config, "detector", named, never)
+    assert (out / "drift.safetensors").is_file()
+    (out / "model.safetensors").write_bytes(b"another")
+    launch(config, "detector", named, never)
+    assert open_checkpoint(out, "").revision == open_checkpoint(export, "").revision
+
+
+def test_a_finished_run_is_not_taken_for_one_on_other_data_or_from_another_model(tmp_path: Path) -> None:
+    data = labelled_version(tmp_path / "data", train=4, val=2)
+    model = tiny_vit(tmp_path / "vit", ("human", "ai"))
+    config = settings(tmp_path, data=str(data.parent), model=str(model))
+    finished_run(config)
+    again = newer(data, "2027-01-01T00:00:00+00:00")
+    with pytest.raises(TrainingError, match="the settings name data 202720272027 now: nothing was trained"):
+        launch(config, "detector", named, never)
+    shutil.rmtree(again)
+    (model / "card.json").write_text('{"task": "detection"}')
+    with pytest.raises(TrainingError, match=f"the settings name model {model}#.* now: nothing was trained"):
+        launch(config, "detector", named, never)
+    assert not (tmp_path / "out").exists()
+    shutil.rmtree(model)  # what is gone is not another
+    launch(config, "detector", named, never)
+    assert (tmp_path / "out").is_dir()
+
+
+def test_a_starter_model_that_its_own_run_has_changed_is_no_other_model(
+    tmp_path: Path, version: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "resolve", never)
+    kept = {"version": version.name, "data": str(version), "model": "starter:detector", "revision": "before"}
+    told = as_finished(settings(tmp_path, data=str(version), model="starter:detector"), named, kept)
+    assert told == f"'run' is finished (data {version.name}, model starter:detector#before)"
+
+
+def test_a_run_is_not_started_twice_at_once(tmp_path: Path, version: Path) -> None:
+    config = settings(tmp_path, data=str(version))
+
+    def second(*_: object) -> str:
+        with pytest.raises(TrainingError, match=f"'run' in {config.storage} is running: .* give another --name"):
+            launch(config, "detector", never, never)
+        raise TrainingError("the first ends")
+
+    for _ in range(2):  # one that has ended is in nobody's way
+        with pytest.raises(TrainingError, match="the first ends"):
+            launch(config, "detector", second, never)
+
+
+def test_models_are_of_the_registry_that_gets_the_run(
+    tmp_path: Path, version: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///elsewhere.db")
+    asked: list[str] = []
+
+    def asking(*_: object) -> Any:
+        asked.append(os.environ["MLFLOW_TRACKING_URI"])
+        raise TrainingError("asked")
+
+    with pytest.raises(TrainingError, match="asked"):
+        tracked = TrackingConfig(uri="sqlite:///here.db")
+        launch(settings(tmp_path, data=str(version), tracking=tracked), "detector", asking, never)
+    monkeypatch.setattr(command, "work", asking)
+    with pytest.raises(TrainingError, match="asked"):
+        command._work({"registry": "sqlite:///here.db"})
+    assert asked == ["sqlite:///here.db"] * 2
+
+
+def test_the_place_of_the_output_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = tmp_path / "full"
+    monkeypatch.setattr(
+        command.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20 if path == full else 2**40)
+    )
+    command._check_space(settings(tmp_path), Location.of(tmp_path), 1000)
+    with pytest.raises(TrainingError, match=f"--output {full} has 0.0 GiB free"):
+        command._check_space(settings(tmp_path, output=str(full / "out")), Location.of(tmp_path), 1000)
 
 
 def test_the_temporary_folder_is_looked_at_for_any_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

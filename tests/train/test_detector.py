@@ -17,9 +17,11 @@ from PIL import Image
 
 from data.versions import open_version
 from deployments.checkpoints import resolve
+from deployments.detector import DetectorModel
 from deployments.pixels import Normalisation
+from deployments.views import render
 from tests.train.small import flags, labelled_version
-from tests.train.small_models import write_card
+from tests.train.small_models import STRICT, small_classifier, small_detector, write_card
 from train import command
 from train.detector import (
     LABELS,
@@ -251,3 +253,31 @@ def test_the_card_names_the_data_of_what_it_was_trained_from(version: Path, vit:
     dataset = resolve(str(tmp_path / "export")).card.dataset
     assert dataset["version"] == version.name
     assert dataset["before"] == [before, {"name": "aivshuman", "version": "oldest"}]
+
+
+def quick_job(version: Path, model: Path, **changes: Any) -> DetectorJob:
+    """One step of training."""
+    settings = {"data": str(version), "model": str(model), "output": "x", "max_steps": 1, "batch_size": 8, "threads": 1}
+    return prepare_job(DetectorTraining.model_validate(settings | changes), open_version(version))[0]
+
+
+@pytest.mark.parametrize("family", STRICT)
+def test_weights_of_two_bytes_are_judged_in_a_blend_of_four(family: str, version: Path, tmp_path: Path) -> None:
+    model = small_classifier(tmp_path / "start", STRICT[family])
+    job = quick_job(version, model, precision="bf16-true", blend=0.5)
+    outcome, module, _ = fit_locally(job, tmp_path, "here", say=lambda _: None)
+    types = {next(one.parameters()).dtype for one in (module.model, module.plain())}
+    assert types == {torch.bfloat16, torch.float32}
+    assert outcome.status == "finished" and len(module.judged) == 32
+
+
+def test_sample_pictures_show_the_probabilities_that_the_checkpoint_gives(tmp_path: Path) -> None:
+    version = labelled_version(tmp_path / "data", 16, 16, wrong_every=5)
+    job = quick_job(version, small_detector(tmp_path / "start"), warmup=0.0, learning_rate=1e-2)
+    _, module, watch = fit_locally(job, tmp_path, "here", say=lambda _: None)
+    export(job, module, watch, tmp_path / "export")
+    samples = job.samples(module)
+    model = DetectorModel(resolve(str(tmp_path / "export")))
+    given = model.detect(np.stack([render(image, model.views) for image, _ in samples]))
+    assert len(samples) == 12 and given.std() > 0.02
+    assert [float(text.split()[-1]) for _, text in samples] == pytest.approx(given.tolist(), abs=0.006)

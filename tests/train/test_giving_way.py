@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from types import SimpleNamespace
 
 import pytest
 
@@ -31,16 +32,26 @@ class Cluster:
         return {"GPU": self.free}
 
 
-def test_a_run_gives_way_only_to_a_replica_that_goes_on_waiting() -> None:
-    cluster = Cluster(a="Tagger")
-    with GiveWay("GPU", 0.5, cluster.ask, every_s=0.02) as way:
-        wait_for(lambda: cluster.asked > 5, 10)
-        assert not way.to
+def test_a_run_gives_way_only_to_a_replica_that_goes_on_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster, clock = Cluster(a="Tagger"), SimpleNamespace(now=0.0)
+    monkeypatch.setattr(giving_way, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    with GiveWay("GPU", 60.0, cluster.ask, every_s=0.002) as way:
+
+        def gives_way() -> str:
+            """What it says once it has asked and thought about the answer."""
+            before = cluster.asked
+            wait_for(lambda: way.to or cluster.asked >= before + 2)
+            return way.to
+
+        assert not gives_way()
+        clock.now = 59.0
+        assert not gives_way()
         cluster.waiting = {"b": "Detector"}  # the first has started: the clock begins anew
-        began = time.monotonic()
-        wait_for(lambda: way.to, 10)
-        assert time.monotonic() - began > 0.4
-        assert way.to == "Detector"
+        assert not gives_way()
+        clock.now = 118.0
+        assert not gives_way()
+        clock.now = 119.0
+        assert gives_way() == "Detector"
 
 
 def test_a_dashboard_that_does_not_answer_stops_no_run() -> None:
@@ -68,7 +79,7 @@ def test_a_run_goes_on_when_there_has_been_room_for_a_while(quick: Cluster) -> N
     assert time.monotonic() - began >= 0.2
     quick.free, quick.waiting = 0.5, {"a": "Tagger"}
     lines.clear()
-    assert wait_for_room("GPU", 1.0, time.time() + 0.3, quick.ask, lines.append) == "time"
+    assert wait_for_room("GPU", 1.0, time.time() + 1, quick.ask, lines.append) == "time"
     assert lines[0] == "serving comes first: waiting for 1 GPU, 0.5 free; before this run: Tagger"
     assert len(lines) >= 2, "people see that it still waits"
 

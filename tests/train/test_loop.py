@@ -4,6 +4,7 @@ ends it with a reason."""
 from __future__ import annotations
 
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from data.versions import open_version
 from train.beside import batches_beside
 from train.detector import DetectorJob, DetectorTraining, prepare_job
-from train.loop import export, fit_locally, share_of_batch
+from train.loop import export, fit_locally, scratch_of, share_of_batch
 from train.module import NonFinite, TrainingError
 from train.stream import Pictures, local_batches, rebatch
 
@@ -91,6 +92,21 @@ def test_a_checkpoint_on_its_way_outlives_the_run_that_wrote_it(job: DetectorJob
     fit_locally(last, tmp_path / "run", "here", report=lambda _, folder, __: on_their_way.append(folder), say=quiet)
     shutil.rmtree(tmp_path / "run")
     assert on_their_way and all((folder / "last.ckpt").is_file() for folder in on_their_way)
+
+
+def test_what_a_killed_worker_left_is_removed_by_its_successor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    for name in ("training-a_run-rank0-dead", "training-a_run-rank1-dead", "training-other-rank0-dead"):
+        (tmp_path / name / "checkpoint-1").mkdir(parents=True)
+    with scratch_of("a/run", 0) as living:
+        assert not (tmp_path / "training-a_run-rank0-dead").exists()
+        with scratch_of("a/run", 0) as second:
+            assert living.is_dir() and second.is_dir() and living.parent != second.parent
+        assert not second.parent.exists()
+        (living.parent / "checkpoint-2").mkdir()
+    assert not living.exists() and (living.parent / "checkpoint-2").is_dir(), "it is on its way"
+    names = {folder.name for folder in tmp_path.iterdir()}
+    assert names == {"training-a_run-rank1-dead", "training-other-rank0-dead", living.parent.name}
 
 
 def test_a_loss_that_is_no_number_is_a_reason_to_end(job: DetectorJob, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -27,6 +28,7 @@ from train.sweep import (
     DetectorSweep,
     Span,
     TrialOutcome,
+    _check_same,
     _with_inputs,
     _worth_another_try,
     main,
@@ -141,6 +143,74 @@ def test_a_sweep_that_is_done_writes_its_best_where_it_is_asked_for(tmp_path: Pa
     assert sweep(asked) == (trials, True)
     best = resolve(str(tmp_path / asked.name / "models" / "b"))
     assert resolve(str(tmp_path / "elsewhere")).revision == best.revision
+    (tmp_path / "elsewhere" / "drift.safetensors").write_bytes(b"made of what is there")
+    assert sweep(asked) == (trials, True)
+    assert (tmp_path / "elsewhere" / "drift.safetensors").is_file()
+
+
+def test_a_sweep_that_is_done_is_not_taken_for_one_on_other_data(tmp_path: Path) -> None:
+    data = labelled_version(tmp_path / "data", train=4, val=2)
+    asked = config(tmp_path, data=str(data.parent), output=str(tmp_path / "out"), record=False)
+    place = tmp_path / asked.name
+    place.mkdir()
+    train.sweep._check_same(asked, read_space(asked), Location.of(place))
+    kept = {"data": str(data), "version": "an older one", "model": "starter:detector", "revision": "0"}
+    file = place / "sweep.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"inputs": kept}))
+    (place / "trials.json").write_text("[]")
+    with pytest.raises(TrainingError, match=f"is finished .data an older one.* the settings name data {data.name} now"):
+        sweep(asked)
+
+
+def test_what_a_sweep_would_destroy_is_refused_before_a_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models" / "v1").mkdir(parents=True)
+    asked = config(tmp_path, output=str(tmp_path / "models"), record=False)
+    with pytest.raises(TrainingError, match=r"is no checkpoint of a training .it holds v1"):
+        sweep(asked)
+
+    def second(*_: object) -> None:
+        with pytest.raises(TrainingError, match=r"'detector-sweep' in .* is running"):
+            sweep(asked)
+        raise TrainingError("the first ends")
+
+    monkeypatch.setattr(train.sweep, "_check_same", second)
+    asked = config(tmp_path, output=str(tmp_path / "out"), record=False)
+    with pytest.raises(TrainingError, match="the first ends"):
+        sweep(asked)
+
+
+def test_a_sweep_and_its_trials_have_models_of_the_registry_that_gets_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///elsewhere.db")
+    own = config(tmp_path, output=str(tmp_path / "out"), record=False, tracking=TrackingConfig(uri="sqlite:///here.db"))
+    sent: list[str] = []
+
+    def asking(asked: DetectorSweep, _: Location) -> None:
+        sent.append(os.environ["MLFLOW_TRACKING_URI"])
+        sent.extend(train.sweep._as_sent(each)["tracking"]["uri"] for each in (asked, config(tmp_path)))
+        raise TrainingError("asked")
+
+    monkeypatch.setattr(train.sweep, "_with_inputs", asking)
+    with pytest.raises(TrainingError, match="asked"):
+        sweep(own)
+    assert sent == ["sqlite:///here.db"] * 3
+
+
+def test_a_sweep_goes_on_only_as_it_was_started(tmp_path: Path) -> None:
+    started, place = config(tmp_path, trials=3), Location.of(tmp_path)
+    space = read_space(started)
+    _check_same(started, space, place)
+    kept = (tmp_path / "sweep.json").read_text()
+    _check_same(config(tmp_path, trials=3, output="elsewhere", threads=1), space, place)
+    for changes, searched, complaint in (
+        ({"trials": 4}, space, "(trials)"),
+        ({"trials": 3, "data": "others"}, space, "(data)"),
+        ({"trials": 3}, space | {"learning_rate": Span(values=[0.1])}, "(space)"),
+    ):
+        with pytest.raises(TrainingError, match=re.escape(f"with other settings {complaint}: give another")):
+            _check_same(config(tmp_path, **changes), searched, place)
+    assert (tmp_path / "sweep.json").read_text() == kept
 
 
 def test_trials_that_failed_for_want_of_something_are_run_again() -> None:
@@ -202,12 +272,6 @@ def test_a_captioner_is_swept_too(folder: Path, photos: Path, blip: Path) -> Non
     candidate = resolve("models:/captioner@candidate")
     assert candidate.revision == resolve(str(folder / "best-captioner")).revision
     assert candidate.revision == resolve(str(folder / "runs/captions/models" / best.id)).revision
-
-
-@pytest.mark.proof
-def test_a_sweep_goes_on_only_as_it_was_started(folder: Path, arguments: list[str]) -> None:
-    with pytest.raises(SystemExit):
-        main([*arguments, "--name", "small", "--trials", "4"])
 
 
 @pytest.mark.proof
