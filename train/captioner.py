@@ -635,4 +635,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # workers import this module by its name: classes of `__main__` would be pickled whole, with all that they refer to
+    from train.captioner import main as run_by_name
+
+    run_by_name()
