@@ -440,8 +440,9 @@ def exported(service: SmallService) -> set[str]:
     found: set[str] = set()
     for group in json.loads((cluster.instance_folder(service.port) / "ray" / DISCOVERY).read_text()):
         for target in group["targets"]:
-            lines = HTTP.get(f"http://{target}/metrics", timeout=60).text.splitlines()
-            found |= {re.split(r"[{ ]", line)[0] for line in lines if not line.startswith("#")}
+            with contextlib.suppress(httpx.HTTPError):  # of a process that is being started again: at the next look
+                lines = HTTP.get(f"http://{target}/metrics", timeout=60).text.splitlines()
+                found |= {re.split(r"[{ ]", line)[0] for line in lines if not line.startswith("#")}
     return found
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -407,3 +408,13 @@ def test_a_time_limit_ends_the_computing_of_features(tmp_path: Path, version: Pa
     job, _ = prepare_job(config, open_version(version))
     with pytest.raises(OutOfTime):
         with_features(replace(job, deadline=0.0))
+
+
+@pytest.mark.parametrize("name", ["detector", "captioner"])
+def test_what_a_trainer_sends_to_its_workers_is_of_its_module(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By ``python -m`` too. Classes of ``__main__`` are pickled whole; a captioner's, with a lock in it, cannot be."""
+    started: list[type] = []
+    for module in ("command", name):
+        monkeypatch.setattr(f"train.{module}.run_command", lambda settings, *_: started.append(settings))
+    runpy.run_module(f"train.{name}", run_name="__main__", alter_sys=True)
+    assert [settings.__module__ for settings in started] == [f"train.{name}"]
