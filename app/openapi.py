@@ -14,7 +14,7 @@ from starlette.staticfiles import StaticFiles
 
 from app import keys
 from app.callbacks import IDEMPOTENCY_KEY, SIGNATURE
-from app.problems import MEDIA_TYPE, ProblemModel, responses
+from app.problems import ProblemModel, responses
 from deployments.annotation import Annotation
 
 _EXAMPLE = {
@@ -123,24 +123,14 @@ ANALYZE_RESPONSES: dict[int | str, dict[str, Any]] = {
     ),
 }
 
-_FINAL = {
-    "type": "boolean",
-    "description": "true: it is the answer at the place of a deferred request, and asking there again changes nothing",
-}
-
-
-def _result_responses() -> dict[int | str, dict[str, Any]]:
-    problems = responses(
+#: What is at the place of a deferred request, once it is answered: what became of its picture too.
+RESULT_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: ANALYZE_RESPONSES[200],
+    **responses(
         *("empty_body", "bad_base64", "not_found", "too_large", "too_many_pixels", "not_an_image", "truncated"),
         *("too_small", "bad_parameter", "overloaded", "internal_error", "unavailable", "timeout"),
-    )
-    for answer in problems.values():
-        answer["content"][MEDIA_TYPE]["schema"]["properties"]["final"] = _FINAL
-    return {200: ANALYZE_RESPONSES[200], **problems}
-
-
-#: What is at the place of a deferred request, once it is answered: what became of its picture too.
-RESULT_RESPONSES = _result_responses()
+    ),
+}
 
 #: What is sent to a request's `Callback-Url`; docs/callbacks.md says how to check the signature.
 CALLBACKS: dict[str, Any] = {
@@ -231,7 +221,6 @@ def use_local_docs(api: FastAPI) -> None:
             schemas |= model.pop("$defs", {})
             schemas["Annotation"] = model
             schemas["ProblemModel"] = ProblemModel.model_json_schema()
-            schemas["ProblemModel"]["properties"]["final"] = _FINAL
             if os.environ.get(keys.VARIABLE):
                 _declare_keys(document)
             api.openapi_schema = document

@@ -83,6 +83,10 @@ class ProblemModel(BaseModel):
     request_id: str | None = Field(
         None, description="the request's `X-Request-ID`, its own or one made here: the logs know it by this"
     )
+    final: bool = Field(
+        False,
+        description="true: it is the answer at the place of a deferred request, and asking there again changes nothing",
+    )
 
 
 class Problem(Exception):

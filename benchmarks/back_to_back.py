@@ -15,7 +15,7 @@ import torch
 from deployments.captioner import Captioner
 from deployments.checkpoints import resolve
 from deployments.detector import Detector
-from deployments.images import decode
+from deployments.images import Picture, decode
 from deployments.offline_tagger import OfflineTagger
 from deployments.provenance import read_provenance
 from deployments.tagger import TaggerSettings
@@ -48,12 +48,12 @@ class BackToBack:
                 pictures = [decode(data) for data in files]
                 for data, picture in zip(files, pictures, strict=True):
                     read_provenance(data, picture.format)
-
-                def views(spec: ViewSpec, pictures: list = pictures) -> np.ndarray:  # type: ignore[type-arg]
-                    return np.stack([render(picture.image, spec) for picture in pictures])
-
-                self._detector.answers(self._detects, views(self._detects.views))
-                answers = self._captioner.answers(self._captions, views(self._captions.views))
+                self._detector.answers(self._detects, _views(pictures, self._detects.views))
+                answers = self._captioner.answers(self._captions, _views(pictures, self._captions.views))
                 captions += [answer["text"] for answer in answers if isinstance(answer, dict)]
             self._tagger.tag(captions)
         return time.perf_counter() - started
+
+
+def _views(pictures: Sequence[Picture], spec: ViewSpec) -> np.ndarray:
+    return np.stack([render(picture.image, spec) for picture in pictures])

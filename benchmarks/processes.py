@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import sysconfig
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
@@ -92,6 +93,17 @@ def resume(processes: Iterable[psutil.Process]) -> None:
     for process in processes:
         with suppress(psutil.Error):
             process.resume()
+
+
+@contextmanager
+def paused(read: Callable[[], Iterable[psutil.Process]]) -> Iterator[None]:
+    """The processes that ``read`` names stand still meanwhile, and are what they were afterwards."""
+    pause(read())
+    try:
+        yield
+    finally:
+        resume(read())
+        time.sleep(SETTLE_S)
 
 
 def pss(processes: Iterable[psutil.Process]) -> int:

@@ -35,7 +35,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from app import cluster
 from benchmarks.application import application
 from benchmarks.load import closed_loop, session
-from benchmarks.processes import ALLOCATOR, SETTLE_S, Apart, pause, pss, resume, sampled
+from benchmarks.processes import ALLOCATOR, Apart, paused, pss, sampled
 from benchmarks.report import write_result
 
 
@@ -179,8 +179,7 @@ def ratio_part(config: ServingConfig, url: str, port: int, photos: list[bytes]) 
 
     models = httpx.get(f"{url}/v1/models").json()
     uris = {stage: models[stage]["uri"] for stage in ("detector", "captioner", "tagger")}
-    with Apart(ALLOCATOR, BackToBack, uris) as direct, ExitStack() as stack:
-        stack.callback(lambda: resume(cluster.processes(port)))  # who is stopped does not end
+    with Apart(ALLOCATOR, BackToBack, uris) as direct:
         direct.call("run", photos[:8])
         rounds = []
         for number in range(config.rounds):
@@ -189,10 +188,8 @@ def ratio_part(config: ServingConfig, url: str, port: int, photos: list[bytes]) 
             seconds = {}
             for way in ("back to back", "served") if number % 2 == 0 else ("served", "back to back"):
                 if way == "back to back":
-                    pause(cluster.processes(port))
-                    seconds[way] = direct.call("run", chosen)
-                    resume(cluster.processes(port))
-                    time.sleep(SETTLE_S)
+                    with paused(partial(cluster.processes, port)):
+                        seconds[way] = direct.call("run", chosen)
                     continue
                 load = asyncio.run(drive(url, chosen, config.clients))
                 if load.complete != len(chosen):  # a refusal is quick

@@ -517,8 +517,7 @@ def _check_space(config: TrainCommand, place: Location, parameters: int) -> None
         if free < needed:
             raise TrainingError(
                 f"{what} {path} has {free / 2**30:.1f} GiB free and the run's checkpoints need "
-                f"{needed / 2**30:.1f}: free some "
-                "space, lower --keep, or choose another place"
+                f"{needed / 2**30:.1f}: free some space, lower --keep, or choose another place"
             )
 
 
