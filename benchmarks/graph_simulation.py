@@ -24,7 +24,7 @@ from app.admission import limits
 from benchmarks.simulation import BatchReplica, Clock, Deployment, EngineReplica, Gpus, Processor, Scaling, work
 
 #: ``app.deferred``: how often an ingress looks for pictures that wait, and how often one that has found none.
-_DEFERRED_LOOK_S, _DEFERRED_IDLE_S = 0.2, 1.0
+DEFERRED_LOOK_S, _DEFERRED_IDLE_S = 0.2, 1.0
 
 
 # ------------------------------------------------------------------------------------------------------------- ingress
@@ -110,9 +110,11 @@ class IngressReplica:
         self.loop = Station(self.clock, 1, processor)
         self.threads = Station(self.clock, self.times.decode_threads, processor)
         self.ongoing, self.busy, self.closed = 0, 0.0, False
+        self.place_s = {False: 0.0, True: 0.0}
+        """Seconds for which places were taken so far, by whether their senders can wait."""
         self.in_work, self.waiting, self.working = 0, deque[tuple[Picture, Callable[[], None]]](), 0
         self.all, self.slipping = limits(self.limits.max_in_flight, self.limits.target_s)
-        self.clock.after(_DEFERRED_LOOK_S, self._look)
+        self.clock.after(DEFERRED_LOOK_S, self._look)
 
     def take(self, answered: Callable[[], None], what: Any = None) -> None:
         """A request: a picture whose sender waits for the answer, or one that is only to be taken in."""
@@ -159,7 +161,7 @@ class IngressReplica:
         for _ in range(taken):
             self.working += 1
             self._work(queue.popleft(), self._worked)
-        self.clock.after(_DEFERRED_IDLE_S if places and not taken else _DEFERRED_LOOK_S, self._look)
+        self.clock.after(_DEFERRED_IDLE_S if places and not taken else DEFERRED_LOOK_S, self._look)
 
     def _worked(self) -> None:
         self.working -= 1
@@ -182,6 +184,7 @@ class IngressReplica:
             seconds, now = self.clock.now - began, self.clock.now
             self.all.observe(seconds, self.in_work, now)
             self.slipping.observe(seconds, self.working, now)
+            self.place_s[picture.deferred] += seconds
             self.in_work -= 1
             while self.waiting and self.in_work < self.all.places:
                 self._work(*self.waiting.popleft())

@@ -166,7 +166,8 @@ def _size_row(one: dict[str, Any]) -> dict[str, Any]:
         "GPUs": one["gpus"],
         "cores": one["cores"],
         "USD/million": f"{one['usd_a_million']:.2f}",
-        "p99 s": f"{one['interactive_p50_p99_s'][1]:.2f}",
+        "interactive p99 s": f"{one['interactive_p50_p99_s'][1]:.2f}",
+        "deferred p99 s": f"{one['deferred_p50_p99_s'][1]:.2f}",
         "full first": one["first_to_be_full"],
     }
 
