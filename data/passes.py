@@ -105,7 +105,7 @@ def take_particulars(
         pictures: where they lie.
         names: each once; a worker takes 256 at a time, in this order.
         limits: what a picture may be.
-        work: folder of this input and these limits; what an earlier run left there is used.
+        work: folder of this input, these limits and this revision; what an earlier run left there is used.
         workers: processes, each with a CPU.
         say: told about progress.
 

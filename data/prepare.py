@@ -44,7 +44,7 @@ from data.layouts import RawRow, Reject, read_aivshuman, read_flickr30k
 from data.locations import Location
 from data.merge import VersionPictures, balanced, merge
 from data.passes import Pictures, Refused, Timing, take_particulars
-from data.publish import Content, digest, publish
+from data.publish import Content, digest, made_by, publish
 from data.raw import RawInput
 from data.report import write_report
 from data.rules import RuleSettings
@@ -162,13 +162,13 @@ def _from_raw(config: AivshumanConfig | Flickr30kConfig) -> Prepared:
     settings["with_version"] = sorted(map(_named, others))
     if published:
         settings["lists"] = digest(published)[:16]
-    fingerprint = listed.fingerprint(digest(settings))
+    fingerprint = listed.fingerprint(digest([made_by(), settings]))
     folder.ready()
     if found := _made_before(folder, fingerprint):
         return Prepared(found, fresh=False)
 
     limits = ImageLimits(max_bytes=config.max_bytes, max_pixels=config.max_pixels, min_side_px=config.min_side_px)
-    looked_at = digest([limits.model_dump(), feedback.digest]) if feedback.rows else digest(limits.model_dump())
+    looked_at = digest([made_by(), limits.model_dump(), *([feedback.digest] if feedback.rows else [])])
     work = folder / ".work" / f"particulars-{listed.fingerprint(looked_at)[:16]}"
     pictures_in: Pictures = WithFeedback(listed.raw, feedback.places) if feedback.rows else listed.raw
     with ray_session(config) as cpus:
@@ -215,7 +215,7 @@ def _from_versions(config: SourceConfig) -> Prepared:
     if stock.location.scheme != platform.location.scheme:
         raise DataError(f"{stock.location} and {platform.location} must both be local or both on S3: copy one of them")
     settings = _version_settings(config) | {"of": [_named(stock), _named(platform)]}
-    fingerprint = digest(settings)
+    fingerprint = digest([made_by(), settings])
     folder.ready()
     if found := _made_before(folder, fingerprint):
         return Prepared(found, fresh=False)

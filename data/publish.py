@@ -43,6 +43,11 @@ _REVISION = 2
 _REJECTS_FILE = "rejects/00000.parquet"
 
 
+def made_by() -> str:
+    """What a version depends on besides input and settings: layout and revision of this program."""
+    return f"layout {LAYOUT}, revision {_REVISION}"
+
+
 def digest(value: Any) -> str:
     """sha256 of a value's JSON, keys sorted."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
@@ -64,11 +69,12 @@ class Content:
     place: str
     """Where the raw data lie; the version does not depend on it."""
     fingerprint: str
-    """Hash of the raw data's listing and the settings, by which a later run knows that there is nothing to do."""
+    """Hash of the raw data's listing, the settings and ``made_by``, by which a later run knows that there is nothing to
+    do."""
 
     def version(self) -> str:
         """12 hexadecimal digits over content and settings."""
-        total = hashlib.sha256(f"layout {LAYOUT}, revision {_REVISION}, {digest(self.settings)}\n".encode())
+        total = hashlib.sha256(f"{made_by()}, {digest(self.settings)}\n".encode())
         for picture in sorted(self.pictures, key=lambda p: p.particulars.id):
             row = [picture.particulars.id, picture.group, picture.split, *astuple(picture.row)]
             total.update(json.dumps(row).encode() + b"\n")

@@ -94,7 +94,10 @@ class Manifest(BaseModel):
     settings: dict[str, Any] = Field(description="what the version depends on besides the input's content")
     seed: int
     input: str = Field(description="where the raw data lay")
-    input_fingerprint: str = Field(description="hash of the input's listing: names, sizes, times of change")
+    input_fingerprint: str = Field(
+        description="hash of the input's listing (names, sizes, times of change), of the "
+        "settings, and of layout and revision of the program"
+    )
     input_rows: int = Field(description="rows of the raw lists, and verified items; each is in a split or in rejects")
     counts: dict[str, int] = Field(description="pictures of each split")
     image_bytes: dict[str, int] = Field(description="bytes of the pictures of each split")

@@ -31,10 +31,10 @@ class Normalisation:
 
     @classmethod
     def from_processor(cls, folder: Path) -> Normalisation:
-        """Read ``preprocessor_config.json`` (or the image part of ``processor_config.json``) of a checkpoint folder.
+        """Of a checkpoint folder, by the settings of its image processor.
 
         Raises:
-            FileNotFoundError: the checkpoint has neither file.
+            FileNotFoundError: the checkpoint has no such settings.
         """
         settings = processor_settings(folder)
         normalised = settings.get("do_normalize", True)
@@ -54,14 +54,21 @@ class Normalisation:
 
 
 def processor_settings(folder: Path) -> dict[str, Any]:
-    """The image processor's settings of a checkpoint, from the file that its version of transformers wrote."""
+    """The image processor's settings of a checkpoint: ``preprocessor_config.json``, or the image part of
+    ``processor_config.json``, as its version of transformers wrote them.
+
+    Raises:
+        FileNotFoundError: the checkpoint has neither.
+    """
     plain, combined = folder / "preprocessor_config.json", folder / "processor_config.json"
     if plain.is_file():
         return json.loads(plain.read_text())
-    if combined.is_file():
-        return json.loads(combined.read_text()).get("image_processor", {})
+    # beside the plain file, this one names the processor's class alone
+    if combined.is_file() and (settings := json.loads(combined.read_text()).get("image_processor")):
+        return settings
     raise FileNotFoundError(
-        f"{folder} has no preprocessor_config.json: the checkpoint does not say how pictures are prepared"
+        f"{folder} has no preprocessor_config.json, and no processor_config.json with an image_processor: the "
+        "checkpoint does not say how pictures are prepared"
     )
 
 

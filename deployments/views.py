@@ -12,7 +12,6 @@ Knows no tensor library, no model and no file format: decoding, orientation and 
 
 from __future__ import annotations
 
-import json
 from math import ceil
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -20,6 +19,8 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from deployments.pixels import processor_settings
 
 View = Literal["squash", "centre", "native", "native_nw", "native_ne", "native_sw", "native_se"]
 Resample = Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"]
@@ -73,38 +74,37 @@ class ViewSpec(BaseModel):
 
     @classmethod
     def from_processor(cls, folder: Path) -> Self:
-        """The spec that a checkpoint's ``preprocessor_config.json`` describes.
+        """The spec that the image processor's settings of a checkpoint describe.
 
         A detector of ours states it outright (``view_spec``); any other Hugging Face checkpoint's keys describe one
         view.
 
         Raises:
-            FileNotFoundError: the folder holds no such file.
-            ValueError: it describes something other than square views (the message names the key).
+            FileNotFoundError: the checkpoint has no such settings.
+            ValueError: they describe something other than square views (the message names the key).
         """
-        path = folder / "preprocessor_config.json"
-        config: dict[str, Any] = json.loads(path.read_text())
+        config, where = processor_settings(folder), f"image processor of {folder}"
         if "view_spec" in config:
             return cls.model_validate(config["view_spec"])
         size, crop = config.get("size", 224), config.get("crop_size", 224)
         resample: Any = Image.Resampling(config.get("resample", Image.Resampling.BICUBIC)).name.lower()
         if not config.get("do_resize", True):
-            raise ValueError(f"{path}: do_resize is false; pictures of any size cannot be batched")
-        short, side = _resize_of(size, path)
+            raise ValueError(f"{where}: do_resize is false; pictures of any size cannot be batched")
+        short, side = _resize_of(size, where)
         if not config.get("do_center_crop", False):
             if side is None:
-                raise ValueError(f"{path}: size {size} without do_center_crop does not give square pictures")
+                raise ValueError(f"{where}: size {size} without do_center_crop does not give square pictures")
             return cls(size_px=side, views=("squash",), resample=resample)
         if isinstance(crop, int):
             crop = {"height": crop, "width": crop}
         if crop.get("height") != crop.get("width"):
-            raise ValueError(f"{path}: crop_size {crop} is not square")
+            raise ValueError(f"{where}: crop_size {crop} is not square")
         if short is None:
-            raise ValueError(f"{path}: size {size} with do_center_crop is not a shortest_edge")
+            raise ValueError(f"{where}: size {size} with do_center_crop is not a shortest_edge")
         return cls(size_px=crop["height"], views=("centre",), resample=resample, short_side_px=short)
 
 
-def _resize_of(size: Any, path: Path) -> tuple[int | None, int | None]:
+def _resize_of(size: Any, where: str) -> tuple[int | None, int | None]:
     """(short side, square side) that a processor's ``size`` asks for; one of them is None unless it is a bare
     number."""
     if isinstance(size, int):
@@ -113,7 +113,7 @@ def _resize_of(size: Any, path: Path) -> tuple[int | None, int | None]:
         return size["shortest_edge"], None
     if "height" in size and size["height"] == size.get("width"):
         return None, size["height"]
-    raise ValueError(f"{path}: size {size} is not understood: want a number, shortest_edge, or equal height and width")
+    raise ValueError(f"{where}: size {size} is not understood: want a number, shortest_edge, or equal height and width")
 
 
 def render(image: Image.Image, spec: ViewSpec) -> np.ndarray:

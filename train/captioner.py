@@ -39,7 +39,7 @@ from data.locations import Location
 from data.versions import DataVersion
 from deployments.captioner import GENERATION, prompted
 from deployments.checkpoints import Checkpoint, cache_root, resolve
-from deployments.pixels import Normalisation
+from deployments.pixels import Normalisation, processor_settings
 from deployments.views import ViewSpec
 from train.augment import BlipAugment
 from train.cider import CiderReward
@@ -588,7 +588,8 @@ def tokens_key(job: CaptionerJob) -> str:
     checkpoint = resolve(job.checkpoint)
     digest = hashlib.sha256(json.dumps([job.version.manifest.version, job.views.model_dump(mode="json")]).encode())
     digest.update(job.config.features.encode())
-    digest.update((checkpoint.folder / "preprocessor_config.json").read_bytes())  # mean and deviation of its pixels
+    # mean and deviation of its pixels
+    digest.update(json.dumps(processor_settings(checkpoint.folder), sort_keys=True).encode())
     tower = load_captioner(checkpoint).vision_model.state_dict()
     for name in sorted(tower):
         digest.update(name.encode() + tower[name].contiguous().numpy().tobytes())

