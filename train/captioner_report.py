@@ -20,6 +20,7 @@ Knows no MLflow and no HTML.
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -110,21 +111,51 @@ class CaptionerSettings(BaseModel):
 def bootstrap(
     sides: Sequence[Mapping[str, str]], references: Mapping[str, Sequence[str]], resamples: int, seed: int
 ) -> list[dict[str, np.ndarray]]:
-    """Corpus BLEU-4 and CIDEr of each side over photos drawn with replacement, the same draws for all sides.
+    """Corpus BLEU-4 and mean CIDEr of each side over photos drawn with replacement, the same draws for all sides.
 
-    A photo that is drawn twice enters twice, under two names; CIDEr's document frequencies are those of the resample.
+    A caption keeps the CIDEr that it has among all photos: a resample has fewer different photos, and with document
+    frequencies of its own every caption would score by another measure.
     """
     generator = np.random.default_rng(seed)
-    names = list(references)
+    counted = [_by_photo(side, references) for side in sides]
+    count = len(references)
     drawn: list[dict[str, list[float]]] = [{"bleu4": [], "cider": []} for _ in sides]
     for _ in range(resamples):
-        chosen = [names[index] for index in generator.integers(0, len(names), len(names))]
-        truths = {str(place): references[name] for place, name in enumerate(chosen)}
-        for side, values in zip(sides, drawn, strict=True):
-            scores = score_captions({str(place): side[name] for place, name in enumerate(chosen)}, truths)
-            for figure, found in values.items():
-                found.append(scores[figure])
+        chosen = generator.integers(0, count, count)
+        for (counts, cider), values in zip(counted, drawn, strict=True):
+            values["bleu4"].append(_bleu4(counts[chosen].sum(0)))
+            values["cider"].append(float(cider[chosen].mean()))
     return [{figure: np.array(found) for figure, found in values.items()} for values in drawn]
+
+
+def _by_photo(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
+    """What BLEU-4 is counted from, for each photo: n-grams that are right and n-grams, of each order, and words of the
+    caption and of the human one that is closest in length; and CIDEr of each photo."""
+    from pycocoevalcap.bleu.bleu_scorer import BleuScorer
+    from pycocoevalcap.cider.cider import Cider
+
+    hypotheses = {name: [clean_caption(captions[name])] for name in references}
+    truths = {name: [clean_caption(text) for text in texts] for name, texts in references.items()}
+    _, cider = Cider().compute_score(truths, hypotheses)
+    scorer = BleuScorer(n=4)
+    for name, (text,) in hypotheses.items():
+        scorer += (text, truths[name])
+    counts = [
+        [
+            *(*each["correct"], *each["guess"], each["testlen"]),
+            min((abs(length - each["testlen"]), length) for length in each["reflen"])[1],
+        ]
+        for each in scorer.ctest
+    ]
+    return np.array(counts), np.asarray(cider)
+
+
+def _bleu4(counts: np.ndarray) -> float:
+    """BLEU-4 of a corpus (Papineni et al. 2002; as pycocoevalcap has it) from the sums of its photos' counts."""
+    small, tiny = 1e-9, 1e-15  # pycocoevalcap's: nothing is divided by nought
+    right, said, (words, closest) = counts[:4] + tiny, counts[4:8] + small, counts[8:]
+    brevity = math.exp(min(0.0, 1 - (closest + small) / (words + tiny)))
+    return float(np.prod(right / said)) ** 0.25 * brevity
 
 
 def rouge_l(captions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> float:

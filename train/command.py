@@ -152,8 +152,10 @@ def _launch(
         output = Location.of(config.output)
         check_output(output)
         output.parent.ready()
-        _check_workers(config)
+        check_workers(config)
         started = _started(config, folder)
+        if folder.is_local and not callbacks:
+            _remove_torn(folder)
         finished = _finished(folder)
         kept = started.get("inputs")
         if finished is not None and published.exists():
@@ -166,7 +168,7 @@ def _launch(
         if finished is None:
             checkpoint = base_of(config, base, version, kept)
             job, parameters = prepare(config, version, checkpoint)
-            _check_space(config, place, parameters)
+            check_space(config, place, parameters)
             _keep_settings(config, folder, started, version, checkpoint)
     except Exception as error:
         if config.record:
@@ -266,6 +268,15 @@ def reported(folder: Location) -> list[str]:
         ) from error
     there = set(folder.folders())
     return [name for name in sorted(names) if name in there]
+
+
+def _remove_torn(folder: Location) -> None:
+    """Remove what was being copied, or was about to be deleted, when a run's driver was killed: Ray goes by its list
+    alone, and neither resumes from the rest nor deletes it. The run must be held."""
+    whole = set(reported(folder))
+    for name in folder.folders():
+        if name.startswith("checkpoint_") and name not in whole:
+            shutil.rmtree((folder / name).local_path, ignore_errors=True)
 
 
 def _finished(folder: Location) -> tuple[Outcome, Location] | None:
@@ -480,7 +491,7 @@ def check_output(target: Location) -> set[str]:
     return set(there)
 
 
-def _check_workers(config: TrainCommand) -> None:
+def check_workers(config: TrainCommand) -> None:
     """Batch, lanes and every possible number of workers must divide."""
     lanes = config.all_lanes
     if config.batch_size % lanes:
@@ -500,7 +511,7 @@ def _check_workers(config: TrainCommand) -> None:
         raise TrainingError("--ema works with --strategy ddp only: averages of parts are not gathered")
 
 
-def _check_space(config: TrainCommand, place: Location, parameters: int) -> None:
+def check_space(config: TrainCommand, place: Location, parameters: int) -> None:
     """Checkpoints hold weights, two moments and, if there is one, the moving average in float32, and the best weights.
     In storage one is being written while others are kept; in the temporary folder lie the one that was resumed from,
     one on its way and one being written."""

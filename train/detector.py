@@ -616,6 +616,10 @@ def prepare_job(
         raise TrainingError(
             f"--without {', '.join(unknown)}: no such generator or source; there are {', '.join(sorted(names))}"
         )
+    if config.without:
+        sides: tuple[Literal["train", "val"], ...] = ("train", "val")
+        for side in sides:
+            read_annotations(version, side, labels, config.balance, config.without)
     checkpoint = checkpoint or resolve(base_of(config, version))
     new_head = wants_new_head(config, checkpoint, labels)
     if config.blend < 1 and new_head:

@@ -21,9 +21,11 @@ import importlib.util
 import json
 import platform
 import re
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic_settings import CliSubCommand
 
 from data.errors import DataError
-from deployments.checkpoints import Checkpoint, CheckpointError, resolve
+from deployments.checkpoints import Checkpoint, CheckpointError, cache_root, resolve
 from train import captioner_report, detector_report, registry, tagger_report, tracking
 from train.captioner_report import CaptionerSettings
 from train.detector_report import Body, DetectorSettings
@@ -67,7 +69,11 @@ class EvaluationConfig(BaseModel):
     against: str = Field(
         "production", description="checkpoint URI to compare with; `production`: the registry's, if any; empty: none"
     )
-    output: Path | None = Field(None, description="folder that gets report.json and report.html beside MLflow")
+    output: Path | None = Field(
+        None,
+        description="folder that gets report.json and report.html beside MLflow; unset: they are kept, in the cache, "
+        "only when MLflow does not take them",
+    )
     limit: int | None = Field(None, ge=10, description="evaluate on so many test pictures only, the first by id")
     resamples: int = Field(1000, ge=10, description="bootstrap resamples")
     batch_size: int = Field(8, ge=1)
@@ -85,7 +91,6 @@ class CaptionerEvaluation(EvaluationConfig, CaptionerSettings):
     """Evaluate a captioner."""
 
     batch_size: int = Field(16, ge=1)
-    resamples: int = Field(100, ge=10, description="bootstrap resamples; CIDEr is slow")
     seed: int = 7
 
 
@@ -109,6 +114,7 @@ def evaluate(config: Evaluation) -> tuple[dict[str, Any], Judgement]:
     Raises:
         TrackingError, GateError, CheckpointError, DataError, EvaluationError: before anything is measured; what is
             wrong with anything but MLflow is on record as a failed run.
+        TrackingError: when all is measured and written, and MLflow does not take it.
     """
     with registry.meant(config.tracking):  # candidate and production are of the registry that gets the report
         return _evaluate(config)
@@ -141,15 +147,16 @@ def _evaluate(config: Evaluation) -> tuple[dict[str, Any], Judgement]:
     if against is not None:
         print(f"compared with {against.name}", flush=True)
 
-    with tracking.run(
+    written: list[Path] = []
+    source = DatasetInput(name=examples.name, version=examples.version, source=examples.uri, context="evaluation")
+    opened = tracking.run(
         config.tracking,
         "evaluation",
         f"evaluate {checkpoint.name}",
         parameters={"model": checkpoint.name, "against": against.name if against else "none"} | settings,
-        datasets=[
-            DatasetInput(name=examples.name, version=examples.version, source=examples.uri, context="evaluation")
-        ],
-    ) as run:
+        datasets=[source],
+    )
+    with _recording(written), opened as run:
         body = _examine(config, checkpoint, examples, against)
         body.figures["not_measured"] += unknown
         report = {
@@ -167,17 +174,34 @@ def _evaluate(config: Evaluation) -> tuple[dict[str, Any], Judgement]:
         judgement = judge(report, rules)
         report["gate"] = json.loads(judgement.model_dump_json())
         page, text = render_page(report, body.pictures), json.dumps(report, indent=1) + "\n"
+        place = config.output or cache_root() / "evaluations" / run.run_id
+        place.mkdir(parents=True, exist_ok=True)
+        (place / REPORT).write_text(text)
+        (place / "report.html").write_text(page)
+        written.append(place / REPORT)
         run.metrics(dict(_numbers(report)))
         run.tags({registry.GATE_TAG: "passed" if judgement.passed else "failed", "deeptrust.model": checkpoint.name})
         run.text(REPORT, text)
         run.text("report.html", page)
-        if config.output is not None:
-            config.output.mkdir(parents=True, exist_ok=True)
-            (config.output / REPORT).write_text(text)
-            (config.output / "report.html").write_text(page)
         if version is not None:
             registry.record_evaluation(client, version, run.run_id, judgement)
+    if config.output is None:
+        shutil.rmtree(place, ignore_errors=True)
     return report, judgement
+
+
+@contextmanager
+def _recording(written: list[Path]) -> Iterator[None]:
+    """What MLflow raises when the report is written already."""
+    try:
+        yield
+    except Exception as error:  # of any store
+        if not written:
+            raise
+        raise TrackingError(
+            f"the report is written to {written[0]}, but MLflow did not take it ({tracking.describe(error)}), so "
+            "it promotes nothing: when it answers, the same command measures again and puts it on record"
+        ) from error
 
 
 def _examine(

@@ -5,7 +5,7 @@ A version is a checkpoint folder among the artifacts of an MLflow run. Its alias
 checkpoint URI that the application serves. Nothing moves beyond ``candidate`` unless the report of its evaluation
 passes the gate **as the gate stands now**, is of exactly these files and of the whole test split, and compares them
 with what is in production **now**; the first version has nothing to be compared with. ``rollback`` gives an alias back
-to the version that had it before, and asks for no report.
+to the version that had it before and whose files can still be had, and asks for no report.
 
 In: a checkpoint URI, or a model and a version or alias. Out: tables for people; exit status 1 and a reason where
 something is refused. Knows no model class, no HTTP and no data.
@@ -213,7 +213,8 @@ def objection(client: MlflowClient, model: Kind, version: ModelVersion, report: 
 
 
 def rollback(client: MlflowClient, model: Kind, alias: Stage = "production") -> tuple[str, str]:
-    """Give an alias back to the version that had it before; returns (the version now, the one that was).
+    """Give an alias back to the version that had it before; returns (the version now, the one that was). Those whose
+    files cannot be had are passed over, and named. ``models:/`` has to be the client's registry (``meant``).
 
     Raises:
         RegistryError: there is none to go back to.
@@ -223,14 +224,33 @@ def rollback(client: MlflowClient, model: Kind, alias: Stage = "production") -> 
         raise RegistryError(f"{model} has nothing in {alias}: there is nothing to roll back")
     history = _history(client, model, alias)
     available = {str(found.version) for found in client.search_model_versions(f"name='{model}'")}
-    while history and (history[-1]["version"] == current or history[-1]["version"] not in available):
-        history.pop()
-    if not history:
-        raise RegistryError(f"{model} {current} is the first version that was in {alias}: there is none before it")
-    previous = history.pop()["version"]
-    client.set_registered_model_alias(model, alias, previous)
-    _write_history(client, model, alias, history)
-    return previous, current
+    passed_over = []
+    while history:
+        previous = history.pop()["version"]
+        if previous == current or previous not in available:
+            continue
+        if (why := _unusable(client, model, previous)) is None:
+            client.set_registered_model_alias(model, alias, previous)
+            _write_history(client, model, alias, history)
+            return previous, current
+        passed_over.append(previous)
+        print(f"{model} {previous} is passed over: {why}", file=sys.stderr, flush=True)
+    if passed_over:
+        raise RegistryError(
+            f"{model} {current} stays in {alias}: of what was there before it, nothing can be served "
+            f"({', '.join(passed_over)})"
+        )
+    raise RegistryError(f"{model} {current} is the first version that was in {alias}: there is none before it")
+
+
+def _unusable(client: MlflowClient, model: str, number: str) -> str | None:
+    """Why a version cannot serve; None: its files are here or can be had, and are those that were registered."""
+    registered = find_version(client, model, number).tags.get(REVISION_TAG)
+    try:
+        found = resolve(f"models:/{model}/{number}").revision
+    except CheckpointError as error:
+        return str(error)
+    return None if registered in (None, found) else f"its files are {found}, and {registered} was registered"
 
 
 def table(client: MlflowClient) -> str:
@@ -381,7 +401,8 @@ class RollbackCommand(_Command):
 
     def run(self) -> str:
         """What is printed."""
-        now, was = rollback(tracking.connect(self.tracking), self.model, self.alias)
+        with meant(self.tracking):
+            now, was = rollback(tracking.connect(self.tracking), self.model, self.alias)
         return f"{self.model} {now} is in {self.alias} again, instead of {was}"
 
 

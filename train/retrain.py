@@ -7,7 +7,8 @@
 Steps: a new data set version -> training from the checkpoint in production -> export where it is valid -> registered as
 candidate -> judged (``train.gate`` and ``train.retrain_gate``) -> staging: answers beside production's to real
 pictures, none returned -> canary -> watched -> promoted, or rolled back. A report is tied to the files that it is
-about, so a candidate is registered before it is judged; what is refused stays a candidate and goes no further.
+about, so a candidate is registered before it is judged; what is refused stays a candidate and goes no further. Before
+each alias it is judged again if another model came into production since.
 
 Each step's outcome is a tag of one MLflow run (experiment ``retraining``): whatever kills this program, the same
 command goes on after the last step that was finished, and a step that was begun goes on or replaces. One retraining
@@ -109,20 +110,21 @@ class Retraining:
         """All steps, or those that are left; returns the outcome: promoted, passed, refused or rolled back."""
         for name in STEPS[:6]:
             self._once(name, getattr(self, f"_{name}"))
-        if not self.done["judge"]["passed"]:
+        judged = self.done["judge"]
+        if not judged["passed"] and not judged.get("again"):  # judged again, there may be a trial to end
             return "refused"
         if not self.config.deploy:
             return "passed"
-        for name in ("staging", "canary"):
-            if not self._once(name, getattr(self, f"_{name}"))["passed"]:
+        for name in STEPS[6:]:
+            outcome = self._once(name, getattr(self, f"_{name}"))
+            if not outcome["passed"]:
                 self._once("withdraw", self._withdraw)
-                return "rolled back"
-        self._once("promote", self._promote)
+                return "refused" if outcome.get("refused") else "rolled back"
         return "promoted"
 
-    def _once(self, name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def _once(self, name: str, work: Callable[[], dict[str, Any]], again: bool = False) -> dict[str, Any]:
         tag = f"{STEP_TAG}.{name}"
-        found = self.run.client.get_run(self.run.run_id).data.tags.get(tag)
+        found = None if again else self.run.client.get_run(self.run.run_id).data.tags.get(tag)
         if found is None:
             say(f"{name} …")
             self.run.tags({STEP_TAG: name})
@@ -277,12 +279,14 @@ class Retraining:
         return {id_ for split in version.manifest.counts for id_ in version.table(split, ["id"])["id"].to_pylist()}
 
     def _staging(self) -> dict[str, Any]:
-        registry.promote(self.run.client, MODEL, self.done["register"]["version"], "staging", self.config.rules)
+        if (why := self._refused("staging")) is not None:
+            return self._ended(why)
         share, rules = self.config.staging_share, self.config.staging_rules
         return self._tried("staging", share, rules, start=["--shadow"], watch=["--no-promote"])
 
     def _canary(self) -> dict[str, Any]:
-        registry.promote(self.run.client, MODEL, self.done["register"]["version"], "canary", self.config.rules)
+        if (why := self._refused("canary")) is not None:
+            return self._ended(why)
         return self._tried("canary", self.config.canary_share, self.config.canary_rules, start=[], watch=[])
 
     def _tried(
@@ -308,15 +312,46 @@ class Retraining:
 
     def _promote(self) -> dict[str, Any]:
         number = self.done["register"]["version"]
-        _, before = registry.promote(self.run.client, MODEL, number, "production", self.config.rules)
-        return {"told": f"{MODEL} {number} is in production, before: {before}"}
+        before = registry.aliases_of(self.run.client, MODEL).get("production")
+        if before != number and (why := self._refused("production")) is not None:
+            return self._ended(why, "--production")  # the watcher of the canary has promoted it in the application
+        return {"passed": True, "told": f"{MODEL} {number} is in production, before: {before}"}
+
+    def _refused(self, to: registry.Stage) -> str | None:
+        """Give the candidate an alias; why it may not have it, None: it has it. It is judged again where its report is
+        no ground any more: another model came into production since, with which nobody has compared it."""
+        client, number = self.run.client, self.done["register"]["version"]
+        version = registry.find_version(client, MODEL, number)
+        try:
+            reason = registry.objection(client, MODEL, version, registry.read_report(client, version))
+        except registry.RegistryError as error:  # the report is gone
+            reason = str(error)
+        if reason is not None:
+            say(f"{MODEL} {number} {reason}"[:1000])
+            self._once("judge", lambda: self._judge() | {"again": True}, again=True)
+        if not self.done["judge"]["passed"]:
+            return str(self.done["judge"]["told"])
+        try:
+            registry.promote(client, MODEL, number, to, self.config.rules)
+        except registry.RegistryError as error:  # the rules may be others than they were
+            return str(error)
+        return None
+
+    def _ended(self, why: str, *what: str) -> dict[str, Any]:
+        """The outcome of a step that was refused; a trial of the candidate, if there may be one, is at its end."""
+        given = registry.aliases_of(self.run.client, MODEL)
+        if self.done["register"]["version"] in (given.get("staging"), given.get("canary")):
+            status, said = canary("rollback", MODEL, *what)
+            if status:
+                raise RetrainError(f"the trial was not ended: {said}")
+        return {"passed": False, "refused": True, "told": why[:1000]}
 
     def _withdraw(self) -> dict[str, Any]:
         number, given = self.done["register"]["version"], registry.aliases_of(self.run.client, MODEL)
         for alias in ("staging", "canary"):
             if given.get(alias) == number:
                 self.run.client.delete_registered_model_alias(MODEL, alias)
-        return {"told": f"{MODEL} {number} is a candidate that was rolled back"}
+        return {"told": f"{MODEL} {number} is a candidate again"}
 
     @contextlib.contextmanager
     def _replay(self, name: str) -> Iterator[None]:

@@ -2,7 +2,8 @@
 
 In: probabilities or scores as arrays. Out: JSON-ready figures. Intervals are percentiles (95 %) of a bootstrap over
 pictures, each class by itself; where groups of near-duplicates are given, over these: ten copies of a picture say no
-more than one. Knows no pictures, no model and no files.
+more than one. A share of all or of none, of which every resample says the same, has the exact interval. Knows no
+pictures, no model and no files.
 """
 
 from __future__ import annotations
@@ -53,6 +54,19 @@ def interval(
         for _ in range(resamples)
     ]
     return described(float(figure(*arrays)), np.array(drawn))
+
+
+def share_of(hits: np.ndarray, resamples: int, seed: int, groups: np.ndarray | None = None) -> Interval:
+    """A share with its 95 % interval: ``interval``'s, and where all or none are hits the one of Clopper & Pearson
+    (1934) over groups, which is wide where there are few."""
+    if hits.any() and not hits.all():
+        return interval(
+            lambda each: float(each.mean()), [hits], resamples, seed, [groups] if groups is not None else None
+        )
+    value = float(hits.all())
+    end = 0.025 ** (1 / (int(numbered(groups, len(hits)).max()) + 1))
+    low, high = (end, 1.0) if value else (0.0, 1 - end)
+    return {"value": value, "low": round(low, 4), "high": round(high, 4)}
 
 
 def paired_difference(
@@ -147,8 +161,8 @@ def verdict_figures(
         "real": len(real),
         "roc_auc": interval(auc, [ai, real], resamples, seed, [of_ai, of_real]),
         "average_precision": round(float(average_precision_score(labels, probabilities)), 4),
-        "real_accuracy": interval(lambda x: float((x < above).mean()), [real], resamples, seed, [of_real]),
-        "ai_recall": interval(lambda x: float((x >= above).mean()), [ai], resamples, seed, [of_ai]),
+        "real_accuracy": share_of(real < above, resamples, seed, of_real),
+        "ai_recall": share_of(ai >= above, resamples, seed, of_ai),
         "balanced_accuracy": interval(
             lambda x, y: balanced_accuracy(x, y, above), [ai, real], resamples, seed, [of_ai, of_real]
         ),

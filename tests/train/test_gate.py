@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from train.gate import GateError, Rules, find, judge, main, read_rules
+from train.statistics import verdict_figures
 
 REPORT = {
     "kind": "detector",
@@ -45,6 +47,20 @@ def test_rules_ask_for_lower_ends_and_the_starter_models_have_them() -> None:
     own = [rule for rule in read.captioner if rule.figure.startswith("intervals.")]
     report = {"kind": "captioner", "intervals": {name: {"low": low} for name, low in lower.items()}}
     assert judge(report, read.model_copy(update={"captioner": own})).passed
+
+
+def test_a_handful_of_pictures_passes_by_no_luck() -> None:
+    def failed(ai: int, real: int) -> set[str]:
+        labels = np.repeat([1, 0], [ai, real])
+        figures = verdict_figures(np.where(labels, 0.99, 0.01), labels, {"human_below": 0.3, "ai_above": 0.6}, 20, 0)
+        report = {"kind": "detector", "tiers": dict.fromkeys(("clean", "768_q60", "512_q40"), figures)}
+        return {check.rule.figure for check in judge(report, read_rules()).checks if not check.passed}
+
+    shares = {"tiers.clean.real_accuracy.low", "tiers.768_q60.real_accuracy.low"}
+    assert failed(3, 3) == shares | {"tiers.clean.ai", "tiers.clean.real"}
+    assert failed(3, 116) == {"tiers.clean.ai"}
+    assert failed(71, 50) == shares  # nothing wrong in fifty photos: one in twenty may be, and none of them shown
+    assert failed(50, 116) == set()
 
 
 def test_what_was_not_measured_is_no_success_either() -> None:

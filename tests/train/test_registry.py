@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -205,6 +206,34 @@ def test_the_way_back_passes_over_versions_that_are_gone(
     for number in numbers:
         promote(client, "detector", number, "canary", rules)
     client.delete_model_version("detector", numbers[1])
+    assert rollback(client, "detector", "canary") == (numbers[0], numbers[2])
+
+
+def test_the_way_back_passes_over_versions_whose_files_are_gone(
+    store: TrackingConfig,
+    client: MlflowClient,
+    tmp_path: Path,
+    rules: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    numbers = [add(store, tmp_path / name, 0.9) for name in "abc"]
+    for number in numbers:
+        promote(client, "detector", number, "canary", rules)
+    monkeypatch.setenv("DEEPTRUST_CACHE", str(tmp_path / "cache"))  # what was fetched once can be served still
+
+    def files_of(number: str) -> Path:
+        return Path(str(registry.find_version(client, "detector", number).source).removeprefix("file://"))
+
+    shutil.rmtree(files_of(numbers[1]))
+    (files_of(numbers[0]) / "card.json").write_text('{"task": "detection", "labels": ["ai", "human"]}')
+    with pytest.raises(RegistryError, match=r"stays in canary: .* nothing can be served \(2, 1\)"):
+        rollback(client, "detector", "canary")
+    assert registry.aliases_of(client, "detector")["canary"] == numbers[2]
+    told = capsys.readouterr().err
+    assert "detector 2 is passed over: " in told and f"{resolve(str(tmp_path / 'a')).revision} was registered" in told
+    shutil.copytree(tmp_path / "a", files_of(numbers[0]), dirs_exist_ok=True)
+    monkeypatch.setenv("DEEPTRUST_CACHE", str(tmp_path / "other cache"))
     assert rollback(client, "detector", "canary") == (numbers[0], numbers[2])
 
 

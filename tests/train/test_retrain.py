@@ -33,6 +33,7 @@ from deployments.verified import SCHEMA
 from tests.jobs import Jobs
 from tests.train.small import flags, jpeg, tiny_vit, traced, write_version
 from tests.train.small_models import small_detector
+from tests.train.test_registry import RULES, add, evaluated
 from train import registry, retrain, tracking
 from train.evaluate import EvaluationError
 from train.examples import read_examples
@@ -338,6 +339,111 @@ def test_a_trial_that_was_rolled_back_before_the_kill_is_not_begun_again(
     assert asked == ["rollback"]
     for left in (tried(("2", "continue")), tried(("1", "roll_back")), tried(), tried(cut_off='{"candidate')):
         assert left["passed"] and asked == ["start", "watch"]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> TrackingConfig:
+    """A registry of its own: others count what is in theirs."""
+    return TrackingConfig(uri=f"sqlite:///{tmp_path_factory.mktemp('mlflow')}/mlflow.db", system_metrics_s=0)
+
+
+@pytest.fixture
+def judged(store: TrackingConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[retrain.Retraining]:
+    """A retraining of which every step up to `judge` is done: detector 1 is in production, 2 and 3 were held against it
+    and passed; 2 is the retraining's."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", str(store.uri))
+    monkeypatch.setattr("train.retrain.canary", lambda *_: pytest.fail("the application was asked"))
+    monkeypatch.setattr(retrain.Retraining, "_tried", lambda *_, **__: {"passed": True, "told": "nothing against it"})
+    (tmp_path / "gate.yaml").write_text(RULES)
+    own = config(tmp_path, rules=tmp_path / "gate.yaml").model_copy(update={"tracking": store})
+    client = tracking.connect(store)
+    assert add(store, tmp_path / "a", 0.9) == "1"
+    registry.promote(client, "detector", "1", "production", own.rules)
+    for name in "bc":
+        add(store, tmp_path / name, 0.9)
+    with tracking.run(store, retrain.EXPERIMENT, "retrain") as run:
+        done: dict[str, dict[str, Any]] = {name: {} for name in retrain.STEPS[:4]}
+        done["register"] = {"version": "2", "uri": "models:/detector/2"}
+        done["judge"] = {"passed": True}
+        done = {name: {"told": name, "seconds": 0} | step for name, step in done.items()}
+        run.tags({f"deeptrust.step.{name}": json.dumps(step) for name, step in done.items()})
+        yield retrain.Retraining(own, run)
+    client.delete_registered_model("detector")
+
+
+def holders(retraining: retrain.Retraining) -> dict[str, str]:
+    given = registry.aliases_of(retraining.run.client, "detector")
+    return {alias: number for alias, number in given.items() if alias != "candidate"}
+
+
+def test_a_candidate_is_judged_again_when_another_came_into_production(
+    judged: retrain.Retraining, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def judge(_: retrain.Retraining) -> dict[str, Any]:
+        evaluated(judged.config.tracking, "2")
+        return {"passed": True, "told": "passed against 3"}
+
+    monkeypatch.setattr(retrain.Retraining, "_judge", judge)
+    registry.promote(judged.run.client, "detector", "3", "production", judged.config.rules)
+    assert judged.go() == "promoted" and judged.done["judge"]["told"] == "passed against 3"
+    assert holders(judged) == dict.fromkeys(("staging", "canary", "production"), "2")
+    # killed before the end was on record: nothing is judged and nothing promoted again
+    monkeypatch.setattr(retrain.Retraining, "_judge", lambda _: pytest.fail("it was judged again"))
+    assert retrain.Retraining(judged.config, judged.run).go() == "promoted"
+
+
+@pytest.mark.parametrize(
+    ("at", "ended"),
+    [("staging", []), ("canary", [("rollback", "detector")]), ("promote", [("rollback", "detector", "--production")])],
+)
+def test_a_candidate_that_may_not_go_on_any_more_ends_the_retraining(
+    judged: retrain.Retraining, monkeypatch: pytest.MonkeyPatch, at: str, ended: list[tuple[str, ...]]
+) -> None:
+    """Or every later start would go on with it, and none begin another."""
+    asked: list[tuple[str, ...]] = []
+
+    def canary(*arguments: str) -> tuple[int, str]:
+        asked.append(arguments)
+        return (0, "") if len(asked) > 1 or at == "staging" else (1, "the dashboard is away")
+
+    def before(self: retrain.Retraining, name: str, work: Any, again: bool = False) -> dict[str, Any]:
+        if name == at and not again:
+            self.config.rules.write_text(RULES.replace("0.5", "0.95"))
+        return once(self, name, work, again)
+
+    once = retrain.Retraining._once
+    monkeypatch.setattr(retrain.Retraining, "_once", before)
+    monkeypatch.setattr("train.retrain.canary", canary)
+    if ended:
+        with pytest.raises(retrain.RetrainError, match="dashboard is away"):
+            judged.go()
+    assert judged.go() == "refused" and asked == ended * 2
+    assert "does not pass the gate" in judged.done[at]["told"] and ">= 0.95: 0.9" in judged.done[at]["told"]
+    assert holders(judged) == {"production": "1"}
+    assert "refused" in judged.page("refused")
+
+
+def test_a_candidate_that_is_refused_in_the_second_judgement_leaves_no_trial(
+    judged: retrain.Retraining, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def canary(command: str, *_: str) -> tuple[int, str]:
+        asked.append(command)
+        return 0, ""
+
+    monkeypatch.setattr("train.retrain.canary", canary)
+    judged.run.tags({"deeptrust.step.staging": json.dumps({"passed": True, "told": "", "seconds": 0})})
+    judged.run.client.set_registered_model_alias("detector", "staging", "2")
+    registry.promote(judged.run.client, "detector", "3", "production", judged.config.rules)
+
+    def judge(_: retrain.Retraining) -> dict[str, Any]:
+        evaluated(judged.config.tracking, "2")
+        return {"passed": False, "told": "REFUSED: no better than 3"}
+
+    monkeypatch.setattr(retrain.Retraining, "_judge", judge)
+    assert judged.go() == "refused" and asked == ["rollback"] and holders(judged) == {"production": "3"}
+    assert judged.done["canary"]["told"] == "REFUSED: no better than 3"
 
 
 def test_engines_are_exported_on_some_pictures_and_no_others_are_read(

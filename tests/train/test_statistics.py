@@ -14,6 +14,7 @@ from train.statistics import (
     interval,
     paired_difference,
     reliability,
+    share_of,
     verdict_figures,
 )
 
@@ -74,6 +75,18 @@ def test_copies_of_a_picture_narrow_no_interval() -> None:
     scores, named = {"one": (ai.repeat(8, 0), real.repeat(8, 0))}, {"one": (groups[0], groups[1])}
     same = by_generator({"one": (ai, real)}, 0, 100, 0)["mean_over_generators"]
     assert by_generator(scores, 0, 100, 0, named)["mean_over_generators"] == same
+
+
+def test_a_share_of_all_is_as_sure_as_its_pictures_are_many() -> None:
+    for count, low in ((3, 0.2924), (116, 0.9687), (1000, 0.9963)):
+        assert share_of(np.ones(count, bool), 50, 0) == {"value": 1.0, "low": low, "high": 1.0}
+        assert share_of(np.zeros(count, bool), 50, 0) == {"value": 0.0, "low": 0.0, "high": pytest.approx(1 - low)}
+        # Clopper & Pearson: of what had that share, so many would be right once in forty times
+        assert low**count == pytest.approx(0.025, rel=0.05)
+    assert share_of(np.ones(40, bool), 50, 0, np.arange(40) // 8) == share_of(np.ones(5, bool), 50, 0)
+    some = np.arange(100) < 90
+    as_before = interval(lambda values: float(values.mean()), [some], 200, 0)
+    assert share_of(some, 200, 0) == as_before and as_before["low"] < 0.9 < as_before["high"]
 
 
 def test_a_paired_difference_is_much_narrower_than_its_sides() -> None:

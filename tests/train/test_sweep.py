@@ -128,7 +128,37 @@ def test_data_or_a_model_that_is_missing_is_told_before_a_trial(
         sweep(config(tmp_path, data=str(tmp_path / "none"), record=False))
     version = labelled_version(tmp_path / "data", train=4, val=2)
     with pytest.raises(CheckpointError, match="no such checkpoint"):
-        sweep(config(tmp_path, data=str(version), model="no/where/at/all", record=False, name="other"))
+        sweep(config(tmp_path, data=str(version), model="no/where/at/all", record=False))
+
+
+def test_what_kept_a_sweep_from_its_first_trial_is_corrected_under_the_same_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started(*_: object) -> None:
+        raise TrainingError("trials were started")
+
+    monkeypatch.setattr(train.sweep, "_tune", started)
+    version, model = labelled_version(tmp_path / "data", train=4, val=2), str(tiny_vit(tmp_path / "vit"))
+    with pytest.raises(DataError, match="no prepared data set"):
+        sweep(config(tmp_path, data=str(tmp_path / "none"), model=model, record=False))
+    for _ in range(2):
+        with pytest.raises(TrainingError, match="trials were started"):
+            sweep(config(tmp_path, data=str(version), model=model, record=False))
+        (tmp_path / "detector-sweep" / "tune").mkdir(exist_ok=True)
+    with pytest.raises(TrainingError, match=r"was started with other settings \(data\)"):
+        sweep(config(tmp_path, data=str(tmp_path / "none"), model=model, record=False))
+
+
+def test_what_no_trial_could_divide_or_keep_is_told_before_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train.sweep, "_tune", lambda *_: pytest.fail("trials were started"))
+    for changes in ({"batch_size": 10}, {"space": tmp_path / "space.yaml"}):
+        (tmp_path / "space.yaml").write_text("batch_size: {values: [16, 10]}")
+        with pytest.raises(TrainingError, match="--batch-size 10 does not divide into 4 lanes"):
+            sweep(config(tmp_path, num_workers=4, record=False, **changes))
+    version, model = labelled_version(tmp_path / "data", train=4, val=2), str(tiny_vit(tmp_path / "vit"))
+    monkeypatch.setattr("train.command.shutil.disk_usage", lambda _: SimpleNamespace(free=2**20))
+    with pytest.raises(TrainingError, match=r"--storage .* has 0\.0 GiB free"):
+        sweep(config(tmp_path, data=str(version), model=model, record=False))
 
 
 def test_a_sweep_that_is_done_writes_its_best_where_it_is_asked_for(tmp_path: Path) -> None:
@@ -201,6 +231,7 @@ def test_a_sweep_goes_on_only_as_it_was_started(tmp_path: Path) -> None:
     started, place = config(tmp_path, trials=3), Location.of(tmp_path)
     space = read_space(started)
     _check_same(started, space, place)
+    (tmp_path / "tune").mkdir()  # Ray Tune's state
     kept = (tmp_path / "sweep.json").read_text()
     _check_same(config(tmp_path, trials=3, output="elsewhere", threads=1), space, place)
     for changes, searched, complaint in (
