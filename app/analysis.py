@@ -207,13 +207,18 @@ class Graph:
 
         Raises:
             ImageError: the bytes are not a picture that is accepted.
-            Problem: no stage could answer.
+            Problem: no stage could answer, or the picture's turn came too late.
         """
         loop, started = asyncio.get_running_loop(), time.perf_counter()
         specs = self._wanted_views(tasks)
         sampled = "detect" in tasks and self._sampler.wants()
         with telemetry.span("decode", bytes=len(data)):
-            sha256, prepared = await loop.run_in_executor(self._threads, self._prepare, data, specs, sampled)
+            try:
+                sha256, prepared = await loop.run_in_executor(
+                    self._threads, self._prepare, data, specs, deadline, sampled
+                )
+            except DeadlineExceeded as error:
+                raise Problem("timeout", str(error)) from None
         progress = _Progress(Annotation(id=picture_id or uuid.uuid4().hex, sha256=sha256), deadline, started)
         record = progress.annotation
         record.timings_ms["decode"] = _milliseconds(started)
@@ -249,7 +254,11 @@ class Graph:
                     wanted.append(info.views)
         return wanted
 
-    def _prepare(self, data: bytes, specs: list[ViewSpec], sampled: bool = False) -> tuple[str, Prepared]:
+    def _prepare(
+        self, data: bytes, specs: list[ViewSpec], deadline: float, sampled: bool = False
+    ) -> tuple[str, Prepared]:
+        if time.time() >= deadline:  # it has waited for a thread, and nobody waits for it any more
+            raise DeadlineExceeded("the request's time was over before the picture could be decoded")
         picture = decode(data, self.limits.picture)
         size = picture.image.size
         views = {spec: render(picture.image, spec) for spec in set(specs)}
@@ -262,13 +271,13 @@ class Graph:
             picture_statistics(picture, views[specs[0]][0]) if sampled and specs else None,
         )
 
-    async def _views(self, prepared: Prepared, spec: ViewSpec) -> np.ndarray:
+    async def _views(self, prepared: Prepared, spec: ViewSpec, deadline: float) -> np.ndarray:
         """The views that a model asks for. Another revision with other views may have come into service since the
         picture was decoded: then it is decoded once more.
         """
         if spec not in prepared.views:
             loop = asyncio.get_running_loop()
-            _, again = await loop.run_in_executor(self._threads, self._prepare, prepared.data, [spec])
+            _, again = await loop.run_in_executor(self._threads, self._prepare, prepared.data, [spec], deadline)
             prepared.views |= again.views
             prepared.regions |= again.regions
         return prepared.views[spec]
@@ -276,17 +285,18 @@ class Graph:
     async def _detect(self, progress: _Progress, prepared: Prepared, explain: Explain | None) -> None:
         async def detect(handle: DeploymentHandle, info: ModelInfo, deadline: float) -> dict[str, Any]:
             assert info.views is not None
-            views = await self._views(prepared, info.views)
+            views = await self._views(prepared, info.views, deadline)
             return await _await(handle.detect.remote(views, info.views, deadline), deadline)
 
         async def explained(handle: DeploymentHandle, info: ModelInfo, deadline: float) -> dict[str, Any]:
             assert info.views is not None
             answer = await detect(handle, info, deadline)
-            views = await self._views(prepared, info.views)
+            answered = time.perf_counter()
+            views = await self._views(prepared, info.views, deadline)
             maps = await _await(handle.explain.remote(views, info.views, deadline), deadline)
             loop, where = asyncio.get_running_loop(), prepared.regions[info.views]
             drawn = await loop.run_in_executor(self._threads, heat_map, maps, where, explain == "png")
-            return answer | {"heat_map": drawn}
+            return answer | {"heat_map": drawn, "explained_s": time.perf_counter() - answered}
 
         answer = await self._stage(progress, "detector", explained if explain else detect, detect)
         if answer is not None:
@@ -296,7 +306,7 @@ class Graph:
     async def _describe(self, progress: _Progress, prepared: Prepared, tag: bool) -> None:
         async def caption(handle: DeploymentHandle, info: ModelInfo, deadline: float) -> dict[str, Any]:
             assert info.views is not None
-            views = await self._views(prepared, info.views)
+            views = await self._views(prepared, info.views, deadline)
             return await _await(handle.caption.remote(views, info.views, deadline), deadline)
 
         captioned = await self._stage(progress, "captioner", caption, caption)
@@ -453,6 +463,8 @@ class Graph:
     ) -> None:
         info = self.routes[stage].runs(role)
         revision = revision_of(answer["model"]) if failure is None and "model" in answer else ""
+        # the other model is not asked for a heat map
+        explained_s = answer.get("explained_s", 0.0) if failure is None else 0.0
         tried = Tried(
             model=stage,
             role=role,
@@ -460,7 +472,7 @@ class Graph:
             revision=revision or (info.revision if info is not None else ""),
             sha256=sha256,
             code="ok" if failure is None else failure[0],
-            seconds=round(time.perf_counter() - started, 4),
+            seconds=round(time.perf_counter() - started - explained_s, 4),
             at_s=time.time(),
             said=said(answer) if failure is None else None,
             agreement=agreed,

@@ -38,6 +38,7 @@ class Tried:
     code: str
     """`ok`, or why there is none."""
     seconds: float
+    """Without what only whoever sent the picture wants."""
     at_s: float
     said: str | None = None
     agreement: float | None = None

@@ -26,7 +26,8 @@ Format = Literal["JPEG", "PNG", "WEBP", "GIF", "TIFF", "AVIF", "HEIC"]
 FORMATS: tuple[Format, ...] = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "AVIF", "HEIC")
 
 _MAX_STEPS = 20_000  # blocks of one file that a walk looks at; 20 MiB of PNG in 8 KiB pieces has 2,560
-#: A progressive JPEG has about ten scans. Each costs a pass over all pixels, so thousands of tiny ones stall a decoder.
+#: A progressive JPEG has about ten scans. Each costs a pass over all pixels, so thousands of tiny ones stall a decoder,
+#: and dozens one of a large picture (`images` limits what they come to).
 _MAX_JPEG_SCANS = 100
 _MAX_GIF_SUB_BLOCKS = 200_000  # of at most 255 bytes: 20 MiB have 82,241
 _MAX_TEXTS = 64
@@ -121,8 +122,18 @@ def _jpeg_segments(data: bytes) -> Iterator[tuple[int, int, int]]:
     raise ContainerError("more segments than an honest JPEG has")
 
 
-def _jpeg_scans_end(data: bytes, start: int) -> int:
-    """Where the scans, of which the first begins at `start`, end: after the end marker, or with a file that lacks it.
+def jpeg_scans(data: bytes) -> int:
+    """How many scans a JPEG has.
+
+    Raises:
+        ContainerError: more than an honest one.
+    """
+    return sum(_jpeg_scans(data, start)[0] for marker, start, _ in _jpeg_segments(data) if marker == 0xDA)
+
+
+def _jpeg_scans(data: bytes, start: int) -> tuple[int, int]:
+    """How many scans there are, of which the first begins at `start`, and where they end: after the end marker, or with
+    a file that lacks it.
 
     What follows is none of the picture's: a phone's Motion Photo has a film there.
     """
@@ -130,11 +141,11 @@ def _jpeg_scans_end(data: bytes, start: int) -> int:
     for _ in range(_MAX_STEPS):
         found = _JPEG_MARKER_OF_SCANS.search(data, at)
         if found is None:
-            return len(data)
+            return scans, len(data)
         at = found.end()
         marker = data[at - 1]
         if marker == 0xD9:
-            return at
+            return scans, at
         scans += marker == 0xDA
         if scans > _MAX_JPEG_SCANS:
             raise ContainerError("more scans than an honest JPEG has")
@@ -146,7 +157,7 @@ def _jpeg_pixels(data: bytes) -> bytes:
     parts = [data[:2]]
     for marker, start, end in _jpeg_segments(data):
         if marker == 0xDA:
-            end = _jpeg_scans_end(data, start)
+            _, end = _jpeg_scans(data, start)
         body = data[start + 4 : start + 10]
         is_metadata = 0xE0 <= marker <= 0xEF or marker == 0xFE
         # JFIF and Adobe say how to read the colours; all other application segments are metadata.

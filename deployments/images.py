@@ -30,6 +30,7 @@ from PIL import (
     AvifImagePlugin,
     GifImagePlugin,
     Image,
+    ImageChops,
     ImageFile,
     JpegImagePlugin,
     PngImagePlugin,
@@ -39,7 +40,7 @@ from PIL import (
 from pydantic import BaseModel, ConfigDict, Field
 
 from deployments.bmff import av1_sizes
-from deployments.containers import Format, pixels_only, read_metadata, sniff
+from deployments.containers import Format, jpeg_scans, pixels_only, read_metadata, sniff
 from deployments.metadata import ContainerError
 from deployments.tiff import EXIF_ORIENTATION, read_exif
 
@@ -50,6 +51,11 @@ _LUMA_MEAN = 57.625
 
 #: How often an AVIF holds its pixels at most: colour, alpha, a gain map, and room for the edges of a grid's tiles.
 _AV1_STREAMS = 4
+
+#: How often a JPEG's scans may go over as many pixels as the largest picture has. Usual progressive ones have ten.
+_JPEG_SCANS = 15
+#: How often a JPEG that ends too early is decoded.
+_DECODED_WITHOUT_END = 3
 
 #: What has to be done to a picture of EXIF orientation 2 to 8 (Exif 2.32, 4.6.4) to see it upright.
 _UPRIGHT = {
@@ -107,8 +113,8 @@ class Picture:
 def decode(data: bytes, limits: ImageLimits | None = None) -> Picture:
     """Decodes the bytes of one file.
 
-    A JPEG that lost no more than its end marker and a part of its last row of blocks is accepted, as viewers do. What
-    misses more is `truncated`, in every format.
+    A JPEG that lost no more than its end marker and a part of its last row of blocks is accepted, as viewers do, unless
+    its scans are too many for a few decodings. What misses more is `truncated`, in every format.
 
     Raises:
         ImageError: `empty_body`, `too_large`, `not_an_image` (none of the seven formats), `truncated` (one of them, but
@@ -162,10 +168,11 @@ def _decode_upright(data: bytes, picture_format: Format, limits: ImageLimits) ->
     _check_size(image.size, limits)
     if picture_format == "TIFF":
         _check_tiff_tiles(image, limits)
+    decodings = _jpeg_decodings(content, image.size, limits) if picture_format == "JPEG" else 1
     try:
         image.load()
     except OSError:
-        if picture_format != "JPEG":
+        if decodings < _DECODED_WITHOUT_END:
             raise
         image = _load_jpeg_without_end(content)
     _check_size(image.size, limits)  # a HEIC tells its true size only now
@@ -227,6 +234,15 @@ def _check_av1_streams(content: bytes, limits: ImageLimits) -> None:
         raise ImageError("too_many_pixels", f"The picture's {len(sizes)} streams have more pixels than are accepted.")
 
 
+def _jpeg_decodings(content: bytes, size: tuple[int, int], limits: ImageLimits) -> int:
+    """How often a JPEG may be decoded, once at least: a small file may have many scans, each a pass over all pixels."""
+    scans = jpeg_scans(content)
+    decodings = _JPEG_SCANS * limits.max_pixels // max(1, scans * size[0] * size[1])
+    if decodings < 1:
+        raise ImageError("too_many_pixels", f"The picture's {scans} scans have more pixels than are accepted.")
+    return decodings
+
+
 def _open_heif(content: bytes) -> ImageFile.ImageFile:
     # Imported at first use: half of the deployments never see a HEIC, and its library takes a moment to load.
     from pillow_heif import HeifImageFile
@@ -264,11 +280,10 @@ def _load_jpeg_without_end(content: bytes) -> ImageFile.ImageFile:
         image = JpegImagePlugin.JpegImageFile(BytesIO(content + filler + b"\xff\xd9"))
         image.load()
         fills.append(image)
-    width, height = fills[0].size
     # Blocks are at most 16 rows high, and smoothing of the colour planes reaches a few rows further up.
-    sound = (0, 0, width, max(0, (height - 1) // 16 * 16 - 4))
-    alike = fills[0].tobytes() == fills[1].tobytes()
-    if not alike and (sound[3] == 0 or fills[0].crop(sound).tobytes() != fills[1].crop(sound).tobytes()):
+    sound_rows = max(0, (fills[0].height - 1) // 16 * 16 - 4)
+    differing = ImageChops.difference(*fills).getbbox()
+    if differing is not None and (sound_rows == 0 or differing[1] < sound_rows):
         raise OSError("cut off")
     return fills[0]
 

@@ -3,8 +3,9 @@
 A replica's event loop never computes: Serve's health checks, cancellations and queueing run on it. Batches run on one
 thread of their own, which on a CPU has as many parts of a batch computed beside each other as it may use cores: threads
 that share every layer wait for each other after each, and whatever else a core does meanwhile keeps all of them. A new
-revision is loaded on another, beside the one in service, which goes on answering until the
-two are exchanged between two batches: no request is lost, none waits, and for that time both are in memory.
+revision is loaded on another, beside the one in service, which goes on answering until the two are exchanged between
+two batches: no request is lost, none waits, and for that time both are in memory. One that cannot be loaded is refused,
+and the one in service goes on.
 
 Pictures are batched by ``serve.batch``, behind a ``Door``. ``serve.batch`` closes a batch when its wait is over,
 whether the model is free or not: pictures that come one by one during a long batch would each become a batch of one,
@@ -86,6 +87,13 @@ class ReplicaConfig(BaseModel):
     )
 
 
+class Refusal(BaseModel):
+    """What a replica was told to serve and could not, so that it goes on with what it has."""
+
+    uri: str
+    why: str = Field(description="for operators: it may name files and hosts")
+
+
 class ModelInfo(BaseModel):
     """What a replica says of the model it runs (``GET /v1/models``)."""
 
@@ -93,6 +101,7 @@ class ModelInfo(BaseModel):
     revision: str
     card: dict[str, Any]
     views: ViewSpec | None = Field(None, description="the view of a picture to send; none for a model that reads text")
+    refused: Refusal | None = Field(None, description="what it was told to serve last, if it could not")
 
 
 class PictureModel(Protocol):
@@ -107,6 +116,8 @@ class PictureModel(Protocol):
 Model = TypeVar("Model", bound=PictureModel)
 
 _CODES: dict[type[BaseException], str] = {ViewMismatch: "other_views", DeadlineExceeded: "deadline"}
+#: A canary's deployment is called as production's is, with this behind it.
+_CANARY = "Canary"
 #: A batch that runs longer than this is taken for a hang: the health check fails and Serve starts a new replica.
 _STUCK_AFTER_S = 120.0
 
@@ -190,6 +201,7 @@ class Replica(Generic[Model]):
         self._health = Health()
         self._known: tuple[Model, dict[str, Any]] | None = None
         self._replaced: weakref.ref[Model] | None = None
+        self._refused: Refusal | None = None
 
     def load(self, checkpoint: Checkpoint) -> Model:
         """Load a checkpoint, on a thread beside the one that computes."""
@@ -224,8 +236,22 @@ class Replica(Generic[Model]):
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serve's call at start and whenever ``user_config`` changes: same revision, no work; another, swapped in
-        place.
+        place; one that cannot be had, refused (``refusal``).
+
+        Raises:
+            CheckpointError: the URI names no sound checkpoint, and nothing is in service.
         """
+        try:
+            await self._take(user_config)
+        except Exception as error:
+            if self._model is None:
+                raise
+            self._refused = refusal(self.stage, self._model.checkpoint, str(user_config.get("uri")), error)
+        else:
+            self._refused = None
+
+    async def _take(self, user_config: dict[str, Any]) -> None:
+        """Take what ``user_config`` says into service; where that raises, the model is the one that it was."""
         config = ReplicaConfig.model_validate(user_config)
         self._door.size = config.max_batch_size
         self._batch.set_max_batch_size(config.max_batch_size)  # type: ignore[attr-defined]
@@ -373,7 +399,11 @@ class Replica(Generic[Model]):
         """``ModelInfo`` of the model in service."""
         checkpoint = self.model.checkpoint
         return ModelInfo(
-            uri=checkpoint.uri, revision=checkpoint.revision, card=checkpoint.card.model_dump(), views=self.model.views
+            uri=checkpoint.uri,
+            revision=checkpoint.revision,
+            card=checkpoint.card.model_dump(),
+            views=self.model.views,
+            refused=self._refused,
         ).model_dump()
 
     async def check_health(self) -> None:
@@ -418,6 +448,21 @@ def failed(error: Exception) -> ModelFailed:
     if isinstance(error, ModelFailed):
         return error
     return ModelFailed(type(error).__name__)
+
+
+def refusal(stage: Stage, current: Checkpoint, uri: str, error: Exception) -> Refusal:
+    """Log that a replica goes on with ``current`` where it was told to serve ``uri``; what to say of it.
+
+    Serve stops a replica whose ``reconfigure`` raises, and starts others that cannot load it either. A canary is left
+    to that: production answers in its place, and another revision's answers must not be taken for the candidate's.
+
+    Raises:
+        Exception: ``error``, in a canary.
+    """
+    if serve.get_replica_context().deployment.endswith(_CANARY):
+        raise error
+    _log.error("the %s goes on with %s, %r is refused", stage, current.name, uri, exc_info=error)
+    return Refusal(uri=uri, why=f"{type(error).__name__}: {error}")
 
 
 def alive(deadlines: list[float]) -> list[int]:

@@ -33,7 +33,7 @@ from deployments.checkpoints import Checkpoint, resolve
 from deployments.health import Health
 from deployments.metrics import Metrics
 from deployments.processor import processor_flags
-from deployments.replica import ModelInfo, ReplicaConfig, failed
+from deployments.replica import ModelInfo, Refusal, ReplicaConfig, failed, refusal
 from deployments.tag_rules import MAX_TAGS, MIN_TAGS, clean_tags, proposed
 
 PROMPT_FILE = Path(__file__).with_name("tag_prompt.yaml")
@@ -245,26 +245,37 @@ class Tagger:
         self._metrics = Metrics()
         self._health = Health()
         self._known: str | None = None
+        self._refused: Refusal | None = None
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serve the checkpoint that ``user_config["uri"]`` names.
 
         The first call starts the engine. Later ones load other weights of the same architecture into it, between two
-        requests; the prefix cache is emptied because it was computed with the old ones.
+        requests; the prefix cache is emptied because it was computed with the old ones. A checkpoint that cannot be
+        had, or that has another architecture or tokenizer, is refused (``refusal``).
 
         Raises:
-            CheckpointError: the URI names no sound checkpoint.
-            TaggerError: the new checkpoint has another architecture or tokenizer.
+            CheckpointError: the URI names no sound checkpoint, and nothing is in service.
+            Exception: vLLM's own; where weights were being exchanged, the engine may hold some of both.
         """
-        config = ReplicaConfig.model_validate({"uri": self._settings.uri, **(user_config or {})})
-        self._health.every_s, self._health.most_failures = config.health_every_s, config.most_failures
-        checkpoint = await asyncio.to_thread(resolve, config.uri)
+        current, wanted = self._checkpoint, {"uri": self._settings.uri, **(user_config or {})}
+        try:
+            config = ReplicaConfig.model_validate(wanted)
+            self._health.every_s, self._health.most_failures = config.health_every_s, config.most_failures
+            checkpoint = await asyncio.to_thread(resolve, config.uri)
+            if current is not None and current.revision != checkpoint.revision:
+                check_fits(current, checkpoint)
+        except Exception as error:
+            if current is None:
+                raise
+            self._refused = refusal("tagger", current, str(wanted["uri"]), error)
+            return
+        self._refused = None
         async with self._swap:
-            current = self._checkpoint
             if current is None:
                 await self._start(checkpoint)
             elif current.revision != checkpoint.revision:
-                await self._exchange(current, checkpoint)
+                await self._exchange(checkpoint)
             self._checkpoint = checkpoint  # at once: from here on it is these weights that answer
             if current is None or current.revision != checkpoint.revision:
                 await self._learn()
@@ -291,13 +302,7 @@ class Tagger:
         self._known = await self._ask(_KNOWN_CAPTION)  # as every later one is computed, with the prefix in the cache
         self._health.renewed()
 
-    async def _exchange(self, old: Checkpoint, new: Checkpoint) -> None:
-        for name in ("config.json", "tokenizer.json"):
-            if _content(old.folder / name) != _content(new.folder / name):
-                raise TaggerError(
-                    f"{new.uri} differs from the running {old.uri} in {name}: "
-                    "deploy it as the canary, or restart the deployment with it"
-                )
+    async def _exchange(self, new: Checkpoint) -> None:
         await self._server.pause(mode="wait", clear_cache=True)
         try:
             await self._server.collective_rpc("reload_weights", kwargs={"weights_path": str(new.folder)})
@@ -381,7 +386,9 @@ class Tagger:
         """``ModelInfo`` of the model in service, the prompt's version on its card."""
         checkpoint = self.checkpoint
         card = checkpoint.card.model_dump() | {"prompt": self._prompt.version}
-        return ModelInfo(uri=checkpoint.uri, revision=checkpoint.revision, card=card, views=None).model_dump()
+        return ModelInfo(
+            uri=checkpoint.uri, revision=checkpoint.revision, card=card, views=None, refused=self._refused
+        ).model_dump()
 
     async def check_health(self) -> None:
         """Serve's health check, and the occasion to say again which revision is in service, as ``Replica`` does.
@@ -419,6 +426,16 @@ class Tagger:
         server = getattr(self, "_server", None)
         if (client := getattr(getattr(server, "engine", None), "_engine_client", None)) is not None:
             client.shutdown()
+
+
+def check_fits(old: Checkpoint, new: Checkpoint) -> None:
+    """Raise ``TaggerError`` unless an engine that runs the one can be given the other's weights."""
+    for name in ("config.json", "tokenizer.json"):
+        if _content(old.folder / name) != _content(new.folder / name):
+            raise TaggerError(
+                f"{new.uri} differs from the running {old.uri} in {name}: "
+                "deploy it as the canary, or restart the deployment with it"
+            )
 
 
 def _content(file: Path) -> bytes | None:

@@ -66,6 +66,9 @@ def test_a_replicas_words_are_for_operators_and_stand_in_the_log(
                 store = (await client.get("/v1/store", headers=headers)).json()
                 assert store["state"] == "unavailable" and store["message"]
                 assert (INSIDE in store["message"]) == (headers is admin)
+                refused = (await client.get("/v1/search", headers=headers)).json()
+                assert refused["code"] == "unavailable" and "log says why" in refused["detail"]
+                assert INSIDE not in refused["detail"]
         partial = await client.post("/v1/analyze", content=picture(1), headers=read)
         (error,) = partial.json()["errors"]
         assert (error["stage"], error["code"]) == ("detector", "unavailable")

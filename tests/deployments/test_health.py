@@ -45,7 +45,7 @@ def own_queue(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Serve's own batching, in this process; its queue belongs to the event loop that first used it."""
     from ray import serve
 
-    context = SimpleNamespace(_deployment_config=SimpleNamespace(max_ongoing_requests=100))
+    context = SimpleNamespace(_deployment_config=SimpleNamespace(max_ongoing_requests=100), deployment="Detector")
     monkeypatch.setattr(serve, "get_replica_context", lambda: context)
     decorated = serve.batch(max_batch_size=8, batch_wait_timeout_s=0.0)(Replica._batch.__wrapped__)  # type: ignore[attr-defined]
     monkeypatch.setattr(Replica, "_batch", decorated)
@@ -161,16 +161,57 @@ async def test_a_picture_that_overflows_costs_its_neighbours_nothing_and_the_rep
     assert await outcome(replica) == ""  # the known picture is answered as ever
 
 
-async def test_a_checkpoint_that_answers_no_number_does_not_come_into_service(tmp_path: Path, folder: Path) -> None:
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that answers no number."""
     from safetensors.torch import load_file, save_file
 
-    small_detector(tmp_path / "damaged")
-    file = tmp_path / "damaged" / "model.safetensors"
+    folder = tmp_path_factory.mktemp("damaged")
+    small_detector(folder)
+    file = folder / "model.safetensors"
     save_file({name: value * float("nan") for name, value in load_file(file).items()}, file, {"format": "pt"})
+    return folder
+
+
+async def test_a_revision_that_cannot_be_had_is_refused_and_the_one_in_service_goes_on(
+    folder: Path, damaged: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    replica, in_service = await started(Detector, folder / "detector"), []
+    replica._metrics = SimpleNamespace(
+        in_service=lambda stage, revision, before=None: in_service.append(revision), batch=lambda *_: None
+    )
+    before = await replica.info()
+    assert before["refused"] is None
+    for config, why in (
+        ({"uri": str(damaged)}, "no number"),
+        ({"uri": str(folder / "nowhere")}, "no such checkpoint"),
+        ({"uri": str(folder / "captioner")}, "Error"),
+        ({"uri": str(folder / "another"), "max_batch_size": 0}, "ValidationError"),
+    ):
+        caplog.clear()
+        await replica.reconfigure(config)
+        told = await replica.info()
+        assert told | {"refused": None} == before
+        assert told["refused"]["uri"] == config["uri"] and why in told["refused"]["why"]
+        assert [record.levelname for record in caplog.records if "is refused" in record.message] == ["ERROR"]
+        assert await outcome(replica) == "" and (await ask(replica))["ai_probability"] >= 0
+    assert set(in_service) == {before["revision"]}
+    await replica.reconfigure({"uri": str(folder / "another")})  # as it was asked before, in sound words
+    told = await replica.info()
+    assert told["refused"] is None and told["revision"] != before["revision"]
+
+
+async def test_at_the_start_and_in_a_canary_what_cannot_be_had_is_an_error(
+    folder: Path, damaged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray import serve
+
+    with pytest.raises(CheckpointError, match="no number"):
+        await Detector().reconfigure({"uri": str(damaged)})
+    monkeypatch.setattr(serve, "get_replica_context", lambda: SimpleNamespace(deployment="DetectorCanary"))
     replica = await started(Detector, folder / "detector")
     with pytest.raises(CheckpointError, match="no number"):
-        await replica.reconfigure({"uri": str(tmp_path / "damaged")})
-    assert await outcome(replica) == "" and (await ask(replica))["ai_probability"] >= 0
+        await replica.reconfigure({"uri": str(damaged)})
 
 
 async def test_another_revision_has_a_known_answer_of_its_own(folder: Path) -> None:

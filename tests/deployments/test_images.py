@@ -18,7 +18,7 @@ from PIL import Image, ImageCms, ImageFile
 
 from deployments import images
 from deployments.bmff import av1_sizes
-from deployments.containers import pixels_only, read_metadata
+from deployments.containers import jpeg_scans, pixels_only, read_metadata
 from deployments.images import ImageError, ImageLimits, Picture, decode
 from deployments.metadata import ContainerError
 
@@ -290,6 +290,23 @@ def test_a_jpeg_of_more_scans_than_an_honest_one_has_is_refused(between: bytes) 
     if not between:
         assert distance(decode(data[:-2] + last * (100 - scans) + b"\xff\xd9"), photo()) < 12
     assert refused(head + last * (101 - scans) + b"\xff\xd9") == "truncated"
+
+
+def test_the_scans_of_a_jpeg_are_limited_by_its_pixels_and_by_how_often_it_is_decoded() -> None:
+    data = encode(photo(256, 256), "JPEG", progressive=True)
+    last = data[data.rindex(b"\xff\xda") : -2]
+
+    def of(scans: int) -> bytes:
+        made = data[:-2] + last * (scans - data.count(b"\xff\xda")) + b"\xff\xd9"
+        assert jpeg_scans(made) == scans
+        return made
+
+    assert decode(of(15), ImageLimits(max_pixels=65_536)).width == 256
+    assert refused(of(16), max_pixels=65_536) == "too_many_pixels"
+    cut_off = of(10)[:-1]
+    assert decode(cut_off, ImageLimits(max_pixels=131_072)).width == 256
+    assert refused(of(11)[:-1], max_pixels=131_072) == "truncated"
+    assert refused(cut_off, max_pixels=131_071) == "truncated"
 
 
 def test_a_run_of_fill_bytes_in_a_jpeg_is_skipped_in_one_step() -> None:

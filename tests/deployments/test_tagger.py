@@ -6,12 +6,14 @@ import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from pydantic import ValidationError
+from ray import serve
 
-from deployments.checkpoints import Card, Checkpoint
+from deployments.checkpoints import CheckpointError, resolve
 from deployments.processor import cpu_flags
 from deployments.tag_rules import proposed
 from deployments.tagger import (
@@ -93,13 +95,27 @@ def test_a_replica_without_a_model_says_so() -> None:
         asyncio.run(Tagger(TaggerSettings()).info())
 
 
-def test_another_architecture_is_refused_in_place(tmp_path) -> None:
-    checkpoints = []
+def test_another_architecture_and_what_is_not_there_are_refused_and_the_engine_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps({"name": name}))
-        checkpoints.append(Checkpoint(name, tmp_path / name, name, Card()))
+        (tmp_path / name / "model.safetensors").touch()
+    context = SimpleNamespace(deployment="Tagger")
+    monkeypatch.setattr(serve, "get_replica_context", lambda: context)
     tagger = Tagger(TaggerSettings())
-    tagger._server = SimpleNamespace()
+    with pytest.raises(CheckpointError, match="no such checkpoint"):  # nothing is in service
+        asyncio.run(tagger.reconfigure({"uri": str(tmp_path / "three")}))
+    tagger._checkpoint = resolve(str(tmp_path / "one"))
+    tagger._server = SimpleNamespace()  # nothing may be asked of it
+    for name, why in (("two", "config.json"), ("three", "no such checkpoint")):
+        asyncio.run(tagger.reconfigure({"uri": str(tmp_path / name)}))
+        told = asyncio.run(tagger.info())
+        assert told["uri"] == str(tmp_path / "one") and told["refused"]["uri"] == str(tmp_path / name)
+        assert why in told["refused"]["why"]
+    asyncio.run(tagger.reconfigure({"uri": str(tmp_path / "one")}))
+    assert asyncio.run(tagger.info())["refused"] is None
+    context.deployment = "TaggerCanary"
     with pytest.raises(TaggerError, match=r"config\.json"):
-        asyncio.run(tagger._exchange(*checkpoints))
+        asyncio.run(tagger.reconfigure({"uri": str(tmp_path / "two")}))
