@@ -189,8 +189,10 @@ def middlewares() -> list[Middleware]:
 def route_of(scope: Scope) -> str:
     """A request's route, as `GET /v1/results/{place}`: not what it was given in the path. `other`: there is none.
 
-    Who is refused for want of a key never comes to be routed.
+    Who is refused for want of a key never comes to be routed. HEAD counts as the GET that it is answered as.
     """
+    if scope["method"] == "HEAD":
+        scope = {**scope, "method": "GET"}
     found = scope.get("route")
     if found is None and (app := scope.get("app")) is not None:
         matching = (route for route in app.routes if route.matches(scope)[0] is Match.FULL)

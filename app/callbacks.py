@@ -26,6 +26,7 @@ import socket
 import ssl
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
@@ -63,8 +64,6 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 300.0
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 #: All of IPv6 that is routed in the internet.
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
-#: Outcomes of trying to tell somebody, for the metric: `failed` is tried again, the others are not.
-OUTCOMES = ("delivered", "failed", "given_up", "gone")
 
 #: The addresses that a name has.
 Resolve = Callable[[str, int], Awaitable[list[str]]]
@@ -232,10 +231,9 @@ def answer_of(found: Sequence[Outcome]) -> tuple[int, str]:
     return 200, json.dumps({"items": items}, ensure_ascii=False, separators=(",", ":"))
 
 
-async def resolve(host: str, port: int) -> list[str]:
+def resolve(host: str, port: int) -> list[str]:
     """What the machine's resolver says. Raises ``OSError``."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return [str(entry[4][0]) for entry in found]
+    return [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
 
 
 class Callbacks:
@@ -246,13 +244,16 @@ class Callbacks:
         settings: CallbackSettings,
         store: Store,
         count: Callable[[str], None],
-        look_up: Resolve = resolve,
+        look_up: Resolve | None = None,
     ) -> None:
         """
         Args:
-            count: told each outcome (``OUTCOMES``).
+            count: told each outcome: `failed` is tried again, `delivered`, `given_up` and `gone` are not.
         """
-        self.settings, self._store, self._count, self._resolve = settings, store, count, look_up
+        self.settings, self._store, self._count = settings, store, count
+        # a name server that does not answer holds no thread that others wait for
+        self._threads = ThreadPoolExecutor(settings.in_work, thread_name_prefix="look-up")
+        self._resolve = look_up or self._look_up
         self._prefixes = settings.prefixes
         self._telling: dict[asyncio.Task[None], str] = {}
         """Call-backs that are being made, and to which host."""
@@ -306,6 +307,10 @@ class Callbacks:
                 if self._prefixes and self._store.status()["state"] == "ready":
                     pause_s = await self._begin_some()
             await asyncio.sleep(pause_s)
+
+    def close(self) -> None:
+        """Look nothing up any more."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def count_due(self) -> int:
         """Who is due; 0 if that cannot be known."""
@@ -419,6 +424,9 @@ class Callbacks:
             attempt=due.attempts,
             duration_ms=telemetry.milliseconds(seconds),
         )
+
+    async def _look_up(self, host: str, port: int) -> list[str]:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, resolve, host, port)
 
     async def _post(self, address: Address, due: Due, body: bytes) -> int:
         """Status of the answer.

@@ -4,6 +4,7 @@
     python -m app.canary watch detector [--rules FILE] [--log FILE] [--once] [--no-promote]
     python -m app.canary promote detector
     python -m app.canary rollback detector [--production]
+    python -m app.canary serve detector [--uri models:/detector@production]
     python -m app.canary show detector
 
 In: Ray's dashboard, which knows what runs (``app.canary_config``); the store, which knows what the trial has shown
@@ -11,7 +12,16 @@ In: Ray's dashboard, which knows what runs (``app.canary_config``); the store, w
 each look in a log. Nothing else is kept anywhere: whoever is killed and started again goes on, and what is done already
 is not done again. No replica of production is started again, and no request is lost.
 
-``watch`` ends with 0: promoted (or, with ``--no-promote``, fit to be); 3: rolled back; 4: undecided (``--once``).
+Replicas look an alias up when they start and when the text of their URI changes: one that has been moved since is not
+what they serve, and those that start later serve another revision than the rest. ``serve`` has all of them take up the
+version that has it, by its number.
+
+A checkpoint that replicas of production cannot load is refused, and they go on with what they have. Who told them to
+serve it sees that in the application's ``GET /v1/models`` (with the key in ``DEEPTRUST_API_KEY``, where it asks for
+one), has the configuration name again what it named before, which those that start later can load, and fails.
+
+``watch`` ends with 0: promoted (or, with ``--no-promote``, fit to be); 3: rolled back, or refused by production; 4:
+undecided (``--once``).
 """
 
 from __future__ import annotations
@@ -27,7 +37,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_settings import CliPositionalArg, CliSubCommand
 
 from app import canary_config as running
-from app.canary_config import CanaryError, DashboardAway, ServeApi
+from app.canary_config import CanaryError, DashboardAway, Refused, ServeApi
 from app.canary_rules import AllRules, Decision, Rules, RulesError, decide, read_rules
 from app.config import CANARIES, MODELS, ModelName
 from app.store.database import Database, StoreUnavailable
@@ -39,6 +49,11 @@ PROMOTED, ROLLED_BACK, UNDECIDED = 0, 3, 4
 #: Longest wait for a canary to go to zero.
 _CLEAR_S = 180.0
 _TASKS = {"detector": "detection", "captioner": "captioning", "tagger": "tagging"}
+#: What is to be done where nothing is known that could be put back.
+_HOW_TO_SERVE = {
+    model: f"`python -m train.registry rollback {model} --alias production`, then `python -m app.canary serve {model}`"
+    for model in ("detector", "captioner")
+} | {"tagger": "`python -m app.canary serve tagger --uri CHECKPOINT`, and the same into serve_config.yaml"}
 
 
 class NothingKept(CanaryError):
@@ -78,10 +93,7 @@ class Canary:
             CanaryError: the canary does not come up; it is at zero again.
             CheckpointError: the URI names no checkpoint.
         """
-        uri = pinned(uri)
-        task = resolve(uri).card.task
-        if task not in (_TASKS[self.model], "unknown"):
-            raise CanaryError(f"{uri} is a checkpoint for {task}, and no {self.model}")
+        uri = self._found(uri)
         application = self.application()
         now = running.shares_of(application, self.model)
         if now == (share, shadow) and running.uri_of(application, CANARIES[self.model]) == uri:
@@ -101,14 +113,23 @@ class Canary:
         return True
 
     def promote(self) -> str:
-        """Production takes over what the canary serves, in place; returns its URI."""
+        """Production takes over what the canary serves, in place; returns its URI.
+
+        Raises:
+            Refused: it could not, and goes on with what it has; the trial is over.
+            CheckpointError: what production serves has an alias that cannot be looked up, and could not be put back.
+        """
         application = self.application()
         uri, in_production = (running.uri_of(application, of[self.model]) for of in (CANARIES, MODELS))
         if not any(running.shares_of(application, self.model)) and uri != in_production:
             raise CanaryError(f"no trial of a {self.model} is running: start one, or look with `show`")
-        self.api.change(lambda config: running.promoted(config, self.name, self.model))
+        before = pinned(in_production)
+        self.api.change(lambda config: running.promoted(config, self.name, self.model, before))
         self.api.wait(self.name, MODELS[self.model], 1, self.timeout_s)
-        self.clear()
+        try:
+            self.confirm(uri, application)
+        finally:
+            self.clear()
         return uri
 
     def roll_back(self) -> None:
@@ -117,15 +138,69 @@ class Canary:
         self.api.wait(self.name, "Ingress", 1, self.timeout_s)
         self.clear()
 
-    def put_back(self) -> tuple[str, bool]:
-        """Production serves again what it served before its last promotion, in place; returns its URI, and whether
-        there was anything to put back.
+    def put_back(self) -> str:
+        """Production serves again what it served before its last promotion, in place; returns its URI.
+
+        Raises:
+            CanaryError: what that was is not known, or it is in service already.
+            Refused: it cannot be loaded any more; it is still there to put back.
         """
         self.roll_back()
-        promoted = self.model in running.ingress_of(self.application()).before
+        application = self.application()
+        if self.model not in running.ingress_of(application).before:
+            raise CanaryError(
+                f"there is nothing to put back, and {MODELS[self.model]} serves "
+                f"{running.uri_of(application, MODELS[self.model])}: what it served before was put back already, or "
+                "somebody has deployed since its promotion (a head that starts does), which forgets it. To have it "
+                f"serve another: {_HOW_TO_SERVE[self.model]}"
+            )
         config = self.api.change(lambda config: running.put_back(config, self.name, self.model))
         self.api.wait(self.name, MODELS[self.model], 1, self.timeout_s)
-        return running.uri_of(running.application_of(config, self.name), MODELS[self.model]), promoted
+        uri = running.uri_of(running.application_of(config, self.name), MODELS[self.model])
+        self.confirm(uri, application)
+        return uri
+
+    def serve(self, uri: str) -> tuple[str, bool]:
+        """Production serves a checkpoint, in place; returns its URI, and whether that made a difference.
+
+        Raises:
+            CanaryError: it is a checkpoint of another kind, or does not come up.
+            Refused: it cannot be loaded, and production goes on with what it has.
+            CheckpointError: the URI names no checkpoint.
+        """
+        uri = self._found(uri)
+        application = self.application()
+        self.api.change(lambda config: running.serving(config, self.name, self.model, uri))
+        self.api.wait(self.name, MODELS[self.model], 1, self.timeout_s)
+        self.confirm(uri, application)
+        return uri, running.uri_of(application, MODELS[self.model]) != uri
+
+    def confirm(self, uri: str, was: running.Config) -> None:
+        """See that production serves ``uri``, which it has been told.
+
+        Raises:
+            Refused: it does not; it is told again what it was in ``was``, the application's part from before.
+            CanaryError: what it serves is not known.
+        """
+        try:
+            self.api.confirm(self.name, self.model, uri)
+        except Refused:  # a replica that starts would fail where the others go on
+            self.api.change(lambda config: running.restored(config, self.name, self.model, uri, was))
+            self.api.wait(self.name, MODELS[self.model], 1, self.timeout_s)
+            raise
+
+    def _found(self, uri: str) -> str:
+        """A checkpoint of this model by the name that it keeps.
+
+        Raises:
+            CanaryError: it is one of another kind.
+            CheckpointError: there is none.
+        """
+        uri = pinned(uri)
+        task = resolve(uri).card.task
+        if task not in (_TASKS[self.model], "unknown"):
+            raise CanaryError(f"{uri} is a checkpoint for {task}, and no {self.model}")
+        return uri
 
     def clear(self) -> None:
         """The canary goes to zero, if it has no trial. That it takes its time changes nothing for anybody."""
@@ -176,7 +251,8 @@ class Watcher:
         while True:
             try:
                 ended = self._look()
-            except DashboardAway as error:  # while it was acting: the next look tries again, or finds it done
+            # while it was acting: the next look tries again, or finds it done
+            except (DashboardAway, CheckpointError) as error:
                 if self.settings.once:
                     raise
                 self._say(f"not done yet: {error}")
@@ -224,8 +300,17 @@ class Watcher:
         if self._candidate is None:
             raise CanaryError(f"no trial of a {self.canary.model} is running; production serves {uri}")
         promoted = uri == self._candidate
+        if promoted:
+            try:
+                self.canary.confirm(uri, application)
+            except Refused as error:
+                return self._not_promoted(error)
         self._say(f"no trial is running; production serves {uri}")
         return PROMOTED if promoted else ROLLED_BACK
+
+    def _not_promoted(self, error: Refused) -> int:
+        self._say(f"not promoted: {error}")
+        return ROLLED_BACK
 
     def _act(self, decision: Decision, application: running.Config, evidence: Evidence) -> int | None:
         model = self.canary.model
@@ -241,7 +326,10 @@ class Watcher:
                 self._say(f"fit to be promoted: {candidate}: {decision.why}")
                 return PROMOTED
             self._say(f"promoting {candidate}: {decision.why}")
-            self.canary.promote()
+            try:
+                self.canary.promote()
+            except Refused as error:
+                return self._not_promoted(error)
             self._say(f"promoted; before: {production}")
             return PROMOTED
         self._say(f"going on with {candidate}: {decision.why}")
@@ -330,12 +418,25 @@ class RollbackCommand(CanarySettings):
         """Do it."""
         canary = Canary(self)
         if self.production:
-            uri, promoted = canary.put_back()
-            served = f"{MODELS[self.model]} serves {uri}"
-            print(f"{served} again" if promoted else f"there is nothing to put back: {served}")
+            print(f"{MODELS[self.model]} serves {canary.put_back()} again")
         else:
             canary.roll_back()
             print(f"no trial of a {self.model} is running any more")
+        return 0
+
+
+class ServeCommand(CanarySettings):
+    """Production serves a checkpoint, in place: the version that has its alias now, or another."""
+
+    uri: str | None = Field(
+        None,
+        description="checkpoint; an alias of the registry is replaced by its version; unset: models:/MODEL@production",
+    )
+
+    def run(self) -> int:
+        """Do it."""
+        uri, fresh = Canary(self).serve(self.uri or f"models:/{self.model}@production")
+        print(f"{MODELS[self.model]} serves {uri} " + ("now" if fresh else "already"))
         return 0
 
 
@@ -373,6 +474,7 @@ class CanaryCommands(BaseModel):
     watch: CliSubCommand[WatchCommand]
     promote: CliSubCommand[PromoteCommand]
     rollback: CliSubCommand[RollbackCommand]
+    serve: CliSubCommand[ServeCommand]
     show: CliSubCommand[ShowCommand]
 
 

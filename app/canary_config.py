@@ -30,6 +30,11 @@ _HEALTHY = "HEALTHY"
 _SETTLE_S = 1.5
 #: How long a canary without pictures keeps its replica.
 _DOWN_S = 5.0
+#: For how long an application is asked what it serves, how often, and the longest wait for an answer. Its ingress asks
+#: its models every 5 s, and waits 3 s for them: what it says at the end is not from before.
+_SAYS_S, _SAYS_AGAIN_S, _SAID_WITHIN_S = 15.0, 1.0, 10.0
+#: An API key for that, where the application asks for one.
+KEY_VARIABLE = "DEEPTRUST_API_KEY"
 #: Locks of dashboards' configurations, and how often who waits for one looks again.
 _LOCKS, _AGAIN_S = Path("~/.local/share/deeptrust/canary"), 0.05
 
@@ -40,6 +45,10 @@ class CanaryError(RuntimeError):
 
 class DashboardAway(CanaryError):
     """Ray's dashboard does not answer at present; what it was asked to do may have been done."""
+
+
+class Refused(CanaryError):
+    """Replicas cannot load what production is told to serve, and go on with what they have."""
 
 
 # ---- a configuration, read and changed ---------------------------------------------------------------------------
@@ -131,16 +140,21 @@ def with_shares(config: Config, name: str, model: ModelName, canary: float, shad
     return _changed(config, name, change)
 
 
-def promoted(config: Config, name: str, model: ModelName) -> Config:
-    """Production serves what the canary does; the canary gets no picture any more."""
+def promoted(config: Config, name: str, model: ModelName, before: str) -> Config:
+    """Production serves what the canary does; the canary gets no picture any more.
+
+    Args:
+        before: by what name production's checkpoint is found later, when its alias is another's.
+    """
 
     def change(application: Config, ingress: IngressConfig) -> None:
         _no_share(ingress, model)
-        production, uri = deployment_of(application, MODELS[model]), uri_of(application, CANARIES[model])
-        before = uri_of(application, MODELS[model])
-        if before != uri:
+        uri = uri_of(application, CANARIES[model])
+        if uri_of(application, MODELS[model]) == uri:
+            return
+        _serve(application, ingress, model, uri)
+        if before != uri:  # else the alias went ahead, and who had it before is not known here
             ingress.before[model] = before
-            production["user_config"] = (production.get("user_config") or {}) | {"uri": uri}
 
     return _changed(config, name, change)
 
@@ -165,14 +179,40 @@ def without_replicas(config: Config, name: str, model: ModelName) -> Config:
 
 def put_back(config: Config, name: str, model: ModelName) -> Config:
     """Production serves again what it served before its last promotion; done once, there is nothing to put back."""
+    before = ingress_of(application_of(config, name)).before.get(model)
+    return config if before is None else serving(config, name, model, before)
+
+
+def serving(config: Config, name: str, model: ModelName, uri: str) -> Config:
+    """Production serves ``uri``, and there is nothing to put back; where it does already, nothing changes."""
+    if uri_of(application_of(config, name), MODELS[model]) == uri:
+        return config
+    return _changed(config, name, lambda application, ingress: _serve(application, ingress, model, uri))
+
+
+def restored(config: Config, name: str, model: ModelName, uri: str, was: Config) -> Config:
+    """Production is told again what it was in ``was``, the application's part from before it was told ``uri``, with the
+    same to put back. If that names ``uri`` already, it is put back; if another has told it something else since, that
+    stays.
+    """
+    old, told = uri_of(was, MODELS[model]), uri_of(application_of(config, name), MODELS[model])
+    if told != uri:
+        return config
+    if old == uri:
+        return put_back(config, name, model)
 
     def change(application: Config, ingress: IngressConfig) -> None:
-        before = ingress.before.pop(model, None)
-        if before is not None:
-            production = deployment_of(application, MODELS[model])
-            production["user_config"] = (production.get("user_config") or {}) | {"uri": before}
+        _serve(application, ingress, model, old)
+        if (before := ingress_of(was).before.get(model)) is not None:
+            ingress.before[model] = before
 
     return _changed(config, name, change)
+
+
+def _serve(application: Config, ingress: IngressConfig, model: ModelName, uri: str) -> None:
+    ingress.before.pop(model, None)
+    production = deployment_of(application, MODELS[model])
+    production["user_config"] = (production.get("user_config") or {}) | {"uri": uri}
 
 
 def _scaling(deployment: Config) -> Config:
@@ -283,6 +323,61 @@ class ServeApi:
         room = (state.get("deployment_config") or {}).get("ray_actor_options") or {}
         wants = ", ".join(f"{room[key]:g} {key}" for key in ("num_cpus", "num_gpus") if room.get(key)) or "room"
         raise CanaryError(f"{deployment} was not ready after {timeout_s:.0f} s ({told}); a replica needs {wants}")
+
+    def confirm(self, application: str, model: ModelName, uri: str) -> None:
+        """Wait until an application says itself that production serves ``uri``: to Serve, a replica that has refused it
+        is as healthy as one that has taken it.
+
+        Raises:
+            Refused: it goes on with another.
+            CanaryError: what it serves is not known.
+        """
+        url = self._models_url(application)
+        limit = time.monotonic() + _SAYS_S
+        while True:
+            entry, why_not = self._said(url, model)
+            if entry.get("uri") == uri:
+                return
+            if time.monotonic() >= limit:
+                break
+            time.sleep(_SAYS_AGAIN_S)
+        refused = entry.get("refused") or {}
+        if refused.get("uri") == uri:
+            why = refused.get("why", "its log says why, and /v1/models to a key of scope `admin`")
+            raise Refused(f"{uri} is refused, and {MODELS[model]} goes on with {entry.get('uri')}: {why}")
+        raise CanaryError(
+            f"{MODELS[model]} is told to serve {uri}, and whether it does is not known ({why_not}): see {url}"
+        )
+
+    def _models_url(self, application: str) -> httpx.URL:
+        """Where an application says what it serves: on the dashboard's machine, where its proxy listens."""
+        config = self.config()
+        http = config.get("http_options") or {}
+        prefix = application_of(config, application).get("route_prefix") or "/"
+        return httpx.URL(
+            scheme="https" if http.get("ssl_keyfile") else "http",
+            host=httpx.URL(self.url).host,
+            port=http.get("port", 8000),
+            path=f"{prefix.rstrip('/')}/v1/models",
+        )
+
+    def _said(self, url: httpx.URL, model: ModelName) -> tuple[Config, str]:
+        """What an application says of a model, and why that is not what was wanted."""
+        request = self._http.build_request("GET", url, timeout=_SAID_WITHIN_S)
+        request.headers.pop("Authorization", None)  # Ray's token
+        if key := os.environ.get(KEY_VARIABLE, "").strip():
+            request.headers["Authorization"] = f"Bearer {key}"
+        try:
+            answer = self._http.send(request)
+            body = answer.json() if answer.status_code == 200 else None
+        except (httpx.HTTPError, ValueError) as error:
+            return {}, repr(error)
+        if answer.status_code == 401:
+            return {}, f"HTTP 401, {KEY_VARIABLE} is for an API key of scope `read` or `admin`"
+        entry = body.get(model) if isinstance(body, dict) else None
+        if not isinstance(entry, dict):
+            return {}, f"HTTP {answer.status_code}"
+        return entry, f"it says {entry['uri']}" if "uri" in entry else f"it says {entry.get('message')}"
 
 
 @contextmanager

@@ -2,17 +2,21 @@
 
 Ray lets unknown keys pass in most parts of a Serve configuration; ``read_serve_config`` does not. Which keys there are
 it reads off Ray's own models. Knows no torch, starts nothing.
+
+    python -m app.config serve_config.yaml        before `serve deploy`: exit status 1, and what is wrong with the file
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import CliPositionalArg
 
 from app.callbacks import CallbackSettings
 from app.drift import DriftSampleSettings
@@ -204,3 +208,25 @@ def _validate(model: type[BaseModel], value: Any, where: str) -> None:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"])) or "value"
         raise ConfigError(f"{where}: {key}: {first['msg']}") from error
+
+
+class CheckSettings(_Strict):
+    """Command line of ``python -m app.config``."""
+
+    file: CliPositionalArg[Path] = Field(description="a Serve configuration")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Check a file; what is wrong becomes one line and exit status 1."""
+    from pydantic_settings import CliApp
+
+    file = CliApp.run(CheckSettings, cli_args=arguments).file
+    try:
+        read_serve_config(file)
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
+    print(f"{file} is valid")
+
+
+if __name__ == "__main__":
+    main()

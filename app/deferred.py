@@ -34,7 +34,7 @@ from app.feedback import store_problem
 from app.problems import MEDIA_TYPE, Problem
 from app.store import deferred
 from app.store.database import StoreUnavailable
-from app.store.deferred import Accepted, Leased, Outcome, QueueFull
+from app.store.deferred import Accepted, Backlog, Leased, Outcome, QueueFull
 from app.store.events import KeyConflict
 from app.store.store import Store, StoreBusy, StoreOff
 from app.uploads import Upload
@@ -184,12 +184,14 @@ class Deferral:
             return _waiting(Waiting(id=place, pictures=len(found), done=done))
         return _answer(found)
 
-    async def count(self) -> int | None:
-        """Pictures that wait; None if that cannot be known: a database that does not answer has no empty queue."""
+    async def backlog(self) -> Backlog | None:
+        """What waits; None if that cannot be known: a database that does not answer has no empty queue."""
+        settings = self._store.settings
+        look = partial(deferred.backlog, max_count=settings.max_deferred, max_bytes=settings.max_deferred_bytes)
         try:
-            waiting = await self._store.read(deferred.count)
+            waiting = await self._store.read(partial(look, now_s=time.time()))
         except StoreOff:
-            return 0  # there is no queue
+            return Backlog()  # there is no queue
         except (StoreBusy, StoreUnavailable) as error:
             if self._is_counted and self._store.status()["state"] != "starting":
                 _log.warning("how many pictures wait is not known until the database answers again: %r", error)

@@ -418,7 +418,8 @@ def store_problem(error: Exception) -> Problem:
         # its own words are for operators: they name hosts and files
         return Problem(
             "unavailable",
-            f"What is kept cannot be reached at the moment; try again in {_RETRY_AFTER_S} s.",
+            f"What is kept cannot be reached at the moment; try again in {_RETRY_AFTER_S} s. "
+            "The service's log says why.",
             {"Retry-After": str(_RETRY_AFTER_S)},
         )
     if isinstance(error, StoreBusy):

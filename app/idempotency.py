@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 
@@ -104,6 +105,7 @@ async def answer(
     Raises:
         Problem: it is about another picture; or no stage could answer, and none had before.
     """
+    began_s = time.time()  # what was given before is of a picture that may be deleted from here on
     given = await earlier(store, name, data)
     if given is None:
         record = await analyze(identity or answer_id(name), tasks)
@@ -118,5 +120,5 @@ async def answer(
         except Problem:
             return given  # what there is is more than nothing
         record = again.completed(given)
-    store.offer(record, data, name)
+    store.offer(record, data, name, began_s)
     return record

@@ -83,6 +83,23 @@ class SecurityHeaders:
         await self.app(scope, receive, with_headers if scope["type"] == "http" else send)
 
 
+class Heads:
+    """ASGI middleware: HEAD is answered as GET would be, to whoever may ask for that, without the body."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def without_body(message: Message) -> None:
+            await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            # a copy: the server goes by the method, too
+            await self.app({**scope, "method": "GET"}, receive, without_body)
+        else:
+            await self.app(scope, receive, send)
+
+
 api = FastAPI(
     title="DeepTrust",
     version="1",
@@ -109,6 +126,7 @@ async def _share(day: int, uses: Mapping[str, int]) -> Mapping[str, int]:
 api.add_middleware(Closing, gate=_gate)
 api.add_middleware(RequireKey, share=_share, hosts=lambda: serve.get_replica_context().servable_object.limits.hosts)
 api.add_middleware(SecurityHeaders)
+api.add_middleware(Heads)
 api.add_middleware(RequestLines)
 api.add_middleware(Taken)
 install(api)
@@ -284,7 +302,7 @@ class Ingress:
             if tried := self.graph.take_tried():
                 self.store.offer_trials(tried)
             self.metrics.queue(self.admission.in_work, self.admission.limit, self.admission.waiting)
-            self.metrics.deferred(await self.deferral.count())
+            self.metrics.deferred(await self.deferral.backlog())
             self.metrics.record("callbacks_due", await self.callbacks.count_due())
             self.metrics.store(self.store.status())
             self.metrics.stages(
@@ -300,6 +318,7 @@ class Ingress:
                 self.store.offer_trials(tried)
             self.deferral.close()
             self.store.close()
+            self.callbacks.close()
 
     async def check_health(self) -> None:
         """Serve's health check: what runs beside the requests is alive."""
@@ -474,15 +493,19 @@ class Ingress:
                 self.store, name, data, upload.id, tasks, analyze, with_maps=explain is not None
             )
         else:
+            began_s = time.time()
             record = await analyze(upload.id, tasks)
-            self.store.offer(record, data)
+            self.store.offer(record, data, began_s=began_s)
         return record.model_dump(mode="json")
 
     # ---- what runs ----------------------------------------------------------------------------------------------
 
     @api.get("/v1/models", tags=["operate"])
     async def models(self, request: Request) -> dict[str, Any]:
-        """What runs: URI, revision, card and thresholds of each model, and of its canary with its share."""
+        """What runs: URI, revision, card and thresholds of each model, and of its canary with its share. `refused` is
+        what a model was told to serve and could not load, so that it goes on with what it has; with a key of scope
+        `admin`, or where there are no keys, with the reason.
+        """
         answer: dict[str, Any] = {}
         for stage, route in self.graph.routes.items():
             message = route.detail if is_operator(request.scope) else route.message
@@ -490,9 +513,11 @@ class Ingress:
             if route.info is not None:
                 card = route.info.card
                 entry |= {"uri": route.info.uri, "revision": route.info.revision, "card": card}
+                if (refused := route.info.refused) is not None:
+                    entry["refused"] = refused.model_dump(include=None if is_operator(request.scope) else {"uri"})
                 if stage == "detector":
                     entry["thresholds"] = card.get("thresholds")
-                entry["drift"] = self.drift.state
+                    entry["drift"] = self.drift.state
             share, shadow = getattr(self.graph.shares, stage), getattr(self.graph.shadow, stage)
             if share + shadow > 0:
                 canary = route.canary_info

@@ -304,6 +304,11 @@ class KeyRing:
             return 0.0
         return self._quotas.setdefault(key.id, Quota()).take(key.per_day, time.time())
 
+    @property
+    def has_unshared(self) -> bool:
+        """Whether keys with a quota were used since all replicas were told last."""
+        return any(quota.unshared for quota in self._quotas.values())
+
     async def share_uses(self, share: Share) -> None:
         """Tell all replicas what keys with a quota were used for since the last time, and hear what they come to.
 
@@ -423,18 +428,21 @@ class RequireKey:
         return _LOOPBACK_HOST.fullmatch(host) is not None or _PORT.sub("", host.lower()) in self._hosts()
 
     def _share_soon(self) -> None:
-        """Have counts shared beside the requests, now and then."""
-        running = self._sharing is not None and not self._sharing.done()
-        if self._share is None or running or time.monotonic() - self._shared_at < _SHARE_S:
-            return
-        self._shared_at = time.monotonic()
-        self._sharing = asyncio.get_running_loop().create_task(self._share_uses(self._share))
+        """Have counts shared beside the requests, now and then, until the last ones are."""
+        if self._share is not None and (self._sharing is None or self._sharing.done()):
+            self._sharing = asyncio.get_running_loop().create_task(self._share_all(self._share))
 
-    async def _share_uses(self, share: Share) -> None:
+    async def _share_all(self, share: Share) -> None:
         assert self.ring is not None
+        while self.ring.has_unshared:
+            await asyncio.sleep(self._shared_at + _SHARE_S - time.monotonic())
+            self._shared_at = time.monotonic()
+            await self._share_uses(self.ring, share)
+
+    async def _share_uses(self, ring: KeyRing, share: Share) -> None:
         why_not = ""
         try:
-            await self.ring.share_uses(share)
+            await ring.share_uses(share)
         except Exception as error:  # of any store: a quota that is counted here alone is better than no answer
             why_not = f"{type(error).__name__}: {error}"
         if why_not and why_not != self._why_not:

@@ -223,6 +223,8 @@ def use_local_docs(api: FastAPI) -> None:
             schemas["ProblemModel"] = ProblemModel.model_json_schema()
             if os.environ.get(keys.VARIABLE):
                 _declare_keys(document)
+            else:
+                _declare_refusals(document, "host_refused")
             api.openapi_schema = document
         return api.openapi_schema
 
@@ -236,11 +238,15 @@ def _declare_keys(document: dict[str, Any]) -> None:
         "browser": {"type": "http", "scheme": "basic", "description": "the key as password, under any user name"},
     }
     document["security"] = [{"key": []}, {"browser": []}]
-    refusals = responses("unauthorized", "forbidden", "rate_limited", "quota_exceeded")
+    for path in keys.OPEN & document["paths"].keys():
+        for operation in document["paths"][path].values():
+            operation["security"] = []
+    _declare_refusals(document, "unauthorized", "forbidden", "rate_limited", "quota_exceeded")
+
+
+def _declare_refusals(document: dict[str, Any], *codes: str) -> None:
+    """Say what every route but health may answer before it is asked."""
     for path, operations in document["paths"].items():
-        for operation in operations.values():
-            if path in keys.OPEN:
-                operation["security"] = []
-                continue
-            for status, refusal in refusals.items():
+        for operation in operations.values() if path not in keys.OPEN else ():
+            for status, refusal in responses(*codes).items():
                 operation["responses"].setdefault(str(status), refusal)

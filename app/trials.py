@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from sqlalchemy import Connection, select
 
+from app.store import events
 from app.store.models import Feedback, Prediction, TrialAnswer, first_id, new_id
 
 Role = Literal["production", "candidate"]
@@ -48,6 +49,7 @@ class Tried:
         """As a row of the store."""
         return {
             "id": new_id(self.at_s),
+            events.BEGAN: first_id(self.at_s - self.seconds),
             "model": self.model,
             "role": self.role,
             "returned": self.returned,

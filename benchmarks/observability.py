@@ -7,7 +7,7 @@ metric (Ray's own included), logs nothing below errors, traces nothing and keeps
 
 In: photos; the committed configuration with the starter models, or another one (``--config``). Out:
 ``results/observability.json``: the ratio of the throughputs of each pair of rounds, their geometric mean with an
-interval by bootstrap, and the processor time of an answer in each instance.
+interval by Student's t, and the processor time of an answer in each instance.
 
     python -m benchmarks.observability --photos DIR [--pairs 12] [--round-photos 64]
 

@@ -1,8 +1,9 @@
 """What is trained is what is served: a small BLIP and a small ViT from nothing to a replica, through every command.
 
 In: prepared ``flickr30k`` and ``aivshuman``. Out: ``results/trained_is_served.json``. Both models start with
-random weights in their architecture's own format, and are trained, registered, evaluated, refused by the gate (they are
-small), resolved as ``models:/...@candidate`` and served by a Serve replica. Compared are
+random weights in their architecture's own format, and are trained, registered, evaluated on a part of the test split
+(they are small, and fail the gate), refused by the registry for that part, resolved as ``models:/...@candidate`` and
+served by a Serve replica. Compared are
 
 * what the module said of validation pictures **in the training process** (greedy captions, logits), kept in the run's
   last checkpoint, with what the registry's model and the replica say of the same pictures,

@@ -102,6 +102,12 @@ METRICS = {
         _gauge("pictures_limit", (), "Pictures that an ingress replica lets in at present"),
         _gauge("requests_waiting", (), "Requests that wait for a place"),
         _gauge("pictures_deferred", (), "Pictures in the store's queue, whose senders can wait; NaN: not known"),
+        _gauge("deferred_age_seconds", (), "Time since the oldest of those was taken in; NaN: not known"),
+        _gauge(
+            "deferred_room_used",
+            (),
+            "Share of their room that is taken, by number or by bytes, whichever is more; NaN: not known",
+        ),
         _gauge("callbacks_due", (), "Call-backs that are to be made and have not been"),
         _counter(
             "callbacks",
@@ -287,9 +293,14 @@ class Metrics:
         self.record("pictures_limit", limit)
         self.record("requests_waiting", waiting)
 
-    def deferred(self, pictures: int | None) -> None:
-        """How many pictures wait whose senders can; None: not known. A gauge that is not set keeps what it showed."""
-        self.record("pictures_deferred", math.nan if pictures is None else pictures)
+    def deferred(self, backlog: tuple[int, float, float] | None) -> None:
+        """How many pictures wait whose senders can, for how many seconds the oldest, and the share of the room that
+        they take; None: not known. A gauge that is not set keeps what it showed.
+        """
+        pictures, age_s, room_used = backlog or (math.nan,) * 3
+        self.record("pictures_deferred", pictures)
+        self.record("deferred_age_seconds", age_s)
+        self.record("deferred_room_used", room_used)
 
     def stages(self, ready: Mapping[str, bool], canary_shares: Mapping[str, float]) -> None:
         """Which stages answer, and what their canaries get."""

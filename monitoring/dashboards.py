@@ -191,6 +191,18 @@ SERVICE = Board(
                     "The limit falls when pictures take longer than they should",
                 ),
                 Panel(
+                    "Time that the oldest deferred picture has waited",
+                    "s",
+                    (Query(f"max(ray_deeptrust_deferred_age_seconds{{{_APP}}})", "oldest"),),
+                    "Since it was taken in",
+                ),
+                Panel(
+                    "Room for deferred pictures that is taken",
+                    "percentunit",
+                    (Query(f"max(ray_deeptrust_deferred_room_used{{{_APP}}})", "taken"),),
+                    "By `max_deferred` or by `max_deferred_bytes`, whichever is more; when all is, senders get 429",
+                ),
+                Panel(
                     "Call-backs",
                     "ops",
                     (

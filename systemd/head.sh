@@ -2,7 +2,8 @@
 # What deeptrust-head@.service runs on the head, as the user that `ray up` logs in as:
 #   start    Ray, by the very command of cluster.yaml, and stays until a process is gone that a head cannot be without: exit
 #            status 1, and systemd ends what is left
-#   deploy   serve_config.yaml, as soon as Ray's dashboard takes it; exit status 1 if it does not within eight minutes
+#   deploy   serve_config.yaml, as soon as Ray's dashboard takes it; exit status 1 if it does not within eight minutes, and at
+#            once if there is a mistake in it: Ray passes over keys that it does not know
 set -euo pipefail
 code=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # `ray up` has written it; it sets what is not set
@@ -41,6 +42,7 @@ print(yaml.safe_load(open(sys.argv[1]))["head_start_ray_commands"][-1].strip())'
     ;;
 deploy)
     cd "$code"
+    python -m app.config serve_config.yaml
     until=$((SECONDS + 480))
     until serve deploy serve_config.yaml; do
         if [ "$SECONDS" -ge "$until" ]; then

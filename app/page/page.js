@@ -12,6 +12,7 @@ import * as words from "./words.js";
 const AT_ONCE = 3; // requests in flight
 const TRIES = 8; // for one picture, while the service is busy or away
 const POLL_MS = 1500;
+const BUSY = new Set(["overloaded", "rate_limited"]); // waiting helps
 
 const $ = (id) => document.getElementById(id);
 const jobs = new Map(); // Card -> {tries, abort: AbortController}
@@ -145,7 +146,7 @@ async function run(card) {
 
 /* Wait and try again where that can help; else say what is wrong. */
 async function recover(card, job, problem) {
-  const comeBack = problem.code === "overloaded" || (problem.code === "unavailable" && problem.retryAfter !== null);
+  const comeBack = BUSY.has(problem.code) || (problem.code === "unavailable" && problem.retryAfter !== null);
   if (comeBack && job.tries < TRIES) {
     pausedUntil = Math.max(pausedUntil, Date.now() + (problem.retryAfter ?? 2) * 1000);
     return enqueue(card);
@@ -210,7 +211,7 @@ async function heat(card) {
       return card.heatNote("");
     } catch (error) {
       if (!jobs.has(card)) return;
-      if (error.code !== "overloaded" || tries >= TRIES) return card.heatNote(`No heat map. ${words.problemText(error.code ?? "bad_answer")}`);
+      if (!BUSY.has(error.code) || tries >= TRIES) return card.heatNote(`No heat map. ${words.problemText(error.code ?? "bad_answer")}`);
       card.heatNote("The service is busy. Trying again by itself…", true);
       await new Promise((resolve) => setTimeout(resolve, (error.retryAfter ?? 2) * 1000));
     }

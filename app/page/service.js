@@ -105,7 +105,7 @@ export async function feedback(event) {
     try {
       return await ask("v1/feedback", {method: "POST", body: JSON.stringify(event), headers});
     } catch (problem) {
-      if (!["unavailable", "overloaded", "network"].includes(problem.code) || tries >= SAY_AGAIN) throw problem;
+      if (!["unavailable", "overloaded", "rate_limited", "network"].includes(problem.code) || tries >= SAY_AGAIN) throw problem;
       await new Promise((resolve) => setTimeout(resolve, (problem.retryAfter ?? 1) * 1000));
     }
   }

@@ -45,7 +45,7 @@ const PROBLEMS = {
   folder: "Folders cannot be added. Open it and add the pictures that are in it.",
 };
 
-const WORTH_RETRYING = new Set(["overloaded", "timeout", "unavailable", "internal_error", "network", "bad_answer"]);
+const WORTH_RETRYING = new Set(["rate_limited", "overloaded", "timeout", "unavailable", "internal_error", "network", "bad_answer"]);
 
 export const problemText = (code) => PROBLEMS[code] ?? "The service could not analyse this picture. Press Retry, or use another file.";
 
@@ -110,6 +110,8 @@ const SAID = {
   not_found: "This answer is not kept any more. Analyse the picture again, then say it.",
   bad_parameter: "This cannot be kept: use shorter text without special characters.",
   conflict: "This was said before, and otherwise. Say it again.",
+  forbidden: "Your key does not allow to say this. Ask whoever runs the service for one with the scope feedback.",
+  quota_exceeded: PROBLEMS.quota_exceeded,
 };
 
 export const feedbackProblem = (code) => SAID[code] ?? "This could not be kept at the moment. Try again in a minute.";

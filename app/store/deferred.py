@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from sqlalchemy import Connection, delete, exists, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
@@ -20,7 +21,7 @@ from sqlalchemy.orm import aliased
 
 from app.store import callbacks
 from app.store.events import DELETED, KeyConflict, write_predictions
-from app.store.models import Deferred, first_id, new_id, row_of
+from app.store.models import Deferred, first_id, new_id, row_of, time_of
 from deployments.annotation import Annotation
 
 #: Statuses of problems that another attempt may not meet: overloaded, unavailable, out of time.
@@ -68,6 +69,16 @@ class Outcome:
     status: int
     answer: str
     """JSON of the annotation, or of the problem."""
+
+
+class Backlog(NamedTuple):
+    """What waits."""
+
+    pictures: int = 0
+    age_s: float = 0.0
+    """Since the oldest of them was taken in."""
+    room_used: float = 0.0
+    """Share of the room that is taken: of their number or of their bytes, whichever is more."""
 
 
 def put(
@@ -256,6 +267,18 @@ def is_any_free(connection: Connection, now_s: float) -> bool:
 def count(connection: Connection) -> int:
     """Pictures without an answer."""
     return connection.execute(select(func.count()).where(Deferred.status == 0)).scalar_one()
+
+
+def backlog(connection: Connection, now_s: float, max_count: int, max_bytes: int) -> Backlog:
+    """What waits at ``now_s``; limits as of ``put``, and 0: no queue is wanted."""
+    size = func.coalesce(func.sum(Deferred.size_bytes), 0)
+    pictures, used, oldest = connection.execute(
+        select(func.count(), size, func.min(Deferred.id)).where(Deferred.status == 0)
+    ).one()
+    if not pictures:
+        return Backlog()
+    shares = [taken / limit for taken, limit in ((pictures, max_count), (used, max_bytes)) if limit]
+    return Backlog(pictures, max(0.0, now_s - time_of(oldest).timestamp()), max(shares, default=0.0))
 
 
 def remove_old(connection: Connection, now_s: float, keep_h: float, most: int) -> int:

@@ -21,7 +21,9 @@ _LOCK = 0x6465657074727574
 
 
 def announce(connection: Connection, sha256: str, at_s: float) -> None:
-    """Nothing about a picture that is older than ``at_s`` is written by who looks after this is committed."""
+    """Nothing about a picture that was begun before ``at_s`` is written by who looks after this is committed. Times are
+    of the nodes' clocks, which are to agree.
+    """
     dialect = postgresql if connection.dialect.name == "postgresql" else sqlite
     row = dialect.insert(Deletion).values(sha256=sha256, id=last_id(at_s))
     connection.execute(row.on_conflict_do_update(index_elements=["sha256"], set_={"id": row.excluded.id}))

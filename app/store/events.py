@@ -37,6 +37,9 @@ _DELETED_ANSWER = json.dumps(
         "code": "not_found",
     }
 )
+#: Key of a row that is to be written, and no column: the least id of when work on what it says began. Without it, that
+#: is the row's own time.
+BEGAN = "began"
 
 
 class UnknownAnswer(LookupError):
@@ -93,8 +96,8 @@ def _insert_unless_there(connection: Connection, table: Any) -> Any:
 
 def write_predictions(connection: Connection, rows: Sequence[dict[str, Any]]) -> None:
     """Insert answers; those that are there already (the same id or name) are left, and those of pictures whose deletion
-    was asked for after them are not written. An answer with a name takes the place of one about the same picture in
-    which more stages failed: it keeps that one's row, and with it the feedback on it.
+    was asked for after work on them began are not written. An answer with a name takes the place of one about the same
+    picture in which more stages failed: it keeps that one's row, and with it the feedback on it.
     """
     named = {row["name"] for row in rows} - {None}
     # in one order everywhere: two replicas with the same names wait for each other and not in a circle
@@ -136,9 +139,10 @@ def write_trials(connection: Connection, rows: Sequence[dict[str, Any]]) -> None
 def _write(connection: Connection, table: Any, rows: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
     """Returns those that were to be written."""
     deleted = deletions.announced(connection, (row["sha256"] for row in rows))
-    rows = [row for row in rows if deleted.get(row["sha256"], 0) < row["id"]]
+    rows = [row for row in rows if deleted.get(row["sha256"], 0) < row.get(BEGAN, row["id"])]
     if rows:
-        connection.execute(_insert_unless_there(connection, table), rows)
+        columns = [{column: value for column, value in row.items() if column != BEGAN} for row in rows]
+        connection.execute(_insert_unless_there(connection, table), columns)
     return rows
 
 
@@ -248,13 +252,13 @@ def forget_picture(connection: Connection, sha256: str, at_s: float) -> dict[str
     stays, as one that is not stored, until its file has gone (``picture_removed``).
     """
     deletions.announce(connection, sha256, at_s)
+    _forget_deferred(connection, sha256)  # first: whoever is about to end the wait of one writes its answer, too
     about = select(Prediction.id).where(Prediction.sha256 == sha256)
     feedback = connection.execute(delete(Feedback).where(Feedback.prediction_id.in_(about))).rowcount
     predictions = connection.execute(delete(Prediction).where(Prediction.sha256 == sha256)).rowcount
     connection.execute(delete(TrialAnswer).where(TrialAnswer.sha256 == sha256))
     connection.execute(delete(ReviewLabel).where(ReviewLabel.sha256 == sha256))
     drift.forget_picture(connection, sha256)
-    _forget_deferred(connection, sha256)
     stored = _lock_picture(connection, sha256)
     connection.execute(update(Picture).where(Picture.sha256 == sha256).values(stored=False))
     return {"pictures": int(stored or False), "predictions": predictions, "feedback": feedback}

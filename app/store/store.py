@@ -219,17 +219,18 @@ class Store:
 
     # ---- answers in ---------------------------------------------------------------------------------------------
 
-    def offer(self, annotation: Annotation, data: bytes, name: str | None = None) -> None:
+    def offer(self, annotation: Annotation, data: bytes, name: str | None = None, began_s: float | None = None) -> None:
         """Keep an answer, and its picture if all are kept. Returns at once and raises nothing.
 
         Args:
             name: the answer is kept once under it.
+            began_s: when work on it began: it does not outlive a deletion of its picture that was asked for since.
         """
         if self._writer is None or self._message:
             return
         now = time.time()
         expires_s = self.expiry(annotation.sha256, now)
-        if self._writer.offer(Answered(annotation, now, expires_s, name)):
+        if self._writer.offer(Answered(annotation, now, expires_s, name, began_s)):
             self.offer_picture(annotation.sha256, data)
 
     def expiry(self, sha256: str, now_s: float) -> float | None:

@@ -24,7 +24,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app.store import events
 from app.store.database import Collided, Database, StoreUnavailable
-from app.store.models import row_of
+from app.store.models import first_id, row_of
 from deployments.annotation import Annotation
 
 _log = logging.getLogger("ray.serve")
@@ -46,12 +46,15 @@ class Answered:
     expires_s: float | None
     name: str | None = None
     """Kept once under this name."""
+    began_s: float | None = None
+    """When work on it began, if that was before ``at_s``."""
 
 
 def _row(answered: Answered | dict[str, Any]) -> dict[str, Any]:
     if isinstance(answered, dict):  # it was prepared before
         return answered
-    return row_of(answered.annotation, answered.at_s, answered.expires_s, answered.name)
+    row = row_of(answered.annotation, answered.at_s, answered.expires_s, answered.name)
+    return row if answered.began_s is None else row | {events.BEGAN: first_id(answered.began_s)}
 
 
 def _is_away(error: Exception) -> bool:

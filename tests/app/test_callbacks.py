@@ -15,6 +15,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +35,7 @@ from app.store.settings import StoreSettings
 from app.store.store import Store
 from deployments.annotation import Annotation, Caption
 from tests.app.hook import Hook, listening
+from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 SECRET = "0123456789abcdef0123456789abcdef"
@@ -561,6 +563,37 @@ def test_a_name_that_leads_into_the_own_network_is_not_gone_to(one_store: Store,
     settings = CallbackSettings(allow=(f"https://hooks.example.com:{port}/",))
     assert tell(one_store, settings, lambda outcomes: bool(outcomes), look_up=rebound) == ["failed"]
     assert asked == [("hooks.example.com", port)] and hook.came == []
+
+
+def test_a_name_server_that_does_not_answer_holds_no_thread_that_others_wait_for(
+    one_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, go_on = threading.Event(), threading.Event()
+
+    def hang(*_: Any, **__: Any) -> Any:
+        asked.set()
+        assert go_on.wait(60)
+        raise OSError("no such name")
+
+    monkeypatch.setattr(callbacks.socket, "getaddrinfo", hang)
+    put(one_store, "place", HOOK, accepted(0))
+    answer(one_store)
+
+    async def run() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        told = Callbacks(CallbackSettings(allow=(HOOK,)), one_store, lambda outcome: None)
+        task = asyncio.create_task(told.run())
+        try:
+            while not asked.is_set():
+                await asyncio.sleep(0.01)
+            assert await asyncio.wait_for(asyncio.to_thread(lambda: True), 20)
+        finally:
+            go_on.set()
+            task.cancel()
+            told.close()
+
+    asyncio.run(run())
+    wait_for(lambda: not any(thread.name.startswith("look-up") for thread in threading.enumerate()))
 
 
 def test_the_certificate_has_to_be_of_the_name_and_the_connection_goes_to_what_was_looked_up(

@@ -175,6 +175,11 @@ def test_what_cannot_be_started_is_told_and_leaves_nothing(service: SmallService
     (empty / "preprocessor_config.json").unlink()
     answer = canary(service, "start", "detector", "--uri", str(empty), "--timeout-s", "60", codes=(1,))
     assert "DetectorCanary" in answer.stderr
+    replicas = service.replicas("Detector")
+    answer = canary(service, "serve", "detector", "--uri", str(empty), codes=(1,))
+    assert f"{empty} is refused, and Detector goes on with" in answer.stderr
+    assert service.replicas("Detector") == replicas
+    assert str(empty) not in canary(service, "show", "detector").stdout.splitlines()[0]
     answer = canary(service, "watch", "detector", codes=(1,))
     assert "no trial" in answer.stderr
     answer = canary(service, "promote", "detector", codes=(1,))

@@ -7,11 +7,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,13 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from pydantic_settings import CliApp
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.scripts import scripts
 
 from app import cluster
 from app.config import read_serve_config
+from app.monitoring import MonitoringSettings
 from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -212,6 +216,11 @@ def test_set_up_installs_the_pinned_list_and_nothing_else(config: dict[str, Any]
     assert any(pin.startswith("torch===") and "+" not in pin for pin in pins)
     for needed in ("nvidia-cublas", "nvidia-cudnn", "nvidia-nccl", "triton"):
         assert any(pin.startswith(needed) for pin in pins), f"there is no {needed} for torch's CUDA build"
+    # what `pip install --no-deps` leaves out an evaluation there cannot measure
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = settings["dependencies"] + settings["optional-dependencies"]["gpu"]
+    names = {re.split(r"[\[=<>]", each)[0] for each in wanted}
+    assert {"nltk", "torch"} <= names <= {pin.partition("=")[0] for pin in pins}
     for commands in ("setup_commands", "head_setup_commands", "head_start_ray_commands", "worker_start_ray_commands"):
         for command in config[commands]:
             subprocess.run(["bash", "-n", "-c", command], check=True)
@@ -232,6 +241,26 @@ def test_the_runbooks_mlflow_listens_where_nodes_look_and_keeps_nothing_in_the_c
     assert nodes_ask.removeprefix("http://") in said["--allowed-hosts"].split(",")
     assert said["--backend-store-uri"] == f"sqlite:///{home}/deeptrust/mlflow/mlflow.db"
     assert said["--artifacts-destination"] == f"{home}/deeptrust/mlflow/artifacts"
+
+
+def test_the_runbooks_prometheus_waits_for_ray_and_keeps_nothing_in_the_code(
+    tmp_path: Path, config: dict[str, Any]
+) -> None:
+    text = (ROOT / "docs" / "runbook.md").read_text()
+    command = text.partition("prometheus/start <<'END'\n")[2].partition("\nEND\n")[0]
+    shell(tmp_path, config["setup_commands"][0].replace("RAY_FOLDER=/tmp/ray", f"RAY_FOLDER={tmp_path}"))
+    programs = tmp_path / "deeptrust/venv/bin"
+    programs.mkdir(parents=True)
+    # Ray has written the file by the time that it is looked for again
+    (programs / "sleep").write_text("#!/bin/sh\ntouch ~/prom_metrics_service_discovery.json\n")
+    (programs / "python").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    for program in programs.iterdir():
+        program.chmod(0o755)
+    words = shell(tmp_path, command).splitlines()
+    assert words[:2] == ["-m", "app.monitoring"]
+    said = CliApp.run(MonitoringSettings, cli_args=words[2:])
+    assert said.discovery and said.discovery.is_file()
+    assert said.data == tmp_path / "deeptrust/prometheus", "not in the code, which goes with a roll-back"
 
 
 def test_the_runbook_names_the_taggers_model_as_it_is_served() -> None:
@@ -347,7 +376,7 @@ def head(config: dict[str, Any], tmp_path: Path) -> Iterator[Path]:
     sleep = shutil.which("sleep") or ""
     for name in ("raylet", "gcs_server"):
         shutil.copy(sleep, tmp_path / name)
-    (programs / "python").write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
+    (programs / "python").write_text(f'#!/bin/bash\n[ "$2" = app.config ] || exec {sys.executable} "$@"\n')
     (programs / "ray").write_text(RAY.format(python=sys.executable, sleep=sleep))
     (programs / "serve").write_text('#!/bin/bash\nprintf "%s\\n" "$@" $RAY_DASHBOARD_ADDRESS $RAY_API_SERVER_ADDRESS\n')
     for program in programs.iterdir():
@@ -418,6 +447,13 @@ def test_the_heads_unit_and_people_find_the_dashboard_where_it_is(head: Path) ->
     deployed = unit(head, "deploy").communicate()[0].splitlines()
     assert deployed == ["deploy", "serve_config.yaml", place, place]
     assert environment(head)["RAY_DASHBOARD_ADDRESS"] == place
+
+
+def test_nothing_is_deployed_that_has_a_mistake(head: Path) -> None:
+    (head / "deeptrust/venv/bin/python").write_text('#!/bin/sh\necho "$@" >~/asked\nexit 1\n')
+    refused = unit(head, "deploy")
+    assert refused.communicate()[0] == "" and refused.returncode == 1
+    assert (head / "asked").read_text() == "-m app.config serve_config.yaml\n"
 
 
 def test_nothing_is_deployed_to_a_head_that_has_ended(head: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from app.config import AppArgs, ConfigError, read_serve_config
+from app.config import AppArgs, ConfigError, main, read_serve_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -114,6 +114,13 @@ def test_the_names_of_a_proxy_in_front_are_taken_as_the_shipped_comment_has_them
 def test_an_empty_part_is_as_good_as_none(tmp_path: Path) -> None:
     config = read_serve_config(_with(tmp_path, lambda c: c.update(http_options=None, logging_config=None)))
     assert config["applications"]
+
+
+def test_a_file_is_checked_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main([str(ROOT / "serve_config.yaml")])
+    assert "serve_config.yaml is valid" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="unknown key 'num_replica'"):
+        main([str(_with(tmp_path, lambda c: _deployment(c, "Drift").update(num_replica=2)))])
 
 
 def test_port_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

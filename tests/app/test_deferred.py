@@ -133,6 +133,27 @@ def test_a_full_queue_takes_nothing_of_a_request(store: Store) -> None:
     put(store, "b", picture(2), picture(3), count=2, size=20)  # what is answered takes no room
 
 
+def test_of_what_waits_number_age_and_room_are_known(store: Store) -> None:
+    def backlog(now_s: float, count: int = 10, size: int = 1000) -> deferred.Backlog:
+        return asyncio.run(store.read(partial(deferred.backlog, now_s=now_s, max_count=count, max_bytes=size)))
+
+    put(store, "a", picture(0))
+    taken_s = time.time()
+    earlier = {"id": Deferred.id - first_id(1000)}
+    asyncio.run(store.commit(lambda connection: connection.execute(update(Deferred).values(earlier))))
+    put(store, "b", picture(1), picture(2))
+    assert backlog(taken_s) == (3, pytest.approx(1000, abs=60), 0.3)
+    assert backlog(taken_s, size=36).room_used == 0.75, "three times nine bytes"
+    assert backlog(taken_s, count=0, size=0).room_used == 0.0
+    first, *others = lease(store)
+    assert backlog(taken_s).pictures == 3, "what is worked on has no answer yet"
+    assert finish(store, first)
+    assert backlog(taken_s) == (2, pytest.approx(0, abs=60), 0.2)
+    assert backlog(taken_s - 1000).age_s == 0.0, "another's clock is ahead"
+    assert all(finish(store, leased) for leased in others)
+    assert backlog(taken_s + 1000) == (0, 0.0, 0.0)
+
+
 def test_a_deleted_picture_is_neither_worked_on_nor_answered(store: Store) -> None:
     put(store, "a", picture(0))
     (leased,) = lease(store)
@@ -201,6 +222,29 @@ def test_pictures_of_one_request_that_are_deleted_at_once_leave_nothing(database
         other.close()
 
 
+@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+def test_an_answer_that_is_not_committed_does_not_outlive_the_deletion_of_its_picture(
+    database_url: str, store: Store
+) -> None:
+    put(store, "a", picture(0))
+    (leased,) = lease(store)
+    record = Annotation(id=leased.answer_id, sha256=picture(0).sha256, caption=Caption(text="a dog"))
+    end = partial(deferred.finish, row_id=leased.id, status=200, answer="{}", record=record, expires_s=None)
+    waiting = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+    other = Store(StoreSettings(url=database_url, timeout_s=60, search_timeout_s=60))
+    other.start()
+    try:
+        assert store._database is not None
+        wait_for(lambda: other.status()["state"] == "ready")
+        with store._database.reading() as looking, store._database.writing() as connection:
+            assert end(connection)
+            deletion = other.submit(partial(events.forget_picture, sha256=picture(0).sha256, at_s=time.time()))
+            wait_for(lambda: deletion.done() or looking.execute(text(waiting)).scalar_one() > 0)
+        assert deletion.result(60)["predictions"] == 1 and answers(store) == 0
+    finally:
+        other.close()
+
+
 def test_answers_that_nobody_fetched_go_after_a_while_and_what_waits_stays(store: Store) -> None:
     put(store, "answered", picture(0))
     finish(store, lease(store)[0])
@@ -249,7 +293,7 @@ def test_a_database_that_does_not_answer_has_no_empty_queue_and_is_said_once(
     deferral = Deferral(down, QuickGraph(), Admission(2, 4, 60.0), 60.0)
     try:
         with caplog.at_level("WARNING", logger="ray.serve"):
-            assert [asyncio.run(deferral.count()) for _ in range(3)] == [None] * 3
+            assert [asyncio.run(deferral.backlog()) for _ in range(3)] == [None] * 3
     finally:
         down.close()
     assert sum("how many pictures wait" in record.getMessage() for record in caplog.records) == 1
@@ -289,7 +333,7 @@ def test_what_waits_teaches_the_admission_that_more_may_be_in_work(store: Store)
     async def work() -> Admission:
         admission = Admission(64, 4, 60.0, 30.0)
         deferral = Deferral(store, QuickGraph(), admission, 60.0)
-        while deferral.is_possible and await deferral.count():
+        while deferral.is_possible and (waiting := await deferral.backlog()) and waiting.pictures:
             await deferral._begin_some()
             await asyncio.gather(*deferral._working.values())
         return admission

@@ -154,11 +154,15 @@ def test_while_it_cannot_be_kept_it_is_sent_again_once(page: Any, server: SmallS
     assert len(refused) == 2 and len(set(refused)) == 1 and len(kept(server)) == before + 1
 
 
-def test_an_answer_that_is_not_kept_any_more_is_said(page: Any) -> None:
+@pytest.mark.parametrize(
+    ("status", "code", "said"),
+    [(404, "not_found", "not kept any more"), (403, "forbidden", "key does not allow")],
+)
+def test_what_cannot_be_kept_is_said_with_the_reason(page: Any, status: int, code: str, said: str) -> None:
     card = analysed(page, "olive")
-    page.route("**/v1/feedback", lambda route: route.fulfill(status=404, json={"code": "not_found", "detail": ""}))
+    page.route("**/v1/feedback", lambda route: route.fulfill(status=status, json={"code": code, "detail": ""}))
     card.locator(".judge[data-part=verdict] .up").click()
-    card.locator(".said", has_text="not kept any more").wait_for()
+    card.locator(".said", has_text=said).wait_for()
     assert card.locator(".judge[data-part=verdict] .up").get_attribute("aria-pressed") == "false"
 
 

@@ -324,22 +324,57 @@ def test_a_quota_holds_for_all_replicas_together_where_something_counts_for_them
     assert "no database" in warning.getMessage()
 
 
-def test_the_api_document_says_which_routes_want_a_key(file: Path) -> None:
+def test_a_days_last_requests_are_shared_without_another_one(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keys, "_SHARE_S", 0.01)
+    headers, told, go_on = bearer(create(file, "few", READ, 500, 500, per_day=10)), list[int](), asyncio.Event()
 
+    async def share(day: int, uses: Mapping[str, int]) -> Mapping[str, int]:
+        told.extend(uses.values())
+        await go_on.wait()
+        if len(told) == 2:
+            raise ConnectionError("no database")
+        return uses
+
+    async def work() -> None:
+        transport = httpx.ASGITransport(app(share=share))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            for _ in range(5):
+                assert (await client.get("/", headers=headers)).status_code == 200
+        assert told == [1]
+        go_on.set()
+        async with asyncio.timeout(60):
+            while len(asyncio.all_tasks()) > 1:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(work())
+    assert told == [1, 4, 4], "again when it could not be, and then no more"
+
+
+def document() -> Any:
+    """Of a small application, as it is with keys or without."""
     from app.openapi import use_local_docs
 
-    def document() -> dict[str, Any]:
-        api = FastAPI()
-        use_local_docs(api)
-        api.get("/healthz")(lambda: None)
-        api.get("/v1/models")(lambda: None)
-        return api.openapi()
+    api = FastAPI()
+    use_local_docs(api)
+    api.get("/healthz")(lambda: None)
+    api.get("/v1/models")(lambda: None)
+    return api.openapi()
 
+
+def test_the_api_document_says_which_routes_want_a_key(file: Path) -> None:
     told = document()
     assert told["security"] == [{"key": []}, {"browser": []}]
     assert told["paths"]["/healthz"]["get"]["security"] == []
     models = told["paths"]["/v1/models"]["get"]
     assert "security" not in models and {"401", "403", "429"} <= set(models["responses"])
+    assert "401" not in told["paths"]["/healthz"]["get"]["responses"]
+
+
+def test_without_keys_the_api_document_says_which_routes_refuse_other_names(no_file: None) -> None:
+    told = document()
+    refused = told["paths"]["/v1/models"]["get"]["responses"]["403"]
+    assert set(refused["content"][MEDIA_TYPE]["examples"]) == {"host_refused"}
+    assert "403" not in told["paths"]["/healthz"]["get"]["responses"] and "security" not in told
 
 
 def test_a_revoked_key_is_refused_without_a_restart_and_the_others_are_not(file: Path) -> None:

@@ -45,7 +45,7 @@ def test_prometheus_takes_the_configuration_and_keeps_to_loopback(discovery: Pat
     file = next(part for part in line if part.startswith("--config.file=")).split("=", 1)[1]
     checked = subprocess.run(["promtool", "check", "config", file], capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stdout + checked.stderr
-    assert "21 rules" in checked.stdout
+    assert "23 rules" in checked.stdout
     assert any(part.startswith("--web.listen-address=127.0.0.1:") for part in line)
 
 

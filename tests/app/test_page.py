@@ -212,6 +212,14 @@ def test_every_problem_of_the_api_has_its_sentence() -> None:
     assert set(CODES) <= set(re.findall(r"^  (\w+):", table, re.M))
 
 
+def test_who_is_told_to_press_retry_can_and_nobody_else() -> None:
+    words = WORDS.read_text()
+    told = set(
+        re.findall(r"^  (\w+): .*press retry", words.split("const PROBLEMS = {")[1].split("\n};")[0], re.M | re.I)
+    )
+    assert set(re.findall(r'"(\w+)"', words.split("const WORTH_RETRYING")[1].split(";")[0])) == told
+
+
 def test_hostile_file_names_stay_text_and_stay_here(page: Any) -> None:
     name = "<img src=x onerror=alert(1)>.jpg"
     bodies: list[bytes] = []
@@ -247,13 +255,14 @@ def test_a_partial_answer_says_what_is_missing_and_why(page: Any) -> None:
     page.wait_for_function("() => document.querySelector('.gaps').hidden", timeout=ANSWER_MS)
 
 
-def test_a_busy_service_is_asked_again_by_itself(page: Any) -> None:
+@pytest.mark.parametrize("code", ["overloaded", "rate_limited"])
+def test_a_busy_service_is_asked_again_by_itself(page: Any, code: str) -> None:
     busy = {
         "type": "about:blank",
         "title": "Too many requests",
         "status": 429,
         "detail": "64 pictures in work",
-        "code": "overloaded",
+        "code": code,
     }
     answer_with(page, 429, busy, **{"retry-after": "2"})
     upload(page, ("a.jpg", small_jpeg()))

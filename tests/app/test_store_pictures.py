@@ -26,6 +26,7 @@ from app.store.models import first_id
 from app.store.pictures import PictureFiles, PicturesUnavailable
 from app.store.search import Query
 from app.store.store import Store
+from app.trials import Tried
 from tests.app.small_app import send
 from tests.app.stores import PICTURE, SHA, Held, Stores, annotation, count, files, hits, keep, names, run, tidy
 from tests.data.made import S3Server, s3_server
@@ -238,6 +239,29 @@ def test_deletion_waits_for_what_is_in_the_queue(stores: Stores) -> None:
 
     assert run(at_once()) == {"pictures": 0, "predictions": 1, "feedback": 0}
     assert hits(store) == []
+
+
+def test_an_answer_on_a_picture_that_was_deleted_while_it_was_worked_on_is_not_kept(stores: Stores) -> None:
+    store, began_s = stores(), time.time()
+    run(store.delete_picture(SHA))
+    for name, key in (("a", None), ("b", "name")):
+        store.offer(annotation(name).model_copy(update={"sha256": SHA}), PICTURE, key, began_s)
+    store.offer(annotation("other"), PICTURE, began_s=began_s)
+    keep(store, annotation("again").model_copy(update={"sha256": SHA}))
+    assert hits(store) == ["again", "other"]
+
+
+def test_a_trials_answer_on_a_picture_that_was_deleted_meanwhile_is_not_kept(stores: Stores) -> None:
+    store, now = stores(), time.time()
+    run(store.delete_picture(SHA))
+    began_before, began_after = (
+        Tried("detector", "candidate", True, "r", SHA, "ok", seconds, now + 10).row() for seconds in (30.0, 2.0)
+    )
+    store.offer_trials([began_before])
+    store.offer_trials([began_after])
+    wait_for(lambda: count(store, models.TrialAnswer) == 1)
+    run(store.delete_picture(hashlib.sha256(b"another").hexdigest()))  # behind what was offered
+    assert count(store, models.TrialAnswer) == 1
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections import defaultdict
 from typing import Any
@@ -154,6 +155,13 @@ def test_requests_feedback_trials_and_the_store(recorded: Recorded) -> None:
         (0, ("answers",)),
         (0, ("pictures",)),
     ]
+
+
+def test_what_waits_whose_senders_can_is_known_or_not(recorded: Recorded) -> None:
+    Metrics().deferred((3, 12.5, 0.25))
+    Metrics().deferred(None)
+    for name, value in (("pictures_deferred", 3), ("deferred_age_seconds", 12.5), ("deferred_room_used", 0.25)):
+        assert recorded.of[name] == [(value, ()), (pytest.approx(math.nan, nan_ok=True), ())]
 
 
 def test_codes_and_end_points_fit_into_the_bound() -> None:
