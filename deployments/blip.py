@@ -139,6 +139,17 @@ def _exchanged(module: nn.Module, kind: type[nn.Module], *arguments: Any) -> Any
     return exchanged.train(module.training)
 
 
+def look(decoder: Any, pictures: torch.Tensor) -> EncoderDecoderCache:
+    """The cache with which a quickened decoder's ``generate`` begins: what there is to see in pictures, ``(n, tokens,
+    width)``, whatever the number of beams or samples of each.
+
+    ``encoder_hidden_states``, which the library repeats for each, then say only that there is something: one token will
+    do.
+    """
+    layers: list[Any] = [layer.crossattention.self.look(pictures) for layer in decoder.bert.encoder.layer]
+    return EncoderDecoderCache(DynamicCache(config=decoder.config), Cache(layers=layers))
+
+
 def generate(
     model: BlipForConditionalGeneration,
     pixel_values: torch.Tensor,
@@ -153,14 +164,11 @@ def generate(
     if input_ids is not None:
         # the tokenizer has put its own first token in the place of the decoder's, and an end after the prompt
         begin = torch.cat([begin, input_ids[:, 1:-1]], 1)
-    layers: list[Any] = [layer.crossattention.self.look(pictures) for layer in decoder.bert.encoder.layer]
-    seen = EncoderDecoderCache(DynamicCache(config=config), Cache(layers=layers))
     return decoder.generate(
         input_ids=begin,
         attention_mask=None if attention_mask is None else attention_mask[:, :-1],
-        # says only that there is something to look at: what that is stands in the cache, and this is repeated for beams
         encoder_hidden_states=pictures[:, :1],
-        past_key_values=seen,
+        past_key_values=look(decoder, pictures),
         eos_token_id=config.sep_token_id,
         pad_token_id=config.pad_token_id,
         **settings,

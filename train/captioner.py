@@ -20,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -37,6 +37,7 @@ from torch.nn import functional
 from data.captions import score_captions
 from data.locations import Location
 from data.versions import DataVersion
+from deployments.blip import look, quicken
 from deployments.captioner import GENERATION, prompted
 from deployments.checkpoints import Checkpoint, cache_root, resolve
 from deployments.pixels import Normalisation, processor_settings
@@ -92,6 +93,9 @@ class CaptionerTraining(TrainCommand):
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     dropout: float | None = Field(
         None, ge=0, lt=1, description="every dropout of the model; unset: as its configuration says"
+    )
+    temperature: float = Field(
+        0.5, gt=0, le=2, description="of the captions that --objective cider draws: at 1 most have a stray word"
     )
     samples_per_photo: int = Field(5, ge=2, description="captions that --objective cider draws for each photo")
     training_photos: int = Field(0, ge=0, description="training photos at most, the first by id; 0: all")
@@ -166,21 +170,20 @@ class Vocabulary:
         return tokens, said
 
 
-def pad(sequences: list[list[int]], value: int) -> torch.Tensor:
+def pad(sequences: Sequence[Sequence[float]], value: float) -> torch.Tensor:
     """Sequences filled up to the longest."""
     longest = max(map(len, sequences))
-    return torch.tensor([sequence + [value] * (longest - len(sequence)) for sequence in sequences])
+    return torch.tensor([[*sequence, *[value] * (longest - len(sequence))] for sequence in sequences])
 
 
-def pack(captions: list[list[list[int]]], vocabulary: Vocabulary) -> dict[str, torch.Tensor]:
-    """All captions of each photo as one sequence: ``tokens``, ``targets``, ``positions`` ``(n, length)`` and the
-    additive ``mask`` ``(n, 1, length, length)``, 0 within a caption's past."""
+def pack(captions: list[list[tuple[list[int], list[int]]]], padding: int) -> dict[str, torch.Tensor]:
+    """All captions of each photo (what is read, and what is to be said next) as one sequence: ``tokens``, ``targets``,
+    ``positions`` ``(n, length)`` and the additive ``mask`` ``(n, 1, length, length)``, 0 within a caption's past."""
     tokens: list[list[int]] = []
     targets: list[list[int]] = []
     positions: list[list[int]] = []
     segments: list[list[int]] = []
-    for texts in captions:
-        read_and_said = [vocabulary.sequence(words) for words in texts]
+    for read_and_said in captions:
         tokens.append([token for read, _ in read_and_said for token in read])
         targets.append([token for _, said in read_and_said for token in said])
         positions.append([place for read, _ in read_and_said for place in range(len(read))])
@@ -189,7 +192,7 @@ def pack(captions: list[list[list[int]]], vocabulary: Vocabulary) -> dict[str, t
     length = owner.shape[1]
     visible = (owner[:, :, None] == owner[:, None, :]) & torch.ones(length, length, dtype=torch.bool).tril()
     return {
-        "tokens": pad(tokens, vocabulary.pad),
+        "tokens": pad(tokens, padding),
         "targets": pad(targets, _IGNORED),
         "positions": pad(positions, 0),
         "mask": torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)[:, None],
@@ -229,7 +232,8 @@ class CaptionerModule(TrainedModule):
                 prepared["features"] = some_patches(prepared["features"], self.settings.keep_patches)
             prepared["features"] = prepared["features"].float()
             if self.reward is None:
-                prepared |= pack([self.tokens[row] for row in rows], self.vocabulary)
+                said = [[self.vocabulary.sequence(words) for words in self.tokens[row]] for row in rows]
+                prepared |= pack(said, self.vocabulary.pad)
         elif self.reward is None:
             drawn = [
                 self.vocabulary.sequence(choose(self.tokens[row], self.settings.seed, row, epoch))
@@ -294,42 +298,55 @@ class CaptionerModule(TrainedModule):
         return value.clamp(min=1)
 
     def self_critical(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Minus the advantage of sampled captions times their log-likelihood."""
+        """Minus the advantage of sampled captions over the others of their photo, times their log-likelihood, both at
+        ``temperature`` (Rennie et al. 2017, with the baseline of Luo 2020).
+        """
         assert self.reward is not None
         model: Any = self.model
         image = batch["features"] if "features" in batch else model.vision_model(self.pixels(batch["pixels"]))[0]
-        count = self.settings.samples_per_photo
-        repeated = image.repeat_interleave(count, 0)
-        sampled = self.generate(
-            model.text_decoder,
-            repeated.detach(),
-            {"num_beams": 1, "do_sample": True, "top_k": 0, "length_penalty": None},
-        )
-        texts = [text.strip() for text in self.vocabulary.tokenizer.batch_decode(sampled, skip_special_tokens=True)]
-        prompt = self.settings.prompt or ""
-        given = 1 + len(self.vocabulary.prompt)
-        said = sampled[:, given:]
-        rows, has_ended = batch["row"].repeat_interleave(count).tolist(), (said == self.vocabulary.end).any(1).tolist()
+        count, prompt = self.settings.samples_per_photo, self.settings.prompt or ""
+        said = self.sample(model.text_decoder, image.detach())
+        texts = self.vocabulary.tokenizer.batch_decode(said, skip_special_tokens=True)
         rewards = torch.tensor(
             [
-                self.reward(row, text.removeprefix(prompt).strip(), ended)
-                for row, text, ended in zip(rows, texts, has_ended, strict=True)
-            ],
-            device=self.device,
+                self.reward(row, text.strip().removeprefix(prompt).strip(), words[-1] == self.vocabulary.end)
+                for row, text, words in zip(batch["row"].repeat_interleave(count).tolist(), texts, said, strict=True)
+            ]
         ).view(-1, count)
-        advantage = (rewards - (rewards.sum(1, keepdim=True) - rewards) / (count - 1)).flatten()
-        ended = (said == self.vocabulary.end).cumsum(1)
-        counted = (ended - (said == self.vocabulary.end).long() == 0).float()
+        advantage = (rewards - (rewards.sum(1, keepdim=True) - rewards) / (count - 1)).flatten().tolist()
+        # with gradients, all captions of a photo in a row, as in `loss`: the photo is looked at once
+        begin = [self.vocabulary.begin, *self.vocabulary.prompt]
+        spoken = [([*begin, *words[:-1]], [_IGNORED] * (len(begin) - 1) + words) for words in said]
+        photos = [slice(first, first + count) for first in range(0, len(said), count)]
+        packed = pack([spoken[photo] for photo in photos], self.vocabulary.pad)
+        worth = [
+            [value for value, (read, _) in zip(advantage[photo], spoken[photo], strict=True) for _ in read]
+            for photo in photos
+        ]
         logits = model.text_decoder(
-            input_ids=sampled[:, :-1],
-            attention_mask=torch.ones_like(sampled[:, :-1]),
-            encoder_hidden_states=repeated,
+            input_ids=packed["tokens"].to(self.device),
+            attention_mask=packed["mask"].to(self.device),
+            position_ids=packed["positions"].to(self.device),
+            encoder_hidden_states=image,
             use_cache=False,
-        ).logits[:, given - 1 :]
-        chances = -functional.cross_entropy(logits.float().flatten(0, 1), said.flatten(), reduction="none").view_as(
-            said
+        ).logits
+        targets, weights = packed["targets"].to(self.device), pad(worth, 0.0).to(self.device)
+        chances = -functional.cross_entropy(
+            logits.float().flatten(0, 1) / self.settings.temperature,
+            targets.flatten(),
+            ignore_index=_IGNORED,
+            reduction="none",
+        ).view_as(targets)
+        return -(weights * chances).sum() / self.mean_over_workers((targets != _IGNORED).sum().float())
+
+    def sample(self, decoder: Any, image: torch.Tensor) -> list[list[int]]:
+        """``samples_per_photo`` captions of each photo, drawn: token ids after the prompt, up to the end."""
+        drawn = {"num_beams": 1, "do_sample": True, "top_k": 0, "temperature": self.settings.temperature}
+        ids = self.generate(
+            decoder, image, drawn | {"num_return_sequences": self.settings.samples_per_photo, "length_penalty": None}
         )
-        return -(advantage[:, None] * chances * counted).sum() / self.mean_over_workers(counted.sum())
+        end, rows = self.vocabulary.end, ids[:, 1 + len(self.vocabulary.prompt) :].tolist()
+        return [row[: row.index(end) + 1] if end in row else row for row in rows]
 
     # ----------------------------------------------------------------------------------------------- validation
 
@@ -341,8 +358,8 @@ class CaptionerModule(TrainedModule):
             return decoder.generate(
                 input_ids=given.expand(len(image), -1),
                 attention_mask=torch.ones(len(image), given.shape[1], dtype=torch.long, device=image.device),
-                encoder_hidden_states=image,
-                encoder_attention_mask=torch.ones(image.shape[:-1], dtype=torch.long, device=image.device),
+                encoder_hidden_states=image[:, :1],
+                past_key_values=look(decoder, image),
                 eos_token_id=self.vocabulary.end,
                 pad_token_id=self.vocabulary.pad,
                 **settings,
@@ -441,6 +458,8 @@ class CaptionerJob:
 
         checkpoint = resolve(self.checkpoint)
         model = load_captioner(checkpoint, self.config.dropout)
+        if self.features or self.config.objective == "cider":
+            quicken(model)  # which `generate` of the module's needs
         prompt = prompt_of(self.config, checkpoint)
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder)  # nosec B615 # a folder on disk
         return CaptionerModule(

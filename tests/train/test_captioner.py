@@ -28,6 +28,7 @@ from train.captioner import (
     TowerTokens,
     choose,
     generation_of,
+    load_captioner,
     pack,
     prepare_job,
     prompt_of,
@@ -62,7 +63,7 @@ def test_captions_packed_together_have_the_loss_of_each_alone(photos: Path, blip
     module = module_of(job_of(photos, blip, prompt="a"))
     model: Any = module.model
     words = [module.vocabulary.encode(text, 30) for text in ("a red picture", "the picture is red", "plain")]
-    batch = pack([words], module.vocabulary)
+    batch = pack([[module.vocabulary.sequence(text) for text in words]], module.vocabulary.pad)
     image = torch.randn(1, 5, 32)
     packed = model.text_decoder(
         input_ids=batch["tokens"],
@@ -131,6 +132,34 @@ def test_each_word_of_a_step_weighs_the_same_in_whichever_part_it_is(photos: Pat
     assert counts[0] != counts[1]
     step = sum(parted.loss(half).item() for half in halves) / 2
     assert step * parted.words_a_row * 8 == pytest.approx(whole.loss(batch).item() * words, rel=1e-5)
+
+
+@torch.no_grad()
+def test_what_a_drawn_caption_teaches_is_its_worth_beside_the_others_of_its_photo(photos: Path, blip: Path) -> None:
+    job = job_of(photos, blip, objective="cider", samples_per_photo=3, temperature=0.7, prompt="a")
+    module, plain = module_of(job), load_captioner(resolve(job.checkpoint)).eval()
+    batch = module.prepare(next(job.train_source().load(0, np.arange(4))))
+    torch.manual_seed(1)
+    loss = module.loss(batch)
+    torch.manual_seed(1)
+    said = module.sample(module.model.text_decoder, module.model.vision_model(module.pixels(batch["pixels"]))[0])
+    image = plain.vision_model(module.pixels(batch["pixels"]))[0]
+    assert module.reward is not None and len(said) == 12 and len({len(words) for words in said}) > 1
+    begin, end = [module.vocabulary.begin, *module.vocabulary.prompt], module.vocabulary.end
+    texts = module.vocabulary.tokenizer.batch_decode(said, skip_special_tokens=True)
+    rows = batch["row"].repeat_interleave(3).tolist()
+    rewards = [module.reward(row, text, end in words) for row, text, words in zip(rows, texts, said, strict=True)]
+    expected = 0.0
+    for number, words in enumerate(said):
+        photo = number // 3
+        others = [rewards[other] for other in range(3 * photo, 3 * photo + 3) if other != number]
+        read = torch.tensor([[*begin, *words[:-1]]])
+        logits = plain.text_decoder(
+            input_ids=read, encoder_hidden_states=image[photo : photo + 1], use_cache=False
+        ).logits[0, len(begin) - 1 :]
+        chances = (logits / 0.7).log_softmax(1)[range(len(words)), words]
+        expected -= (rewards[number] - np.mean(others)) * chances.sum().item()
+    assert loss.item() == pytest.approx(expected / sum(map(len, said)), rel=1e-4)
 
 
 @pytest.mark.proof
