@@ -61,7 +61,12 @@ def extract(config: ExtractConfig) -> None:
 
 
 def _card(checkpoint: Checkpoint) -> dict[str, Any]:
-    return json.loads((checkpoint.folder / "card.json").read_text())
+    """What is committed says what its base is called and not where it lay on the machine that trained it."""
+    card: dict[str, Any] = json.loads((checkpoint.folder / "card.json").read_text())
+    base = str(card.get("training", {}).get("model", ""))
+    if base.startswith("/"):
+        card["training"]["model"] = Path(base).name
+    return card
 
 
 def _check_tower(
