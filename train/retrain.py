@@ -115,7 +115,7 @@ class Retraining:
             return "refused"
         if not self.config.deploy:
             return "passed"
-        for name in STEPS[6:]:
+        for name in STEPS[STEPS.index("staging") :]:
             outcome = self._once(name, getattr(self, f"_{name}"))
             if not outcome["passed"]:
                 self._once("withdraw", self._withdraw)

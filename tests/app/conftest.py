@@ -6,11 +6,15 @@ import hashlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.app.postgres import Postgres, find_programs, postgres_server
 from tests.app.stores import Held, Stores
+
+if TYPE_CHECKING:
+    from tests.app.in_process import Service
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +35,18 @@ def lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> 
     with caplog.at_level(logging.INFO, "ray.serve"):
         yield caplog
     logger.removeHandler(caplog.handler)
+
+
+@pytest.fixture
+def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
+    """The application in this process, without keys unless a test gives it some."""
+    from app import keys
+    from tests.app.in_process import Service  # with Ray Serve, which most tests here do without
+
+    monkeypatch.delenv(keys.VARIABLE, raising=False)
+    made = Service(tmp_path, monkeypatch)
+    yield made
+    made.store.close()
 
 
 @pytest.fixture(autouse=True)

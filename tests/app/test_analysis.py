@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,13 +26,6 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     decode = analysis.decode
     monkeypatch.setattr(analysis, "decode", lambda data, limits: seen.append(data) or decode(data, limits))
     return seen
-
-
-@pytest.fixture
-def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
-    made = Service(tmp_path, monkeypatch)
-    yield made
-    made.store.close()
 
 
 def test_a_picture_whose_time_is_over_when_a_thread_is_free_is_not_decoded(

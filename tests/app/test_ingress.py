@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,8 @@ import pytest
 from app import keys
 from app.access import route_of
 from app.ingress import api
+from deployments.replica import Refusal
 from tests.app.in_process import Service, picture, sha
-
-
-@pytest.fixture
-def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
-    monkeypatch.delenv(keys.VARIABLE, raising=False)
-    made = Service(tmp_path, monkeypatch)
-    yield made
-    made.store.close()
 
 
 @pytest.mark.parametrize("headers", [{}, {"idempotency-key": "upload-1"}])
@@ -105,3 +97,23 @@ async def asked_for_head(path: str, headers: dict[str, str]) -> list[Any]:
     scope = {"type": "http", "method": "HEAD", "path": path, "raw_path": path.encode(), "query_string": b""}
     await api(scope | {"root_path": "", "headers": pairs, "http_version": "1.1", "scheme": "http"}, receive, send)
     return sent
+
+
+def test_operators_are_told_why_a_revision_is_refused_and_others_that_it_is(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(keys.VARIABLE, str(tmp_path / "keys.json"))
+    read = keys.create(tmp_path / "keys.json", "one", frozenset({"read"}), 500, 500)
+    admin = keys.create(tmp_path / "keys.json", "two", frozenset({"admin"}), 500, 500)
+    refused = {"uri": "models:/captioner/2", "why": "OSError: /srv/weights/7 is not on db7.internal.example"}
+
+    async def work(client: httpx.AsyncClient) -> None:
+        info = service.ingress.graph.routes["captioner"].info
+        assert info is not None
+        service.ingress.graph.routes["captioner"].info = info.model_copy(update={"refused": Refusal(**refused)})
+        for key, told in ((read, {"uri": refused["uri"]}), (admin, refused)):
+            models = (await client.get("/v1/models", headers={"authorization": f"Bearer {key}"})).json()
+            assert models["captioner"]["refused"] == told and models["captioner"]["uri"] == "here"
+            assert "refused" not in models["detector"] and "refused" not in models["tagger"]
+
+    service.run(work)
