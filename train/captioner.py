@@ -98,6 +98,12 @@ class CaptionerTraining(TrainCommand):
         0.5, gt=0, le=2, description="of the captions that --objective cider draws: at 1 most have a stray word"
     )
     samples_per_photo: int = Field(5, ge=2, description="captions that --objective cider draws for each photo")
+    distinct: float = Field(
+        0.5,
+        ge=0,
+        le=2,
+        description="how much of a drawn caption's CIDEr against the five photos that are most alike is taken off",
+    )
     training_photos: int = Field(0, ge=0, description="training photos at most, the first by id; 0: all")
     validation_photos: int = Field(
         500, ge=0, description="validation photos that are captioned, the first by id; 0: all"
@@ -220,7 +226,9 @@ class CaptionerModule(TrainedModule):
         self.vocabulary, self.generation, self.settings = vocabulary, generation, settings
         self.train_captions, self.val_captions = train, val
         self.tokens = [[vocabulary.encode(caption, settings.max_words) for caption in captions] for captions in train]
-        self.reward = CiderReward(train, with_ends=True) if settings.objective == "cider" else None
+        self.reward = (
+            CiderReward(train, with_ends=True, distinct=settings.distinct) if settings.objective == "cider" else None
+        )
 
     # ------------------------------------------------------------------------------------------------- batches
 

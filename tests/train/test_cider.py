@@ -39,3 +39,18 @@ def test_with_ends_a_torn_off_sentence_earns_less_than_a_whole_one() -> None:
     assert reward(0, "a dog runs") > reward(0, "a dog runs in a")
     assert reward(0, "a dog runs") > reward(0, "a dog runs", has_ended=False)
     assert reward(0, "") == 0
+
+
+def test_what_can_be_said_of_the_photos_like_it_earns_less_than_what_is_its_own() -> None:
+    references = [
+        *REFERENCES,
+        ["a dog runs across the grass with a red frisbee", "the dog runs with a frisbee"],
+        ["a black dog runs across the grass past a fence", "the dog runs past a fence"],
+    ]
+    plain, reward = CiderReward(references), CiderReward(references, distinct=1.0, like=2)
+    assert set(reward.alike(2)[3]) == {0, 4} and all(len(set(others)) == 2 for others in reward.alike(2))
+    common, own = "a dog runs across the grass", "the dog runs with a red frisbee"
+    assert reward(3, own) - reward(3, common) > plain(3, own) - plain(3, common)
+    both = sum(plain(other, common) for other in (4, 0)) / 2
+    assert reward(3, common) == pytest.approx(plain(3, common) - both)
+    assert CiderReward(REFERENCES[:1], distinct=1.0)(0, "a dog runs") == CiderReward(REFERENCES[:1])(0, "a dog runs")
