@@ -4,7 +4,9 @@ Three measurements, each on real photos over HTTP with the client on the same ma
 
 * ``photos``    every photo answered completely, none 5xx, no replica restarted
 * ``ratio``     throughput against the same three models called back to back in a process of their own, without HTTP,
-with the allocator of replicas, batches in parts as theirs and the application paused, in alternating rounds
+with the allocator of replicas, batches in parts as theirs and the application paused, in alternating rounds: the tagger
+with as many captions at once as it takes, and with as many as there are clients; where an answer's time and the
+processors' time go
 * ``overload``  four times the clients that saturate it, no think time: goodput against its best, what is refused,
 memory, and which process works how long for an answer. Steady state: what is answered in the first seconds, while the
 batches fill, and after the clients have stopped does not count
@@ -21,6 +23,7 @@ import random
 import statistics
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -66,6 +69,8 @@ class Load:
     latencies_ms: list[float] = field(default_factory=list)
     retry_after: int = 0
     errors: Counter[str] = field(default_factory=Counter)
+    stages_ms: list[dict[str, float]] = field(default_factory=list)
+    """`timings_ms` of each complete answer."""
     completed_at: list[float] = field(default_factory=list)
     """When each complete answer came, seconds since the start."""
     window: tuple[float, float] | None = None
@@ -116,6 +121,7 @@ async def drive(url: str, photos: list[bytes], clients: int, seconds: float | No
             record = answer.json()
             if not record["errors"] and record["detection"] and record["caption"] and record["tags"]:
                 load.complete += 1
+                load.stages_ms.append(record["timings_ms"])
                 load.completed_at.append(time.perf_counter() - started)
             load.errors.update(f"{error['stage']}: {error['code']}" for error in record["errors"])
             load.latencies_ms.append((time.perf_counter() - begun) * 1000)
@@ -179,34 +185,55 @@ def ratio_part(config: ServingConfig, url: str, port: int, photos: list[bytes]) 
 
     models = httpx.get(f"{url}/v1/models").json()
     uris = {stage: models[stage]["uri"] for stage in ("detector", "captioner", "tagger")}
+    rounds: list[dict[str, float]] = []
+    answers: list[dict[str, float]] = []
+    spent: Counter[str] = Counter()
     with Apart(ALLOCATOR, BackToBack, uris) as direct:
+
+        def back_to_back(chosen: list[bytes], group: int) -> float:
+            with paused(partial(cluster.processes, port)):
+                return float(direct.call("run", chosen, 8, group))
+
+        def served(chosen: list[bytes]) -> float:
+            before = cpu_seconds(port)
+            load = asyncio.run(drive(url, chosen, config.clients))
+            spent.update(cpu_seconds(port) - before)
+            if load.complete != len(chosen):  # a refusal is quick
+                raise SystemExit(f"error: {load.complete} complete answers to {len(chosen)} photos: {load.summary()}")
+            answers.extend(load.stages_ms)
+            return load.seconds
+
+        ways: dict[str, Callable[[list[bytes]], float]] = {
+            "back_to_back_s": partial(back_to_back, group=64),
+            "as_many_in_work_s": partial(back_to_back, group=config.clients),
+            "served_s": served,
+        }
         direct.call("run", photos[:8])
-        rounds = []
         for number in range(config.rounds):
             enough = photos * -(-config.round_photos // len(photos))
             chosen = random.Random(number).sample(enough, config.round_photos)
-            seconds = {}
-            for way in ("back to back", "served") if number % 2 == 0 else ("served", "back to back"):
-                if way == "back to back":
-                    with paused(partial(cluster.processes, port)):
-                        seconds[way] = direct.call("run", chosen)
-                    continue
-                load = asyncio.run(drive(url, chosen, config.clients))
-                if load.complete != len(chosen):  # a refusal is quick
-                    raise SystemExit(
-                        f"error: {load.complete} complete answers to {len(chosen)} photos: {load.summary()}"
-                    )
-                seconds[way] = load.seconds
-            bare, served = seconds["back to back"], seconds["served"]
+            turn = list(ways)[number % 3 :] + list(ways)[: number % 3]
+            seconds = {way: ways[way](chosen) for way in turn}
             rounds.append(
-                {"back_to_back_s": round(bare, 2), "served_s": round(served, 2), "ratio": round(bare / served, 3)}
+                {way: round(seconds[way], 2) for way in ways}
+                | {
+                    "ratio": round(seconds["back_to_back_s"] / seconds["served_s"], 3),
+                    "ratio_as_many_in_work": round(seconds["as_many_in_work_s"] / seconds["served_s"], 3),
+                }
             )
             print(rounds[-1], flush=True)
+    count = len(answers)
     return {
         "rounds": rounds,
         "ratio_median": statistics.median(entry["ratio"] for entry in rounds),
+        "ratio_as_many_in_work_median": statistics.median(entry["ratio_as_many_in_work"] for entry in rounds),
         "clients": config.clients,
         "photos_a_round": config.round_photos,
+        # detector and captioner work on a picture at once, and each waits for its batch
+        "median_ms_of_an_answer": {
+            stage: round(statistics.median(answer[stage] for answer in answers)) for stage in answers[0]
+        },
+        "cpu_seconds_per_answer": {name: round(value / count, 3) for name, value in spent.most_common(12)},
     }
 
 
