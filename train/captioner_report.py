@@ -35,7 +35,7 @@ from deployments.images import ADMITTED, decode
 from train.detector_report import Body, Picture
 from train.examples import Example
 from train.generate import caption_all, tag_all, view_of
-from train.retrieval import retrieval
+from train.retrieval import difference, retrieval
 from train.statistics import Interval, described
 from train.tag_quality import WORDNET, Judge, measure_tags, open_judge, share
 
@@ -404,6 +404,8 @@ def examine(
         comparison: dict[str, Interval | str] = {"with": against.name}
         for name in ("bleu4", "cider"):
             comparison[name] = described(scores[name] - theirs[name], drawn[0][name] - drawn[1][name])
+        people = [example.captions for example in examples]
+        comparison |= difference(texts, list(sides[1].values()), people, resamples, seed)
         figures["comparison"] = comparison
     figures["captions"] = rows
     figures["not_measured"] = [told for part, told in _WANTED.items() if not figures.get(part)]

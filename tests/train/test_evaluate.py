@@ -418,13 +418,13 @@ def test_kept_tags_are_of_the_vllm_that_wrote_them(tmp_path: Path, monkeypatch: 
     assert len(asked) == 2
 
 
-def test_a_captioner_is_reported_from_end_to_end(folder: Path) -> None:
+def test_a_captioner_is_reported_from_end_to_end(folder: Path, tmp_path: Path) -> None:
     output = folder / "captioner-report"
     main(
         [
             *("captioner", "--data", str(folder / "captions"), "--checkpoint", str(folder / "captioner")),
             *("--resamples", "10", "--templates", "6", "--output", str(output), "--rules", str(folder / "easy.yaml")),
-            "--tagger=",
+            *("--tagger=", "--against", str(small_captioner(tmp_path / "other", seed=1))),
         ]
     )
     report = json.loads((output / "report.json").read_text())
@@ -436,6 +436,9 @@ def test_a_captioner_is_reported_from_end_to_end(folder: Path) -> None:
     assert set(report["scores"]) == {"bleu1", "bleu2", "bleu3", "bleu4", "cider", "rouge_l", "meteor"}
     assert report["templates"]["cases"] == 6 and report["templates"]["synonyms"] == 6
     assert report["retrieval"]["photos"] == len(examples)
+    assert set(report["comparison"]) == {"with", "bleu4", "cider", "recall_at_1", "recall_at_10"}
+    for name, figure in report["comparison"].items():
+        assert name == "with" or figure["low"] <= figure["value"] <= figure["high"]
     assert report["length"]["words_longest"] <= 8
     assert any(told.startswith("tags: give a tagger") for told in report["not_measured"])
     page = (output / "report.html").read_text()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from deployments.checkpoints import resolve
-from train.retrieval import Bm25, found, human_recalls, main, recalls, retrieval, terms
+from train.retrieval import Bm25, difference, found, human_recalls, main, recalls, retrieval, terms
 
 
 def test_bm25_follows_its_formula() -> None:
@@ -60,6 +60,14 @@ def test_tags_that_help_are_seen_to_help_and_others_not() -> None:
     assert good["systems"]["captions_and_tags"]["recall_at_1"]["value"] == 1.0
     assert good["tags_add"]["recall_at_1"]["low"] > 0.5
     assert useless["tags_add"]["recall_at_1"] == {"value": 0.0, "low": 0.0, "high": 0.0}
+
+
+def test_captions_that_find_fewer_pictures_than_others_are_seen_to() -> None:
+    asked = [[f"kind{number // 16} name{number}"] for number in range(80)]
+    telling, alike = [texts[0] for texts in asked], [f"kind{number // 16}" for number in range(80)]
+    fewer = difference(alike, telling, asked, 200, 0)["recall_at_10"]
+    assert fewer["value"] == pytest.approx(10 / 16 - 1) and fewer["high"] < -0.3
+    assert difference(alike, alike, asked, 200, 0)["recall_at_1"] == {"value": 0.0, "low": 0.0, "high": 0.0}
 
 
 def test_human_documents_never_hold_the_query() -> None:
