@@ -3,7 +3,8 @@
 In: a checkpoint, and pictures on which to compare. Out: the checkpoint's folder again with the engine files that pass
 in it, listed in its card; ``deployments.engines`` takes the fastest that is valid for a replica's device. What does not
 pass is left out, and the table says why. Parity: the largest difference of the calibrated probability from PyTorch's
-in float32. Speed is measured in turn with PyTorch's, batch after batch.
+in float32. Speed is measured in turn with PyTorch's, batch after batch, as a replica computes: with its allocator, and
+PyTorch in as many parts of a batch as there are threads.
 
 On GPUs nothing is exported: there PyTorch serves in bfloat16. Knows no MLflow and no Ray.
 
@@ -17,6 +18,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +30,7 @@ from deployments.checkpoints import Checkpoint, CheckpointError, publish, resolv
 from deployments.detector import DetectorModel, reading, verdict
 from deployments.engines import EngineFile, Logits, load_engine
 from deployments.images import ImageError, decode
+from deployments.memory import ALLOCATOR, process_with
 from deployments.processor import processor_flags
 from deployments.views import render
 
@@ -180,17 +183,21 @@ def speed(runners: Mapping[str, Logits], batches: Sequence[np.ndarray], rounds: 
     }
 
 
-def torch_runner(model: DetectorModel, dtype: torch.dtype = torch.float32) -> Logits:
-    """PyTorch, eager, in a number format; weights of float32 are the model's own."""
+def torch_runner(model: DetectorModel, dtype: torch.dtype = torch.float32, threads: int = 2) -> Logits:
+    """PyTorch, eager, in a number format, a batch in a part for each thread; weights of float32 are the model's own."""
     network: Any = model.network
     if dtype is not torch.float32:
         import copy
 
         network = copy.deepcopy(network).to(dtype)
+    workers = ThreadPoolExecutor(threads, "part", torch.set_num_threads, (1,))
 
     @torch.inference_mode()
-    def run(pixels: np.ndarray) -> np.ndarray:
+    def part(pixels: np.ndarray) -> np.ndarray:
         return network(pixel_values=torch.from_numpy(pixels).to(dtype)).logits.float().numpy()
+
+    def run(pixels: np.ndarray) -> np.ndarray:
+        return np.concatenate(list(workers.map(part, np.array_split(pixels, min(threads, len(pixels))))))
 
     return run
 
@@ -221,6 +228,12 @@ def candidates(
 
 
 def export(config: ExportConfig) -> dict[str, dict[str, Any]]:
+    """As ``export_here``, in a process of its own that has the allocator of replicas."""
+    with process_with(ALLOCATOR) as process:
+        return process.submit(export_here, config).result()
+
+
+def export_here(config: ExportConfig) -> dict[str, dict[str, Any]]:
     """Write the folder; returns what was measured of every engine, PyTorch included.
 
     Raises:
@@ -240,7 +253,8 @@ def export(config: ExportConfig) -> dict[str, dict[str, Any]]:
             if path.is_file() and not path.name.startswith(".") and not path.name.endswith(".onnx"):
                 shutil.copyfile(path, build / path.name)
         found = candidates(model, config.engines, build, config.threads)
-        runners = {"pytorch-float32": torch_runner(model)} | {name: run for name, (_, run) in found.items()}
+        runners = {"pytorch-float32": torch_runner(model, threads=config.threads)}
+        runners |= {name: run for name, (_, run) in found.items()}
         batches = batches_of(model, views, config.batch_size)
         rates = speed(runners, batches[:3], config.rounds)
         measured: dict[str, dict[str, Any]] = {

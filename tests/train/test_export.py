@@ -14,7 +14,7 @@ from deployments.detector import DetectorModel
 from deployments.engines import usable
 from deployments.views import render
 from tests.train.small_models import noise, small_detector
-from train.export import ExportConfig, export, main, table
+from train.export import ExportConfig, export_here, main, table
 
 pytest.importorskip("onnxruntime")
 
@@ -49,7 +49,7 @@ def views(model: DetectorModel) -> np.ndarray:
 
 
 def test_an_admitted_engine_serves_and_answers_as_pytorch_does(folder: Path) -> None:
-    measured = export(settings(folder, "exported", engines=["onnxruntime-float32"]))
+    measured = export_here(settings(folder, "exported", engines=["onnxruntime-float32"]))
     assert measured["onnxruntime-float32"]["admitted"] and measured["pytorch-float32"]["max_difference"] == 0
     exported = resolve(str(folder / "exported"))
     model, plain = DetectorModel(exported), DetectorModel(exported, engine=False)
@@ -65,11 +65,11 @@ def test_an_admitted_engine_serves_and_answers_as_pytorch_does(folder: Path) -> 
 
 
 def test_what_differs_too_much_or_is_no_faster_is_left_out(folder: Path) -> None:
-    measured = export(settings(folder, "strict", most_difference=1e-9))
+    measured = export_here(settings(folder, "strict", most_difference=1e-9))
     assert not measured["onnxruntime-int8"]["admitted"]
     assert measured["onnxruntime-int8"]["why"] == "differs too much"
     assert not (folder / "strict" / "detector.int8.onnx").exists()
-    slow = export(settings(folder, "slow", least_speed=1e9, engines=["onnxruntime-float32"]))
+    slow = export_here(settings(folder, "slow", least_speed=1e9, engines=["onnxruntime-float32"]))
     assert slow["onnxruntime-float32"]["why"] == "not faster than PyTorch"
     assert not list((folder / "slow").glob("*.onnx"))
     assert DetectorModel(resolve(str(folder / "slow"))).engine is None
@@ -77,7 +77,7 @@ def test_what_differs_too_much_or_is_no_faster_is_left_out(folder: Path) -> None
 
 def test_openvino_reads_the_same_file(folder: Path) -> None:
     pytest.importorskip("openvino")
-    measured = export(settings(folder, "openvino", engines=["openvino-float32"]))
+    measured = export_here(settings(folder, "openvino", engines=["openvino-float32"]))
     assert measured["openvino-float32"]["max_difference"] <= 1e-4
     model = DetectorModel(resolve(str(folder / "openvino")))
     assert model.engine is not None and model.engine[0].engine == "openvino"
