@@ -11,7 +11,7 @@ import pytest
 from benchmarks.trained_is_served import main
 from data.prepare import main as prepare
 
-pytestmark = pytest.mark.proof
+pytestmark = [pytest.mark.proof, pytest.mark.timeout(3600)]
 
 
 def test_what_is_trained_from_nothing_is_what_is_served(shared_data: Path, tmp_path: Path) -> None:
