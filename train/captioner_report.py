@@ -91,7 +91,7 @@ _WANTED = {
     "templates": "changed words and synonyms: --templates is 0, or no human caption has a word to change",
     "made_up": "objects that nobody else saw: Debian's wordnet-base and nltk are needed",
     "tags": "tags: give a tagger by --tagger (wordnet-base and nltk are needed besides)",
-    "retrieval": "whether pictures are found: every photo needs two human captions",
+    "retrieval": "whether pictures are found: no photo has two human captions",
     "comparison": "the difference to production: nothing else is there to compare with",
 }
 
@@ -395,7 +395,7 @@ def examine(
             row["tags"] = some
         if judge is not None:
             figures["tags"] = {"tagger": tagger.name} | measure_tags(rows, tags, judge)
-    if all(len(example.captions) > 1 for example in examples):
+    if any(len(example.captions) > 1 for example in examples):
         figures["retrieval"] = retrieval(rows, seed=seed)
         if tagger is not None:  # a part of its own: the gate lets whole parts be missing
             figures["tags_add"] = figures["retrieval"]["tags_add"]

@@ -33,12 +33,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, JpegImagePlugin
 from pydantic import BaseModel, ConfigDict, Field
 from sklearn.metrics import roc_auc_score
 
 from data.errors import DataError
 from deployments.checkpoints import Checkpoint
+from deployments.containers import pixels_only, sniff
 from deployments.detector import DetectorModel, verdict
 from deployments.heat_map import combine, render_png
 from deployments.images import ADMITTED, decode
@@ -120,7 +121,7 @@ class DetectorSettings(BaseModel):
 
 #: Parts of a report that may be missing, and what to do about it.
 _WANTED = {
-    "unseen": "generators that training did not see: the test split has none that the card's training data do not name",
+    "unseen": "generators that training did not see: the test split names none that the card's training data do not",
     "damages": "single injuries: leave --no-damages away",
     "leakage": "the leakage probe: a class has too few pictures or groups",
     "source_leakage": f"the leakage probe of real sources: fewer than two have {_FEWEST_OF_SOURCE} test photos",
@@ -160,9 +161,9 @@ def score(
         views = []
         for example in group:
             data = example.read()
-            facts.append(file_traits(data))
-            image = decode(data, ADMITTED).image
-            views += [render(injure(image, version), model.views) for version in versions]
+            picture = decode(data, ADMITTED)
+            facts.append(file_traits(data, picture.width, picture.height))
+            views += [render(injure(picture.image, version), model.views) for version in versions]
         # batches of one size whatever the versions: a batch's size must not move a probability from run to run
         rows = np.concatenate([model.detect(np.stack(part)) for part in _parts(views, batch_size)])
         chances[row : row + len(group)] = rows.reshape(len(group), len(versions))
@@ -184,25 +185,26 @@ def injure(image: Image.Image, version: str) -> Image.Image:
     return deliver(image, version)  # type: ignore[arg-type]
 
 
-def file_traits(data: bytes) -> dict[str, float]:
-    """What a file shows without its pixels: format, size, length, quantisation tables, chroma subsampling."""
-    from PIL import JpegImagePlugin
-
-    with Image.open(BytesIO(data)) as image:
-        tables = getattr(image, "quantization", None) or {}
-        width, height = image.size
-        sampling = JpegImagePlugin.get_sampling(image) if isinstance(image, JpegImagePlugin.JpegImageFile) else -2
-        return {
-            "jpeg": float(image.format == "JPEG"),
-            "width": width,
-            "height": height,
-            "aspect": width / height,
-            "length": len(data),
-            "bytes_per_pixel": len(data) / (width * height),
-            "luma_table": float(np.mean(tables[0])) if 0 in tables else -1.0,
-            "chroma_table": float(np.mean(tables[1])) if 1 in tables else -1.0,
-            "sampling": float(sampling),
-        }
+def file_traits(data: bytes, width: int, height: int) -> dict[str, float]:
+    """What the file of an upright picture of this size shows without its pixels: format, size, length, quantisation
+    tables, chroma subsampling."""
+    tables: dict[int, list[int]] = {}
+    sampling = -2
+    if jpeg := sniff(data) == "JPEG":
+        # by its class: to `Image.open` a photo that a second picture follows, as phones save them, is no JPEG
+        with JpegImagePlugin.JpegImageFile(BytesIO(pixels_only(data, "JPEG"))) as image:
+            tables, sampling = image.quantization, JpegImagePlugin.get_sampling(image)
+    return {
+        "jpeg": float(jpeg),
+        "width": width,
+        "height": height,
+        "aspect": width / height,
+        "length": len(data),
+        "bytes_per_pixel": len(data) / (width * height),
+        "luma_table": float(np.mean(tables[0])) if 0 in tables else -1.0,
+        "chroma_table": float(np.mean(tables[1])) if 1 in tables else -1.0,
+        "sampling": float(sampling),
+    }
 
 
 TRAITS: dict[str, tuple[str, ...]] = {
@@ -498,9 +500,13 @@ def generator_figures(
     resamples: int,
     seed: int,
 ) -> dict[str, Any]:
-    """``generators``: each one's figures, and whether training saw it; ``unseen``: means over those that it did not."""
+    """``generators``: each one's figures, and whether training saw it; ``unseen``: means over those that it did not.
+
+    Of pictures whose generator nobody stated, ``unknown``, nobody can tell either.
+    """
     known = trained_on(checkpoint)
     names = [name for name, _ in Counter(name for name in families if name != "photo").most_common()]
+    seen = {name: None if known is None or name == "unknown" else name in known for name in names}
     rows = {name: np.array([each == name for each in families]) for name in [*names, "photo"]}
     above = checkpoint.card.thresholds.ai_above
     pairs = {name: (chances[rows[name]], chances[rows["photo"]]) for name in names}
@@ -511,7 +517,7 @@ def generator_figures(
     generators = {
         name: {
             "pictures": int(rows[name].sum()),
-            "trained_on": None if known is None else name in known,
+            "trained_on": seen[name],
             "roc_auc": {tier: table[tier][name] for tier in tiers},
             "answers": {
                 tier: answers(chances[rows[name], place], checkpoint.card.thresholds.human_below, above)
@@ -521,7 +527,7 @@ def generator_figures(
         for name in names
     }
     result: dict[str, Any] = {"generators": generators}
-    unseen = [name for name in names if known is not None and name not in known]
+    unseen = [name for name in names if seen[name] is False]
     if unseen:
         pairs = {name: (chances[rows[name]], chances[rows["photo"]]) for name in unseen}
         result["unseen"] = {

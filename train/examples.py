@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -95,8 +96,10 @@ def _prepared(version: DataVersion, limit: int | None) -> ExampleSet:
     columns = ["id", "file_name", "source", "generator", "group"]
     columns.append("captions" if version.manifest.name == "flickr30k" else "label")
     examples = []
+    # of all files together: each picture's reader lives as long as its example
+    images = lru_cache(maxsize=1)(partial(_images, version))
     for path in version.files("test"):
-        rows = _Rows(version, path)
+        rows = _Rows(version, path, images)
         for number, row in enumerate(rows.table(columns).to_pylist()):
             examples.append(
                 Example(
@@ -116,21 +119,26 @@ def _prepared(version: DataVersion, limit: int | None) -> ExampleSet:
     return ExampleSet(version.manifest.name, version.manifest.version, str(version.location), kept, version)
 
 
-class _Rows:
-    """One parquet file; the row group of the picture asked for last stays in memory, no other."""
+def _open(version: DataVersion, path: str) -> Any:
+    import pyarrow.parquet as pq
 
-    def __init__(self, version: DataVersion, path: str) -> None:
-        self._version, self._path = version, path
-        self._group: tuple[int, Any] | None = None
+    return pq.ParquetFile(path, filesystem=version.location.arrow_filesystem)
+
+
+def _images(version: DataVersion, path: str, group: int) -> Any:
+    with _open(version, path) as file:
+        return file.read_row_group(group, columns=["image"]).column("image")
+
+
+class _Rows:
+    """One parquet file; ``images`` gives the pictures of a file's row group, and keeps those asked for last."""
+
+    def __init__(self, version: DataVersion, path: str, images: Callable[[str, int], Any]) -> None:
+        self._version, self._path, self._images = version, path, images
         self._starts: list[int] | None = None
 
-    def _open(self) -> Any:
-        import pyarrow.parquet as pq
-
-        return pq.ParquetFile(self._path, filesystem=self._version.location.arrow_filesystem)
-
     def table(self, columns: list[str]) -> Any:
-        with self._open() as file:
+        with _open(self._version, self._path) as file:
             self._starts = [0]
             for group in range(file.num_row_groups):
                 self._starts.append(self._starts[-1] + file.metadata.row_group(group).num_rows)
@@ -140,10 +148,7 @@ class _Rows:
         def read() -> bytes:
             assert self._starts is not None
             group = max(place for place, start in enumerate(self._starts[:-1]) if start <= number)
-            if self._group is None or self._group[0] != group:
-                with self._open() as file:
-                    self._group = group, file.read_row_group(group, columns=["image"]).column("image")
-            return self._group[1][number - self._starts[group]].as_py()
+            return self._images(self._path, group)[number - self._starts[group]].as_py()
 
         return read
 

@@ -12,10 +12,12 @@ from __future__ import annotations
 import io
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,6 +31,10 @@ from train.stream import Batch, Source
 
 #: Rows of a shard.
 _SHARD = 128
+#: Rows that are shuffled among each other.
+_WINDOW = 4096
+#: Shards on S3 of which a process has copies: those of a window, and some of the next.
+_COPIES = _WINDOW // _SHARD + 8
 
 
 class OutOfTime(RuntimeError):
@@ -50,7 +56,7 @@ class Features:
     location: Location
     groups: tuple[int, ...]
     variants: int = 1
-    window: int = 4096
+    window: int = _WINDOW
 
     def shard(self, variant: int, group: int) -> Location:
         return self.location / f"{variant}-{group:05d}.npy"
@@ -63,15 +69,22 @@ class Features:
             found: np.ndarray | None = None
             for group, places, inside in by_group(part, self.groups):
                 shard = self.shard(variant, group)
-                if shard.is_local:
-                    values = np.load(shard.local_path, mmap_mode="r")[inside]
-                else:
-                    values = np.load(io.BytesIO(shard.read_bytes()))[inside]
+                mapped = np.load(shard.local_path, mmap_mode="r") if shard.is_local else _copied(shard)
+                values = mapped[inside]
                 if found is None:
                     found = np.empty((len(part), *values.shape[1:]), dtype=np.float16)
                 found[places] = values
             assert found is not None
             yield {"features": found, "row": part, "epoch": np.full(len(part), epoch)}
+
+
+@lru_cache(maxsize=_COPIES)
+def _copied(shard: Location) -> np.ndarray:
+    """A shard on S3, whose copy on this machine has no name and goes with the last who reads it."""
+    with tempfile.NamedTemporaryFile(prefix="features-") as file:
+        file.write(shard.read_bytes())
+        file.flush()
+        return np.load(file.name, mmap_mode="r")
 
 
 class Encode:

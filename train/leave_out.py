@@ -224,7 +224,9 @@ def leakage(version: DataVersion, rows: Sequence[Row]) -> dict[str, Any]:
     from sklearn.ensemble import RandomForestClassifier
 
     rows = sorted(rows, key=lambda row: (row.split, row.row))
-    facts = [file_traits(data) for data in images_of(version, rows)]
+    sizes = {split: version.table(split, ["width", "height"]).to_pylist() for split in {row.split for row in rows}}
+    images = zip(rows, images_of(version, rows), strict=True)
+    facts = [file_traits(data, **sizes[row.split][row.row]) for row, data in images]
     labels = np.array([row.label for row in rows])
     test = np.array([row.split == "test" for row in rows])
     result = {}

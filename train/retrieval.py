@@ -6,6 +6,9 @@ BM25 ranks. Out: recall at 1 and 10 (the share of queries whose own picture is t
 other person's sentence, and all the others together: what perfect captioning would reach). The paired difference says
 whether tags help; ``of_one_person`` is the captions' recall over that of one person's sentence.
 
+A picture that one person described is searched like all others, but not asked for (``left_out``): it has no other
+person's sentence to be found by.
+
 In: ``[{"id", "caption", "tags", "references": [...]}]``, or a data set and checkpoints; ``--rows`` keeps the former
 with the names of the latter. Knows no HTTP and no store.
 
@@ -80,45 +83,57 @@ def found(scores: np.ndarray, own: int, cut: int) -> float:
 
 
 def recalls(documents: Sequence[str], queries: Sequence[Sequence[str]]) -> np.ndarray:
-    """Mean recall of each photo's queries at each cut, float64 ``(photos, cuts)``."""
+    """Mean recall of each photo's queries at each cut, float64 ``(photos, cuts)``; 0 of a photo without any."""
     index = Bm25([terms(document) for document in documents])
     result = np.zeros((len(documents), len(CUTS)))
     for own, asked in enumerate(queries):
         for query in asked:
             scores = index.scores(terms(query))
             result[own] += [found(scores, own, cut) for cut in CUTS]
-        result[own] /= len(asked)
+        result[own] /= max(len(asked), 1)
     return result
 
 
 def human_recalls(references: Sequence[Sequence[str]], together: bool) -> np.ndarray:
-    """The same with people's captions as documents: for each query one other caption, or all others together."""
-    fewest = min(map(len, references))
+    """The same with people's captions as documents: for each query one other caption, or all others together. Photos of
+    one caption are not asked for."""
+    counts = np.array([len(texts) for texts in references])
     result = np.zeros((len(references), len(CUTS)))
-    for asked in range(fewest):
+    for asked in range(counts.max()):
         documents = [
-            " ".join(text for place, text in enumerate(texts) if place != asked)
+            " ".join(text for place, text in enumerate(texts) if place != asked % len(texts)) or texts[0]
             if together
-            else texts[(asked + 1) % fewest]
+            else texts[(asked + 1) % len(texts)]
             for texts in references
         ]
-        result += recalls(documents, [[texts[asked]] for texts in references]) / fewest
-    return result
+        result += recalls(documents, [texts[asked : asked + 1] if len(texts) > 1 else () for texts in references])
+    return result / counts[:, None]
 
 
 def retrieval(rows: Sequence[Mapping[str, Any]], resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
-    """All figures of pictures with ``caption``, ``references`` (two or more) and, if they have them, ``tags``."""
+    """All figures of pictures with ``caption``, ``references`` and, if they have them, ``tags``; those with two
+    references or more are asked for.
+
+    Raises:
+        DataError: no picture has two.
+    """
     references = [list(row["references"]) for row in rows]
-    systems = {"captions": recalls([row["caption"] for row in rows], references)}
+    queries = [texts if len(texts) > 1 else [] for texts in references]
+    asked = np.flatnonzero([len(texts) for texts in queries])
+    if not len(asked):
+        raise DataError("no picture has two human captions: one asks for it, and another is what it is compared with")
+    systems = {"captions": recalls([row["caption"] for row in rows], queries)[asked]}
     if all(row.get("tags") is not None for row in rows):
-        systems["captions_and_tags"] = recalls([" ".join([row["caption"], *row["tags"]]) for row in rows], references)
-        systems["tags"] = recalls([" ".join(row["tags"]) for row in rows], references)
-    systems["human_caption"] = human_recalls(references, together=False)
-    systems["human_captions_together"] = human_recalls(references, together=True)
-    drawn = np.random.default_rng(seed).integers(len(rows), size=(resamples, len(rows)))
+        with_tags = [" ".join([row["caption"], *row["tags"]]) for row in rows]
+        systems["captions_and_tags"] = recalls(with_tags, queries)[asked]
+        systems["tags"] = recalls([" ".join(row["tags"]) for row in rows], queries)[asked]
+    systems["human_caption"] = human_recalls(references, together=False)[asked]
+    systems["human_captions_together"] = human_recalls(references, together=True)[asked]
+    drawn = np.random.default_rng(seed).integers(len(asked), size=(resamples, len(asked)))
     result: dict[str, Any] = {
         "photos": len(rows),
-        "queries": sum(map(len, references)),
+        "left_out": len(rows) - len(asked),
+        "queries": sum(map(len, queries)),
         "systems": {name: _figures(values, drawn) for name, values in systems.items()},
     }
     one = systems["human_caption"].mean(0)

@@ -43,11 +43,11 @@ def tagger_figures(rows: Sequence[Mapping[str, Any]], judge: Judge | None, resam
         figures["not_measured"].append(f"the tags: Debian's wordnet-base ({WORDNET}) and nltk are needed")
     else:
         figures["tags"] = measure_tags(rows, [row["tags"] for row in rows], judge)
-    if all(len(row["references"]) > 1 for row in rows):
+    if any(len(row["references"]) > 1 for row in rows):
         figures["retrieval"] = retrieval(rows, resamples, seed)
         figures["tags_add"] = figures["retrieval"]["tags_add"]
     else:
-        figures["not_measured"].append("whether pictures are found: every photo needs two human captions as queries")
+        figures["not_measured"].append("whether pictures are found: no photo has two human captions as queries")
     return figures | {"captions": list(rows)}
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from data.captions import score_captions
-from train.captioner_report import _bleu4, _by_photo, bootstrap
+from deployments.checkpoints import Card, Checkpoint
+from train import captioner_report
+from train.captioner_report import CaptionerSettings, _bleu4, _by_photo, bootstrap
+from train.examples import Example
 
 WORDS = ["a", "the", "dog", "man", "child", "runs", "jumps", "sits", "on", "in", "grass", "water", "red", "big", "ball"]
 
@@ -59,3 +64,17 @@ def test_a_model_does_not_differ_from_itself_and_a_worse_one_does() -> None:
     for name in ("bleu4", "cider"):
         assert (ours[name] == same[name]).all()
         assert np.percentile(ours[name] - theirs[name], 2.5) > 0
+
+
+def test_a_photo_of_one_caption_takes_no_figure_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    captions, references = made(12, 0.2, seed=4)
+    references["0"] = references["0"][:1]  # as feedback gives it
+    references["1"] = references["1"][:2]
+    monkeypatch.setattr(captioner_report, "caption_all", lambda *_: list(captions.values()))
+    monkeypatch.setattr(captioner_report, "open_judge", lambda: None)
+    examples = [Example(name, name, bytes, captions=tuple(texts)) for name, texts in references.items()]
+    model, settings = Checkpoint("a", Path("a"), "1", Card()), CaptionerSettings(templates=0, tagger="", samples=0)
+    figures = captioner_report.examine(model, examples, settings, model, 10, 1, 0).figures
+    searched = figures["retrieval"]
+    assert (searched["photos"], searched["left_out"], searched["queries"]) == (12, 1, 2 + 10 * 5)
+    assert set(figures["comparison"]) == {"with", "bleu4", "cider", "recall_at_1", "recall_at_10"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import io
 import json
 import re
 import shutil
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pillow_heif
 import pytest
+from PIL import Image
 
 import train.evaluate
 from deployments.captioner import CaptionerModel
@@ -27,7 +30,18 @@ from train import registry, tracking
 from train.captioner_report import exchange, length_figures, made_up_figures, meteor, repetitive
 from train.command import data_before
 from train.detector import Annotations, generators_seen
-from train.detector_report import DAMAGES, THIRDS, TRAITS, Body, file_traits, has_people, source_leakage, trained_on
+from train.detector_report import (
+    DAMAGES,
+    THIRDS,
+    TRAITS,
+    Body,
+    file_traits,
+    generator_figures,
+    has_people,
+    score,
+    source_leakage,
+    trained_on,
+)
 from train.evaluate import EvaluationError, check_held_out, main
 from train.examples import Example, read_examples
 from train.generate import caption_all, tag_all
@@ -106,6 +120,23 @@ def test_generators_that_training_did_not_see_are_named(report: dict[str, Any]) 
     assert seen == {"old-generator": True, "new-generator": False}
     unseen = report["unseen"]["clean"]["mean_over_generators"]["value"]
     assert unseen == report["generators"]["new-generator"]["roc_auc"]["clean"]["value"]
+
+
+def test_a_generator_that_nobody_stated_is_not_unseen(folder: Path) -> None:
+    checkpoint = resolve(str(folder / "detector"))
+
+    def figures(*names: str) -> dict[str, Any]:
+        families = [*names, "photo"] * 4
+        chances = np.random.default_rng(0).random((len(families), 1))
+        groups = np.arange(len(families)).astype(str)
+        return generator_figures(families, chances, ["clean"], checkpoint, groups, 10, 0)
+
+    stated = figures("new-generator", "old-generator", "unknown")
+    seen = {name: row["trained_on"] for name, row in stated["generators"].items()}
+    assert seen == {"new-generator": False, "old-generator": True, "unknown": None}
+    new = stated["generators"]["new-generator"]["roc_auc"]["clean"]["value"]
+    assert stated["unseen"]["clean"]["mean_over_generators"]["value"] == new
+    assert "unseen" not in figures("unknown")
 
 
 def test_the_model_in_production_is_compared_with(report: dict[str, Any]) -> None:
@@ -471,6 +502,18 @@ def test_a_taggers_figures_are_those_of_its_answers(wordnet: Judge) -> None:
     assert len(alone["not_measured"]) == 2 and "tags" not in alone
 
 
+def test_a_photo_of_one_caption_costs_the_others_no_figure() -> None:
+    several = [
+        {"caption": f"dog {place}", "tags": ["dog"], "references": [f"{place} dog", f"a dog, {place}"]}
+        for place in ("snow", "grass")
+    ]
+    figures = tagger_figures([*several, several[0] | {"references": ["a dog in the snow"]}], None, 20, 0)
+    searched = figures["retrieval"]
+    assert (searched["photos"], searched["left_out"], searched["queries"]) == (3, 1, 4)
+    assert figures["tags_add"] == searched["tags_add"]
+    assert not any("pictures are found" in told for told in figures["not_measured"])
+
+
 @pytest.mark.proof
 def test_tagger_and_captioner_with_tags_are_reported_from_end_to_end(
     folder: Path, monkeypatch: pytest.MonkeyPatch
@@ -546,13 +589,29 @@ def test_what_a_detector_started_from_was_trained_on_is_not_unseen(folder: Path,
 def test_file_traits_read_the_header_and_not_the_pixels(tmp_path: Path) -> None:
     traits = []
     for colour in ("red", "blue"):
-        from PIL import Image
-
         Image.new("RGB", (64, 48), colour).save(tmp_path / "a.jpg", quality=80, subsampling=0)
-        traits.append(file_traits((tmp_path / "a.jpg").read_bytes()))
+        traits.append(file_traits((tmp_path / "a.jpg").read_bytes(), 64, 48))
     red, blue = traits
     assert (red["jpeg"], red["width"], red["height"], red["sampling"]) == (1.0, 64, 48, 0)
     assert red["luma_table"] == blue["luma_table"] > 0
+
+
+def test_files_of_phones_are_scored_as_what_they_are(folder: Path) -> None:
+    heic, plain, double = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    pillow_heif.from_pillow(noise(1)).save(heic, format="HEIF")
+    noise(1).save(plain, "JPEG", quality=80)
+    noise(1).save(double, "MPO", quality=80, save_all=True, append_images=[noise(2)])
+    assert Image.open(double).format == "MPO"  # a JPEG with a second picture behind it
+    examples = [Example(name, name, file.getvalue) for name, file in zip("abc", (heic, plain, double), strict=True)]
+    model = DetectorModel(resolve(str(folder / "detector")))
+    chances, (of_heic, of_plain, of_double) = score(model, examples, ["clean"], 3)
+    assert np.isfinite(chances).all()
+    assert [of_heic[name] for name in ("jpeg", "width", "height", "sampling")] == [0, 96, 80, -2]
+    size = ("length", "bytes_per_pixel")
+    assert {name: of_double[name] for name in TRAITS["all"] if name not in size} == {
+        name: of_plain[name] for name in TRAITS["all"] if name not in size
+    }
+    assert of_plain["jpeg"] == 1 and of_plain["luma_table"] > 0
 
 
 def test_people_stuttering_and_exchanged_words() -> None:

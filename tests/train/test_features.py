@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -78,6 +79,27 @@ def test_a_replica_that_waits_gets_the_cpus_and_nothing_is_computed_twice(
     assert f"features of the frozen tower: {(SHARDS - len(had)) * ROWS}/{(SHARDS - len(had)) * ROWS}" in said
     (block, *_) = features.load(0, np.arange(ROWS * SHARDS - 1, 0, -200))
     assert block["features"][:, 0].tolist() == np.arange(ROWS * SHARDS - 1, 0, -200, dtype=np.float16).tolist()
+
+
+def test_a_shard_on_s3_is_fetched_once_for_its_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetched: list[str] = []
+
+    def fetch(shard: Location) -> bytes:
+        fetched.append(shard.name)
+        return Path(shard.path).read_bytes()
+
+    values = np.arange(ROWS * SHARDS, dtype=np.float16)[:, None]
+    for shard in range(SHARDS):
+        np.save(tmp_path / f"0-{shard:05d}.npy", values[shard * ROWS : (shard + 1) * ROWS])
+    monkeypatch.setattr(Location, "is_local", False)
+    monkeypatch.setattr(Location, "read_bytes", fetch)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
+    stored = features.Features(Location.of(str(tmp_path)), (ROWS,) * SHARDS)
+    rows = np.random.default_rng(0).permutation(ROWS * SHARDS)
+    assert np.array_equal(np.concatenate([block["features"] for block in stored.load(0, rows)]), values[rows])
+    assert sorted(fetched) == [f"0-{shard:05d}.npy" for shard in range(SHARDS)]
+    assert list((tmp_path / "scratch").iterdir()) == []  # whatever ends the process, nothing is left
 
 
 class Stage:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from train.detector_report import compare
 from train.gate import GateError, Rules, find, judge, main, read_rules
 from train.statistics import verdict_figures
 
@@ -61,6 +62,30 @@ def test_a_handful_of_pictures_passes_by_no_luck() -> None:
     assert failed(3, 116) == {"tiers.clean.ai"}
     assert failed(71, 50) == shares  # nothing wrong in fifty photos: one in twenty may be, and none of them shown
     assert failed(50, 116) == set()
+
+
+def test_a_detector_that_hardly_ever_answers_ai_is_refused() -> None:
+    random = np.random.default_rng(0)
+    labels = np.repeat([1, 0], [80, 120])
+    theirs = np.where(labels, 0.9, 0.05) + random.uniform(-0.04, 0.04, len(labels))
+    worse = np.where(random.random(len(labels)) < 0.15, 1 - theirs, theirs)
+
+    def failed(above: float, bad_delivery: np.ndarray = theirs) -> set[str]:
+        tiers = {"clean": theirs, "768_q60": theirs, "512_q40": bad_delivery}
+        borders, groups = {"human_below": 0.3, "ai_above": above}, np.arange(len(labels))
+        report = {
+            "kind": "detector",
+            "tiers": {tier: verdict_figures(own, labels, borders, 20, 0) for tier, own in tiers.items()},
+            "comparison": {
+                tier: compare(own, theirs, labels, above, 0.5, groups, 20, 0) for tier, own in tiers.items()
+            },
+        }
+        return {check.rule.figure for check in judge(report, read_rules()).checks if not check.passed}
+
+    assert failed(above=0.5) == set()
+    # one real photo that a machine made is enough for such a border
+    assert failed(above=0.999) == {"tiers.clean.ai_recall.low", "comparison.clean.ai_recall.low"}
+    assert failed(above=0.5, bad_delivery=worse) == {"comparison.512_q40.roc_auc.low"}
 
 
 def test_what_was_not_measured_is_no_success_either() -> None:

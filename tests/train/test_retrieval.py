@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.errors import DataError
 from deployments.checkpoints import resolve
 from train.retrieval import Bm25, difference, found, human_recalls, main, recalls, retrieval, terms
 
@@ -76,6 +77,26 @@ def test_human_documents_never_hold_the_query() -> None:
     assert human_recalls(references, together=True).sum() == 0
     same = [[f"x{number}", f"x{number} y", f"x{number} z"] for number in range(12)]
     assert human_recalls(same, together=False) == pytest.approx(np.ones((12, 2)))
+
+
+def test_everybody_asks_with_all_captions_of_a_photo_whatever_the_others_have() -> None:
+    # of three captions the last is found by none that it is asked with; of two, both are found
+    three = [[f"x{number}", f"x{number} y{number}", f"y{number}"] for number in range(11)]
+    found_of_each = human_recalls([*three, ["z", "z w"]], together=False)
+    assert found_of_each == pytest.approx(np.array([[2 / 3] * 2] * 11 + [[1.0] * 2]))
+
+
+def test_a_picture_of_one_caption_is_searched_and_not_asked_for() -> None:
+    alone = {"id": "alone", "caption": "kind0", "tags": ["thing"], "references": ["kind0 name0"]}
+    with_it, without = retrieval([*rows(False), alone], 50), retrieval(rows(False), 50)
+    assert (with_it["photos"], with_it["left_out"], with_it["queries"]) == (81, 1, 160)
+    assert (without["photos"], without["left_out"], without["queries"]) == (80, 0, 160)
+    # four of eighty share a kind with it
+    one = with_it["systems"]["captions"]["recall_at_1"]["value"]
+    assert one == pytest.approx((76 / 4 + 4 / 5) / 80, abs=1e-3)
+    assert set(with_it["systems"]) == set(without["systems"])
+    with pytest.raises(DataError, match="no picture has two human captions"):
+        retrieval([alone])
 
 
 def test_the_command_reads_rows_that_were_kept_of_the_same_and_refuses_others(tmp_path: Path) -> None:
