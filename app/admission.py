@@ -87,6 +87,8 @@ class Admission:
         self.in_work = self.slipped = 0
         self.all, self.slipping = limits(capacity, target_s)
         self._waiting: deque[asyncio.Future[None]] = deque()
+        self._lacking = 0
+        """Places that there would have to be for a request of several pictures that was refused."""
         self._seconds_per_picture = 1.0
 
     @property
@@ -139,13 +141,16 @@ class Admission:
 
     def widen(self, more: int) -> None:
         """Take ``more`` places for a request that is inside. One that is alone is let in whatever its size: it could
-        never fit. Pictures that slipped in do not stand in its way: no more of them come until it has left.
+        never fit. Pictures that slipped in do not stand in its way: no more of them come until it has left. It does not
+        wait: it holds a place, and two of them would wait for each other's. Refused, it counts as a queue, so that the
+        limit grows to it as far as pictures are in time.
 
         Raises:
             Problem: overloaded, 429 with ``Retry-After``.
         """
         before_us = self.in_work - self.slipped
         if before_us > 1 and before_us + more > self.limit:
+            self._lacking = max(self._lacking, before_us + more)
             raise self._overloaded()
         self.in_work += more
 
@@ -167,7 +172,9 @@ class Admission:
         """
         self._seconds_per_picture += (seconds / max(1, self.in_work) - self._seconds_per_picture) / 20
         now = time.monotonic()
-        self.all.observe(seconds, self.in_work, now)
+        if seconds > self.all.target_s or self._lacking <= self.limit:
+            self._lacking = 0
+        self.all.observe(seconds, max(self.in_work, self._lacking), now)
         self.slipping.observe(seconds, self.slipped, now)
         self._let_in()
 

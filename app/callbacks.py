@@ -61,6 +61,8 @@ _LOOK_S = 1.0
 _LEASE_MARGIN_S = 30.0
 _RETRY_AFTER_S = 2
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 2.0, 300.0
+#: Code of a call-back whose address the list does not name.
+_REFUSED = "refused"
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 #: All of IPv6 that is routed in the internet.
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
@@ -391,13 +393,13 @@ class Callbacks:
             body = await asyncio.to_thread(body_of, due.place, found, self.settings.max_bytes)
             async with asyncio.timeout(self.settings.timeout_s):
                 status, code = await self._post(address, due, body), ""
-        except AddressRefused:
-            await self._end(due, "given_up", "refused", 0)
-            return
+        except AddressRefused:  # by this replica: another one may have a newer list
+            status, code = 0, _REFUSED
         except Exception as error:  # whatever it is, the other side is not reached
             status, code = 0, "timeout" if isinstance(error, TimeoutError) else type(error).__name__
         seconds = time.perf_counter() - began
-        self._note_reached(due.host, status > 0)
+        if code != _REFUSED:
+            self._note_reached(due.host, status > 0)
         if 200 <= status < 300:
             await self._end(due, "delivered", "ok", seconds, status)
         elif status == 410 or time.time() - due.since_s > self.settings.give_up_after_h * 3600:

@@ -222,7 +222,8 @@ class Deferral:
             now = time.time()
             # read first: a replica with nothing to do must not write every second
             if await self._store.read(partial(deferred.is_any_free, now_s=now)):
-                leased = await self._store.commit(partial(deferred.lease, now_s=now, lease_s=lease_s, most=places))
+                lease = partial(deferred.lease, now_s=now, lease_s=lease_s, most=places)
+                leased = await self._store.commit(lease, self._leased_late)
         except StoreBusy:
             return _FULL_S
         finally:
@@ -232,6 +233,12 @@ class Deferral:
             self._working[picture.id] = task
             task.add_done_callback(lambda _, done=picture.id: self._working.pop(done, None))  # type: ignore[misc]
         return _FULL_S if leased else _LOOK_S
+
+    def _leased_late(self, leased: list[Leased]) -> None:
+        """Let others work on what was leased after this replica had stopped waiting for it: it was no attempt."""
+        ids = [picture.id for picture in leased]
+        with contextlib.suppress(StoreUnavailable, StoreOff):
+            self._store.submit(partial(deferred.give_back, ids=ids, until_s=time.time(), counts=False))
 
     async def _work(self, picture: Leased) -> None:
         """One picture, from its lease to its answer. Holds a place of the admission."""

@@ -49,8 +49,6 @@ from deployments.metrics import Metrics
 _PAGE = Path(__file__).parent / "page"
 _SAMPLES = Path(__file__).parent.parent / "samples"
 
-#: Requests whose pictures are taken in for later at a time: each is held in memory.
-_RECEIVING = 8
 _Answering = Callable[[Request, frozenset[Task], Explain | None], Awaitable[Response]]
 
 #: How often gauges are set: what they show changes with every request.
@@ -105,10 +103,13 @@ api = FastAPI(
     version="1",
     summary="Is a picture AI-generated, what does it show, and which tags find it again.",
     description="A verdict is a calibrated probability, not proof: never take a picture down on it alone.\n\n"
-    "Every answer bears an `X-Request-ID`: the request's own, or one that was made. Logs and problems name it. "
+    "Every answer to a request whose headers have come bears an `X-Request-ID`: the request's own, or one that was "
+    "made. Logs and problems name it. "
     "`traceparent` is honoured where traces are on.",
     docs_url=None,
     redoc_url=None,
+    # behind a proxy that ends TLS it would lead to http://, and a picture be sent again for all to read
+    redirect_slashes=False,
 )
 
 
@@ -270,7 +271,7 @@ class Ingress:
             self.store, self.graph, self.admission, limits.request_timeout_s, lambda: self.gate.closed
         )
         self.callbacks = Callbacks(callbacks, self.store, lambda outcome: self.metrics.record("callbacks", 1, outcome))
-        self._receiving, self._receiving_waits = asyncio.Semaphore(_RECEIVING), 0
+        self._receiving, self._receiving_waits = asyncio.Semaphore(limits.max_receiving), 0
         self._watcher: asyncio.Task[None] | None = None
         self._deferred: asyncio.Task[None] | None = None
         self._calling_back: asyncio.Task[None] | None = None
@@ -428,15 +429,34 @@ class Ingress:
         explain: Explain | None,
     ) -> Response:
         """Take the pictures in, for a sender who can wait."""
-        if self._receiving.locked() and self._receiving_waits >= self.limits.max_waiting:
-            raise Problem("overloaded", "Too many requests at the moment.", {"Retry-After": "2"})
-        self._receiving_waits += 1
+        with telemetry.span("wait for a place"):
+            await self._begin_receiving()
         try:
-            async with in_time(self.limits.request_timeout_s), self._receiving:
+            async with in_time(self.limits.request_timeout_s):
                 with telemetry.span("read body"):
                     uploads = await read_uploads(request, self.uploads)
                 request.state.pictures = len(uploads)
                 return await self.deferral.accept(uploads, tasks, explain, key, callback)
+        finally:
+            self._receiving.release()
+
+    async def _begin_receiving(self) -> None:
+        """Take one of the places of requests that are received for later.
+
+        Raises:
+            Problem: overloaded, 429 with ``Retry-After``.
+        """
+        overloaded = Problem(
+            "overloaded", "Too many requests are being received; try again in 2 s.", {"Retry-After": "2"}
+        )
+        if self._receiving.locked() and self._receiving_waits >= self.limits.max_waiting:
+            raise overloaded
+        self._receiving_waits += 1
+        try:
+            async with asyncio.timeout(self.limits.max_wait_s):
+                await self._receiving.acquire()
+        except TimeoutError:
+            raise overloaded from None
         finally:
             self._receiving_waits -= 1
 

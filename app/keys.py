@@ -384,8 +384,9 @@ _OTHER_HOST = (
 
 class RequireKey:
     """ASGI middleware: nothing but health is answered without a key, once ``DEEPTRUST_KEYS`` names a file; and until
-    then, under no other name than loopback's and those that are listed. A browser takes a page whose name was made to
-    lead to loopback (DNS rebinding) for one of ours, but says the name.
+    then, under no other name than loopback's and those that are listed, nor what another site's page makes a browser
+    send. A browser takes a page whose name was made to lead to loopback (DNS rebinding) for one of ours, but says the
+    name.
 
     Args:
         share: keeps the counts that quotas go by for all replicas.
@@ -411,6 +412,8 @@ class RequireKey:
                     operates = self._is_asked_as_ours(scope)
                     if not operates and not is_open:
                         raise Problem("host_refused", _OTHER_HOST)
+                    if scope["method"] not in _LOOKING and not _is_from_here(scope):
+                        raise Problem("forbidden", "A page of another site may not send anything here.")
                 else:
                     key = self.ring.find(_credentials(scope)[1]) if is_open else _admit(self.ring, scope)
                     operates = key is not None and "admin" in key.scopes
@@ -472,13 +475,23 @@ def _credentials(scope: Scope) -> tuple[str, str]:
     return kind.lower(), credentials
 
 
+def _is_from_here(scope: Scope) -> bool:
+    """Whether no page of another site made a browser send this; programs say nothing of a page."""
+    headers = Headers(scope=scope)
+    origin = headers.get("origin")
+    return (
+        headers.get("sec-fetch-site") == "same-origin"
+        or origin is None
+        or origin.partition("://")[2] == headers.get("host")
+    )
+
+
 def _admit(ring: KeyRing, scope: Scope) -> Key:
     """Let a request pass; returns its key.
 
     Raises:
         Problem: `unauthorized`, `forbidden`, `rate_limited`, `quota_exceeded`, or `unavailable` while nobody knows.
     """
-    headers = Headers(scope=scope)
     kind, credentials = _credentials(scope)
     key = ring.find(credentials)
     if not ring.is_known:
@@ -495,13 +508,7 @@ def _admit(ring: KeyRing, scope: Scope) -> Key:
         )
     scope.setdefault("state", {})["key"] = key.name  # for whoever counts
     # a browser sends Basic credentials along with what another site's page makes it send
-    origin = headers.get("origin")
-    own = (
-        headers.get("sec-fetch-site") == "same-origin"
-        or origin is None
-        or origin.partition("://")[2] == headers.get("host")
-    )
-    if kind == "basic" and not own and scope["method"] not in _LOOKING:
+    if kind == "basic" and scope["method"] not in _LOOKING and not _is_from_here(scope):
         raise Problem("forbidden", "A page of another site may not use this browser's key.")
     wanted = scope_of(scope["method"], scope["path"])
     if not key.scopes & {wanted, "admin"}:

@@ -207,7 +207,7 @@ def use_local_docs(api: FastAPI) -> None:
         # the page starts itself with an inline script: allowed here and nowhere else
         page.headers["content-security-policy"] = (
             "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
-            "img-src 'self' data:"
+            "img-src 'self' data:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'; form-action 'none'"
         )
         return page
 
@@ -224,7 +224,7 @@ def use_local_docs(api: FastAPI) -> None:
             if os.environ.get(keys.VARIABLE):
                 _declare_keys(document)
             else:
-                _declare_refusals(document, "host_refused")
+                _declare_refusals(document, "host_refused", sending=("forbidden",))
             api.openapi_schema = document
         return api.openapi_schema
 
@@ -244,9 +244,9 @@ def _declare_keys(document: dict[str, Any]) -> None:
     _declare_refusals(document, "unauthorized", "forbidden", "rate_limited", "quota_exceeded")
 
 
-def _declare_refusals(document: dict[str, Any], *codes: str) -> None:
-    """Say what every route but health may answer before it is asked."""
+def _declare_refusals(document: dict[str, Any], *codes: str, sending: tuple[str, ...] = ()) -> None:
+    """Say what every route but health may answer before it is asked, and what else to more than a look."""
     for path, operations in document["paths"].items():
-        for operation in operations.values() if path not in keys.OPEN else ():
-            for status, refusal in responses(*codes).items():
+        for method, operation in operations.items() if path not in keys.OPEN else ():
+            for status, refusal in responses(*codes, *(() if method == "get" else sending)).items():
                 operation["responses"].setdefault(str(status), refusal)

@@ -34,7 +34,7 @@ CODES: dict[str, tuple[int, str]] = {
     "bad_request": (400, "The request cannot be read"),
     "bad_base64": (400, "The picture is not valid base64"),
     "unauthorized": (401, "There is no valid key with the request"),
-    "forbidden": (403, "This key does not allow it"),
+    "forbidden": (403, "This is not allowed"),
     "host_refused": (403, "The service does not answer under this name"),
     "not_found": (404, "There is nothing at this address"),
     "method_not_allowed": (405, "This address does not take this method"),

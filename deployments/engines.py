@@ -116,6 +116,9 @@ def load_engine(file: Path, engine: str, precision: str, threads: int | None = N
 
 
 def _openvino(file: Path, precision: str, threads: int | None) -> Callable[[np.ndarray], Sequence[np.ndarray]]:
+    # its TBB opens a library past the allocator that replicas preload, with glibc's, and the process aborts when the
+    # one frees what is the other's; not when TBB believes that a sanitizer is there (uxlfoundation/oneTBB #1645)
+    os.environ.setdefault("TBB_ENABLE_SANITIZERS", "1")
     import openvino
 
     core = openvino.Core()

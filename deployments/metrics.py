@@ -172,6 +172,7 @@ METRICS = {
             "Pictures of the sample: `observed`, `repeated` (in the window already), `other` (another revision's)",
         ),
         _gauge("model", ("stage", "revision"), "1 for the revision that a replica has in service, 0 for earlier ones"),
+        _gauge("revision_refused", ("stage",), "1 while a replica was told to serve a revision and could not, else 0"),
         # training, which records them itself (`train.gauges`)
         _gauge("training_step", ("run",), "Optimiser steps that a run has made"),
         _gauge("training_loss", ("run",), "Loss of the latest step, mean of all workers"),
@@ -346,6 +347,10 @@ class Metrics:
         if before is not None and before != revision:
             self.record("model", 0.0, stage, before)
         self.record("model", 1.0, stage, revision)
+
+    def refused(self, stage: str, is_refused: bool) -> None:
+        """Whether a replica was told to serve a revision last that it could not."""
+        self.record("revision_refused", float(is_refused), stage)
 
 
 def revision_of(name: str) -> str:

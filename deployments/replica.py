@@ -407,8 +407,8 @@ class Replica(Generic[Model]):
         ).model_dump()
 
     async def check_health(self) -> None:
-        """Serve's health check, and the occasion to say again which revision is in service: Ray forgets a gauge that
-        is not set for a while.
+        """Serve's health check, and the occasion to say again which revision is in service, and whether another one is
+        refused: Ray forgets a gauge that is not set for a while.
 
         Raises:
             RuntimeError: one batch has been running for two minutes.
@@ -416,6 +416,7 @@ class Replica(Generic[Model]):
         """
         if self._model is not None:
             self._metrics.in_service(self.stage, self._model.checkpoint.revision)
+            self._metrics.refused(self.stage, self._refused is not None)
         if self._replaced is not None and self._replaced() is None:  # the last request that it began has its answer
             self._replaced = None
             await asyncio.to_thread(memory.give_back)

@@ -391,7 +391,7 @@ class Tagger:
         ).model_dump()
 
     async def check_health(self) -> None:
-        """Serve's health check, and the occasion to say again which revision is in service, as ``Replica`` does.
+        """Serve's health check, and the occasion to say again what is in service and refused, as ``Replica`` does.
 
         Raises:
             RuntimeError: requests wait and none has been answered for two minutes.
@@ -400,6 +400,7 @@ class Tagger:
         """
         if self._checkpoint is not None:
             self._metrics.in_service("tagger", self._checkpoint.revision)
+            self._metrics.refused("tagger", self._refused is not None)
         idle = time.monotonic() - self._load.progress
         if self._load.running and idle > _STUCK_AFTER_S:
             raise RuntimeError(f"{self._load.running} requests in the engine, none answered for {idle:.0f} s")

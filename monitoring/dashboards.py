@@ -296,6 +296,10 @@ SERVICE = Board(
                             f"sum by (deployment, revision) (ray_deeptrust_model{{{_APP}}}) > 0",
                             "{{deployment}} {{revision}}",
                         ),
+                        Query(
+                            f"sum by (deployment) (ray_deeptrust_revision_refused{{{_APP}}}) > 0",
+                            "{{deployment}} cannot serve another",
+                        ),
                     ),
                     "Replicas that run each revision",
                 ),

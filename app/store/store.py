@@ -309,13 +309,22 @@ class Store:
             await asyncio.sleep(pause_s)
         raise AssertionError("not reached")
 
-    async def commit(self, run: Callable[[Connection], Value]) -> Value:
+    async def commit(self, run: Callable[[Connection], Value], late: Callable[[Value], None] | None = None) -> Value:
         """Do something in a transaction of the writer's; returns when it is on disk.
+
+        Args:
+            late: told of it, on a thread of the store's, where it comes onto the disk after this has raised.
 
         Raises:
             StoreOff, StoreUnavailable
         """
-        return await self._within(self.submit(run))
+        outcome = self.submit(run)
+        try:
+            return await self._within(outcome)
+        except StoreUnavailable:
+            if late is not None:
+                outcome.add_done_callback(partial(_tell, late))
+            raise
 
     async def read(self, run: Callable[[Connection], Value]) -> Value:
         """Read something.
@@ -492,3 +501,9 @@ class Store:
                 self._commit_here(partial(events.picture_removed, sha256=sha256))
         except (StoreUnavailable, PicturesUnavailable) as error:
             _log.warning("pictures that are to be removed wait: %s", error)
+
+
+def _tell(late: Callable[[Value], None], outcome: Future[Value]) -> None:
+    """Tell what came of something, if it was done."""
+    if not outcome.cancelled() and outcome.exception() is None:
+        late(outcome.result())

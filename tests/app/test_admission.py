@@ -91,6 +91,50 @@ def test_a_batch_larger_than_the_capacity_is_let_in_alone_and_only_then() -> Non
     asyncio.run(run())
 
 
+@pytest.mark.parametrize("late_before", [False, True])
+def test_a_request_of_several_pictures_that_is_refused_makes_the_limit_grow_to_it_and_no_further(
+    late_before: bool,
+) -> None:
+    async def run() -> None:
+        admission, refused = Admission(64, max_waiting=4, max_wait_s=5, target_s=10), 0
+        if late_before:
+            admission.observe(20.0)
+        await admission.enter()  # one other, always
+        for _ in range(40):
+            await admission.enter()
+            try:
+                admission.widen(15)
+                break
+            except Problem:
+                refused += 1
+                admission.leave(1)
+            admission.observe(1.0)  # of the other one's
+        assert 0 < refused < 40 and admission.in_work == 17
+        admission.leave(16)
+        for _ in range(100):
+            admission.observe(1.0)
+        assert admission.limit <= 18
+
+    asyncio.run(run())
+
+
+def test_a_late_picture_ends_the_growth_for_a_request_that_was_refused() -> None:
+    async def run() -> None:
+        admission = Admission(64, max_waiting=4, max_wait_s=5, target_s=10)
+        for _ in range(2):
+            await admission.enter()
+        with pytest.raises(Problem):
+            admission.widen(40)
+        admission.observe(1.0)
+        assert admission.limit == 17
+        admission.observe(20.0)
+        for _ in range(100):
+            admission.observe(1.0)
+        assert admission.limit == 16
+
+    asyncio.run(run())
+
+
 def test_a_new_limit_grows_with_every_picture_that_is_in_time_while_there_is_a_queue() -> None:
     async def run() -> None:
         admission = Admission(64, max_waiting=4, max_wait_s=5, target_s=10)

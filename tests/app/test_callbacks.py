@@ -407,14 +407,11 @@ def test_it_is_told_again_until_it_is_taken_and_no_redirect_is_followed(one_stor
     assert len({headers["idempotency-key"] for _, headers, _ in hook.came}) == 1
 
 
-def test_it_is_given_up_when_it_is_not_wanted_not_allowed_any_more_or_too_late(one_store: Store, hook: Hook) -> None:
+def test_it_is_given_up_when_it_is_not_wanted_any_more_or_too_late(one_store: Store, hook: Hook) -> None:
     hook.answers = lambda number: 410
     put(one_store, "unwanted", hook.url, accepted(0))
     answer(one_store)
     assert tell(one_store, CallbackSettings(allow=(hook.url,)), lambda outcomes: bool(outcomes)) == ["given_up"]
-    put(one_store, "forbidden", hook.url, accepted(1))
-    answer(one_store)
-    assert tell(one_store, CallbackSettings(allow=(HOOK,)), lambda outcomes: bool(outcomes)) == ["given_up"]
     hook.answers = lambda number: 500
     put(one_store, "late", hook.url, accepted(2))
     answer(one_store)
@@ -424,6 +421,24 @@ def test_it_is_given_up_when_it_is_not_wanted_not_allowed_any_more_or_too_late(o
     put(one_store, "deleted", hook.url, accepted(3))
     asyncio.run(one_store.delete_picture(accepted(3).sha256))
     assert tell(one_store, soon, lambda outcomes: bool(outcomes)) == ["gone"]
+
+
+def test_an_address_that_a_replicas_list_does_not_name_is_another_replicas_to_tell_until_the_time_is_over(
+    one_store: Store, hook: Hook, lines: pytest.LogCaptureFixture
+) -> None:
+    older, newer = CallbackSettings(allow=(HOOK,)), CallbackSettings(allow=(hook.url,))
+    put(one_store, "new", hook.url, accepted(0))
+    answer(one_store)
+    assert tell(one_store, older, lambda outcomes: bool(outcomes)) == ["failed"]
+    assert not hook.came
+    assert tell(one_store, newer, lambda outcomes: bool(outcomes)) == ["delivered"]
+    put(one_store, "old", hook.url, accepted(1))
+    answer(one_store)
+    over = older.model_copy(update={"give_up_after_h": 1e-9})
+    assert tell(one_store, over, lambda outcomes: bool(outcomes)) == ["given_up"]
+    assert len(hook.came) == 1 and asyncio.run(one_store.read(rows.count)) == 0
+    codes = [line.code for line in lines.records if line.message == "callback"]  # type: ignore[attr-defined]
+    assert codes == ["refused", "ok", "refused"]
 
 
 def test_who_does_not_answer_in_time_does_not_keep_others(one_store: Store, hook: Hook) -> None:

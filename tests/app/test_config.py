@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from app.config import AppArgs, ConfigError, main, read_serve_config
+from app.config import CANARIES, INGRESS, MODELS, AppArgs, ConfigError, main, read_serve_config
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,6 +22,24 @@ def test_the_shipped_configurations_are_valid_and_name_every_deployment(name: st
     models = {"Detector", "DetectorCanary", "Captioner", "CaptionerCanary", "Tagger", "TaggerCanary"}
     assert models | {"Ingress", "Drift"} == names
     assert config["http_options"]["host"] == "127.0.0.1"
+
+
+def test_how_many_replicas_there_may_be_is_changed_without_a_restart() -> None:
+    from ray.serve._private.deploy_utils import get_app_code_version
+    from ray.serve.schema import ServeApplicationSchema
+
+    config = read_serve_config(ROOT / "serve_config.yaml")
+    (graph,) = config["applications"]
+
+    def version() -> str:
+        return get_app_code_version(ServeApplicationSchema.model_validate(graph))
+
+    before = version()
+    for name in (INGRESS, *MODELS.values(), *CANARIES.values()):
+        _deployment(config, name)["autoscaling_config"]["max_replicas"] += 1
+    assert version() == before
+    graph["args"]["store"]["max_deferred"] = 7
+    assert version() != before, "the runbook says so"
 
 
 def _with(tmp_path: Path, change) -> Path:

@@ -9,10 +9,12 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from threading import Event as Signal
+from typing import Any
 
 import pytest
 from fastapi.responses import Response
-from sqlalchemy import func, select, text, update
+from sqlalchemy import Connection, func, select, text, update
 
 from app import deferred as queue
 from app.admission import Admission
@@ -380,6 +382,36 @@ def test_a_problem_that_is_the_answer_says_so_and_one_that_nobody_can_look_there
     with pytest.raises(Problem) as later:
         asyncio.run(deferral.result("here"))
     assert later.value.code == "unavailable" and "final" not in later.value.to_dict() and later.value.headers
+    opened.close()
+
+
+def test_what_is_leased_after_nobody_waits_for_it_any_more_is_anothers_at_once_and_counts_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Store(StoreSettings(url=f"sqlite:///{tmp_path}/store.db", timeout_s=0.1, search_timeout_s=60))
+    opened.start()
+    wait_for(lambda: opened.status()["state"] == "ready")
+    put_in = partial(deferred.put, place="here", tasks="tag", explain="", pictures=[picture(0)])
+    opened.submit(partial(put_in, max_count=9, max_bytes=99)).result(60)
+    held, at_once = Signal(), deferred.lease
+
+    def late(*arguments: Any, **options: Any) -> list[deferred.Leased]:
+        leased = at_once(*arguments, **options)
+        assert leased and held.wait(60)
+        return leased
+
+    monkeypatch.setattr(deferred, "lease", late)
+    deferral = Deferral(opened, QuickGraph(), Admission(2, 4, 60.0), 60.0)
+    with pytest.raises(StoreUnavailable, match="in time"):
+        asyncio.run(deferral._begin_some())
+    assert deferral._admission.in_work == 0
+    held.set()
+
+    def attempts_of_free(connection: Connection) -> list[int]:
+        is_free = Deferred.leased_until <= int(time.time() * 1000)
+        return list(connection.execute(select(Deferred.attempts).where(is_free)).scalars())
+
+    wait_for(lambda: opened.submit(attempts_of_free).result(60) == [0])
     opened.close()
 
 

@@ -43,6 +43,7 @@ class Server(BaseHTTPRequestHandler):
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.send_response(200)
         self.send_header("Content-Length", "2")
+        self.send_header("X-Request-ID", "the-application's")
         self.end_headers()
         self.wfile.write(b"ok")
 
@@ -119,7 +120,7 @@ def front(tmp_path: Path, backend: int) -> Iterator[Front]:
 
 def is_unavailable(answer: httpx.Response) -> bool:
     assert answer.status_code == 503 and answer.headers["content-type"] == MEDIA_TYPE
-    assert int(answer.headers["retry-after"]) > 0
+    assert int(answer.headers["retry-after"]) > 0 and len(answer.headers.get_list("x-request-id")) == 1
     return answer.json()["code"] == "unavailable"
 
 
@@ -135,6 +136,18 @@ def test_the_application_answers_and_nothing_else_is_listened_on(front: Front) -
 
 def test_a_server_that_goes_away_is_a_503_that_is_tried_again(front: Front) -> None:
     assert is_unavailable(httpx.get(f"{front.url}/gone"))
+
+
+def test_what_it_answers_itself_has_the_requests_id_or_one_that_is_made(front: Front) -> None:
+    def told(path: str, own: str) -> str:
+        (one,) = httpx.get(f"{front.url}{path}", headers={"x-request-id": own}).headers.get_list("x-request-id")
+        return one
+
+    for own in ("UPLOAD-4711", "a" * 128):
+        assert told("/gone", own) == own
+    made = [told("/gone", own) for own in ("a" * 129, "a b", "-a", "")]
+    assert len(set(made)) == 4 and all(re.fullmatch("[0-9a-f-]{36}", one) for one in made)
+    assert told("/here", "UPLOAD-4711") == "the-application's"
 
 
 def test_no_server_is_a_503(tmp_path: Path) -> None:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from fastapi.routing import APIRoute
+from starlette.routing import Route
 
 from app import keys
 from app.access import route_of
+from app.config import Limits
 from app.ingress import api
 from deployments.replica import Refusal
 from tests.app.in_process import Service, picture, sha
@@ -42,6 +46,56 @@ def test_a_picture_that_is_deleted_while_it_is_analysed_leaves_no_answer(
         assert await service.kept(data) == []
         again = (await client.post("/v1/analyze", content=data, headers=headers)).json()
         assert await service.kept(data) == [again], "sent again it is a picture like any other"
+
+    service.run(work)
+
+
+def test_who_can_wait_is_told_to_come_back_while_as_many_are_received_as_may(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(service.ingress, "limits", Limits(max_wait_s=0.05))
+    monkeypatch.setattr(service.ingress, "_receiving", asyncio.Semaphore(1))
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def slowly() -> AsyncIterator[bytes]:
+        begun.set()
+        await go_on.wait()
+        yield picture(1)
+
+    async def work(client: httpx.AsyncClient) -> None:
+        to, headers = "/v1/analyze", {"prefer": "respond-async"}
+        slow = asyncio.ensure_future(client.post(to, content=slowly(), headers=headers))
+        await begun.wait()
+        refused = await client.post(to, content=picture(2), headers=headers)
+        assert (refused.status_code, refused.json()["code"]) == (429, "overloaded") and refused.headers["retry-after"]
+        go_on.set()
+        assert (await slow).status_code == 202
+        assert (await client.post(to, content=picture(2), headers=headers)).status_code == 202
+
+    service.run(work)
+
+
+def test_an_address_with_another_slash_is_not_there_and_leads_nowhere(service: Service) -> None:
+    async def work(client: httpx.AsyncClient) -> None:
+        answers = [await client.get(path) for path in ("/v1/models/", "/docs-files", "/docs/")]
+        for answer in (await client.post("/v1/analyze/", content=picture(1)), *answers):
+            assert (answer.status_code, answer.json()["code"]) == (404, "not_found")
+            assert "location" not in answer.headers
+
+    service.run(work)
+
+
+def test_no_page_may_be_framed_or_send_forms(service: Service) -> None:
+    async def work(client: httpx.AsyncClient) -> None:
+        pages = set()
+        for path in (route.path for route in api.routes if isinstance(route, Route | APIRoute)):
+            answer = await client.get(path)
+            if answer.headers["content-type"].startswith("text/html"):
+                pages.add(path)
+                policy = answer.headers["content-security-policy"].split("; ")
+                for part in ("object-src", "base-uri", "frame-ancestors", "form-action"):
+                    assert f"{part} 'none'" in policy, path
+        assert {"/", "/docs"} <= pages
 
     service.run(work)
 

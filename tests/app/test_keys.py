@@ -158,6 +158,19 @@ def test_without_a_file_names_that_are_listed_may_be_asked_for(no_file: None) ->
         assert code(send(asked, "GET", "/v1/search", headers=as_host(host))) == (403, "host_refused"), host
 
 
+def test_without_a_file_another_sites_page_can_send_nothing_and_programs_can(no_file: None) -> None:
+    asked, here = app(hosts=lambda: ("photos.example.com",)), as_host("localhost:8000")
+    for method, path in (("POST", "/v1/analyze"), ("POST", "/v1/feedback"), ("DELETE", "/v1/pictures/0")):
+        for other in ("https://elsewhere.example", "null", "http://localhost:3000"):
+            assert code(send(asked, method, path, headers=here | {"origin": other})) == (403, "forbidden")
+        for own in ({}, {"origin": "http://localhost:8000"}, {"origin": "null", "sec-fetch-site": "same-origin"}):
+            assert code(send(asked, method, path, headers=here | own)) == (200, "ok")
+    proxied = as_host("photos.example.com") | {"origin": "https://photos.example.com"}
+    assert code(send(asked, "POST", "/v1/analyze", headers=proxied)) == (200, "ok")
+    # it can look at nothing: no answer says that another origin may read it
+    assert code(send(asked, "GET", "/v1/search", headers=here | {"origin": "https://elsewhere.example"})) == (200, "ok")
+
+
 def test_the_real_application_takes_the_listed_names_from_its_limits(
     no_file: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -358,6 +371,7 @@ def document() -> Any:
     use_local_docs(api)
     api.get("/healthz")(lambda: None)
     api.get("/v1/models")(lambda: None)
+    api.post("/v1/analyze")(lambda: None)
     return api.openapi()
 
 
@@ -370,10 +384,12 @@ def test_the_api_document_says_which_routes_want_a_key(file: Path) -> None:
     assert "401" not in told["paths"]["/healthz"]["get"]["responses"]
 
 
-def test_without_keys_the_api_document_says_which_routes_refuse_other_names(no_file: None) -> None:
+def test_without_keys_the_api_document_says_which_routes_refuse_other_names_and_pages(no_file: None) -> None:
     told = document()
     refused = told["paths"]["/v1/models"]["get"]["responses"]["403"]
     assert set(refused["content"][MEDIA_TYPE]["examples"]) == {"host_refused"}
+    refused = told["paths"]["/v1/analyze"]["post"]["responses"]["403"]
+    assert set(refused["content"][MEDIA_TYPE]["examples"]) == {"host_refused", "forbidden"}
     assert "403" not in told["paths"]["/healthz"]["get"]["responses"] and "security" not in told
 
 

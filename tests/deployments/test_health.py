@@ -176,9 +176,11 @@ def damaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def test_a_revision_that_cannot_be_had_is_refused_and_the_one_in_service_goes_on(
     folder: Path, damaged: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    replica, in_service = await started(Detector, folder / "detector"), []
+    replica, in_service, refused = await started(Detector, folder / "detector"), [], []
     replica._metrics = SimpleNamespace(
-        in_service=lambda stage, revision, before=None: in_service.append(revision), batch=lambda *_: None
+        in_service=lambda stage, revision, before=None: in_service.append(revision),
+        refused=lambda *said: refused.append(said),
+        batch=lambda *_: None,
     )
     before = await replica.info()
     assert before["refused"] is None
@@ -195,10 +197,11 @@ async def test_a_revision_that_cannot_be_had_is_refused_and_the_one_in_service_g
         assert told["refused"]["uri"] == config["uri"] and why in told["refused"]["why"]
         assert [record.levelname for record in caplog.records if "is refused" in record.message] == ["ERROR"]
         assert await outcome(replica) == "" and (await ask(replica))["ai_probability"] >= 0
-    assert set(in_service) == {before["revision"]}
+    assert set(in_service) == {before["revision"]} and set(refused) == {("detector", True)}
     await replica.reconfigure({"uri": str(folder / "another")})  # as it was asked before, in sound words
     told = await replica.info()
     assert told["refused"] is None and told["revision"] != before["revision"]
+    assert await outcome(replica) == "" and refused[-1] == ("detector", False)
 
 
 async def test_at_the_start_and_in_a_canary_what_cannot_be_had_is_an_error(

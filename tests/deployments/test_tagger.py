@@ -108,14 +108,19 @@ def test_another_architecture_and_what_is_not_there_are_refused_and_the_engine_g
     with pytest.raises(CheckpointError, match="no such checkpoint"):  # nothing is in service
         asyncio.run(tagger.reconfigure({"uri": str(tmp_path / "three")}))
     tagger._checkpoint = resolve(str(tmp_path / "one"))
-    tagger._server = SimpleNamespace()  # nothing may be asked of it
+    tagger._server = None  # nothing may be asked of it
+    refused: list[tuple[str, bool]] = []
+    tagger._metrics = SimpleNamespace(in_service=lambda *_: None, refused=lambda *said: refused.append(said))
     for name, why in (("two", "config.json"), ("three", "no such checkpoint")):
         asyncio.run(tagger.reconfigure({"uri": str(tmp_path / name)}))
         told = asyncio.run(tagger.info())
         assert told["uri"] == str(tmp_path / "one") and told["refused"]["uri"] == str(tmp_path / name)
         assert why in told["refused"]["why"]
+        asyncio.run(tagger.check_health())
     asyncio.run(tagger.reconfigure({"uri": str(tmp_path / "one")}))
     assert asyncio.run(tagger.info())["refused"] is None
+    asyncio.run(tagger.check_health())
+    assert refused == [("tagger", True), ("tagger", True), ("tagger", False)]
     context.deployment = "TaggerCanary"
     with pytest.raises(TaggerError, match=r"config\.json"):
         asyncio.run(tagger.reconfigure({"uri": str(tmp_path / "two")}))

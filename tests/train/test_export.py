@@ -14,7 +14,7 @@ from deployments.detector import DetectorModel
 from deployments.engines import usable
 from deployments.views import render
 from tests.train.small_models import noise, small_detector
-from train.export import ExportConfig, export_here, main, table
+from train.export import Candidate, ExportConfig, export, export_here, main, table
 
 pytest.importorskip("onnxruntime")
 
@@ -73,6 +73,14 @@ def test_what_differs_too_much_or_is_no_faster_is_left_out(folder: Path) -> None
     assert slow["onnxruntime-float32"]["why"] == "not faster than PyTorch"
     assert not list((folder / "slow").glob("*.onnx"))
     assert DetectorModel(resolve(str(folder / "slow"))).engine is None
+
+
+def test_engines_compute_under_the_allocator_of_replicas(folder: Path) -> None:
+    pytest.importorskip("openvino")
+    tried: list[Candidate] = ["openvino-float32", "onnxruntime-float32"]
+    measured = export(settings(folder, "as-replicas", engines=tried))
+    assert set(measured) == {"pytorch-float32", *tried}
+    assert all(measured[name]["max_difference"] <= 1e-4 for name in tried)
 
 
 def test_openvino_reads_the_same_file(folder: Path) -> None:
