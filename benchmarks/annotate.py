@@ -12,7 +12,7 @@
 
 Each run is a process of its own with a Ray of its own. ``--steps bare,short`` and ``--steps bare,long`` with
 ``--append`` split a round of ``throughput`` for a machine that is quiet only for minutes; ``--one-step --work DIR``,
-again and again, does ``kills`` in pieces. Out: ``results/annotate_PART.json``.
+again and again, does ``kills`` in pieces. Out: ``results/annotate_PART.json``, and of ``throughput`` a plot.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ import psutil
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field
 
+from benchmarks import plots
 from benchmarks.load import paired
 from benchmarks.processes import Apart
 from benchmarks.report import RESULTS, write_result
@@ -42,6 +43,8 @@ from data.annotations import FOLDER, read_annotations
 from deployments.annotation import Annotation
 
 _ROOT = Path(__file__).parent.parent
+#: Of the bare models' rate.
+_BAR = 0.9
 
 
 class AnnotateBenchmark(BaseModel):
@@ -132,15 +135,27 @@ def throughput(config: AnnotateBenchmark, photos: list[Path], work: Path) -> dic
         (long["photos"] - short["photos"]) / (long["seconds"] - short["seconds"])
         for long, short in zip(by_step["long"], by_step["short"], strict=False)
     ]
-    each = max(1, len(bare) // len(rates))  # a round may have several loops, around its runs
-    loops = [statistics.mean(bare[each * number : each * (number + 1)]) for number in range(len(rates))]
-    ratio = paired(rates, loops)
+    ratio = paired(rates, _loops(bare, len(rates)))
     return result | {
         "bare_per_s_by_round": [round(rate, 3) for rate in bare],
         "annotate_per_s_by_round": [round(rate, 3) for rate in rates],
         "ratio": round(ratio, 3),
-        "bars": {"annotate >= 0.9 bare": ratio >= 0.9},
+        "bars": {f"annotate >= {_BAR} bare": ratio >= _BAR},
     }
+
+
+def _loops(bare: list[float], rounds: int) -> list[float]:
+    """The loop's rate in each round, which may have several of them around its runs."""
+    each = max(1, len(bare) // rounds)
+    return [statistics.mean(bare[each * number : each * (number + 1)]) for number in range(rounds)]
+
+
+def show(result: dict[str, Any], folder: Path = RESULTS) -> str:
+    """The table of ``throughput``, and its plot."""
+    ours = result["annotate_per_s_by_round"]
+    bare = result.get("bare_per_s_by_round") or [result["bare_per_s"]]
+    rates = {"bare models": _loops(bare, len(ours)), "annotate": ours}
+    return plots.compared("annotate_throughput", rates, "photos/s", _BAR, folder)
 
 
 def _turns(
@@ -394,7 +409,8 @@ def main(arguments: list[str] | None = None) -> None:
             if part in config.parts.split(","):
                 result = measure(config, photos, work)
                 if result is not None:
-                    print(json.dumps(result, indent=1), write_result(f"annotate_{part}", result), flush=True)
+                    told = show(result) if part == "throughput" and "ratio" in result else json.dumps(result, indent=1)
+                    print(told, write_result(f"annotate_{part}", result), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

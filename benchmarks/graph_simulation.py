@@ -6,9 +6,10 @@
 In: how long each part works (``Service``), how many of each there are and how they may grow (``Scaling``), and when
 pictures arrive. Out: when each was answered or refused, how busy each part was, and how long the queues were.
 
-Modelled as the code does it: the admission's bounded queue, decoding threads, the order of the stages. How many may be
-in work, and how many of those whose senders can wait, ``app.admission`` itself says. What replicas and processors are
-is ``benchmarks.simulation``; figures come from ``benchmarks.scale``.
+Modelled as the code does it: the admission's bounded queue, the bounded number of pictures whose senders can wait,
+decoding threads, the order of the stages. How many may be in work, and how many of those whose senders can wait,
+``app.admission`` itself says. What replicas and processors are is ``benchmarks.simulation``; figures come from
+``benchmarks.scale``.
 """
 
 from __future__ import annotations
@@ -51,13 +52,14 @@ class IngressTimes:
 
 @dataclass(frozen=True)
 class Admitted:
-    """``app.config.Limits``, and ``store.deferred_in_work``."""
+    """``app.config.Limits``, and what ``app.store.settings`` says of those who can wait."""
 
     max_in_flight: int = 32
     max_waiting: int = 64
     max_wait_s: float = 4.0
     target_s: float = 30.0
     deferred_in_work: int = 8
+    max_deferred: int = 100_000
 
 
 @dataclass
@@ -126,6 +128,10 @@ class IngressReplica:
             answered()
 
         def taken_in() -> None:
+            if self.graph.kept >= self.limits.max_deferred:
+                self._refuse(picture, left)
+                return
+            self.graph.kept += 1
             self.graph.deferred.append(picture)  # on disk: whoever has room works on it
             left()
 
@@ -249,6 +255,8 @@ class Graph:
         self.gpus = gpus
         self.arrived = 0
         self.deferred: deque[Picture] = deque()
+        self.kept = 0
+        """Pictures on disk: those that wait and those in work, which keep their places until they are answered."""
         self.outcomes: list[tuple[float, float, bool, str]] = []
         """(arrived, ended, deferred, how)."""
         self.samples: list[dict[str, float]] = []
@@ -299,6 +307,7 @@ class Graph:
     def arrive(self, deferred: bool = False, answered: Callable[[Picture, str], None] | None = None) -> None:
         """A picture comes in now."""
         self.arrived += 1
+        deferred = deferred and self.admitted.max_deferred > 0  # without a queue everybody is answered at once
         picture = Picture(self.clock.now, deferred, self.clock.now + self.service.request_timeout_s, answered)
         proxy = self.proxies[0] if len(self.proxies) == 1 else self.chance.choice(self.proxies)
         proxy.do(self.ingress_times.proxy_s, lambda: self._route(picture))
@@ -330,6 +339,8 @@ class Graph:
                 self.clock.after(2.0, self.deferred.append, picture)
                 return
             how = "partial"
+        if how == "answered" and picture.deferred:
+            self.kept -= 1
         if how == "answered" and not picture.deferred and self.clock.now > picture.deadline:
             how = "late"
         self.outcomes.append((picture.arrived, self.clock.now, picture.deferred, how))

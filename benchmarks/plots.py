@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.load import paired
 from benchmarks.report import RESULTS
 
 #: Distinct for the colour-blind (Okabe and Ito), dark enough on white.
@@ -37,6 +39,48 @@ def save(name: str, draw: Callable[[Any], None], panels: int = 1, height: float 
         path = folder / f"{name}.svg"
         figure.savefig(path, metadata=dict.fromkeys(("Creator", "Date", "Format")))
     return path
+
+
+def compared(
+    name: str, rates: Mapping[str, Sequence[float]], unit: str, goal: float | None = None, folder: Path = RESULTS
+) -> str:
+    """Ways of doing the same as a table, and drawn to ``results/NAME.svg``: medians as bars, lowest and highest rounds
+    as whiskers.
+
+    Args:
+        rates: of each round, by way: what is held against first, and last what is held against the others.
+        goal: share of the first way's that the last one should reach.
+    """
+    ways, ours = list(rates), list(rates)[-1]
+    spread = {way: (statistics.median(values), min(values), max(values)) for way, values in rates.items()}
+
+    def draw(axes: Any) -> None:
+        for way, (middle, low, high) in spread.items():
+            colour = COLOURS[0] if way == ours else COLOURS[-1]
+            whiskers: dict[str, Any] = {"xerr": [[middle - low], [high - middle]], "ecolor": COLOURS[1], "capsize": 5}
+            axes.barh(way, middle, color=colour, height=0.6, **whiskers)
+            note = f"{middle:.4g}" if low == high else f"{middle:.4g}  [{low:.4g}, {high:.4g}]"
+            axes.text(0.01, way, note, transform=axes.get_yaxis_transform(), color="white", va="center")
+        if goal is not None:
+            line = goal * spread[ways[0]][0]
+            axes.axvline(line, color="#888888", linewidth=0.8, linestyle="--", label=f"goal: {goal:g} of {ways[0]}")
+            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        axes.invert_yaxis()
+        axes.set(xlabel=unit, xlim=(0, None))
+
+    save(name, draw, height=1.1 + 0.55 * len(ways), folder=folder)
+    return table(
+        [
+            {
+                "way": way,
+                unit: f"{middle:.4g}",
+                "lowest": f"{low:.4g}",
+                "highest": f"{high:.4g}",
+                f"{ours} to it": f"{paired(rates[ours], rates[way]):.3f}",
+            }
+            for way, (middle, low, high) in spread.items()
+        ]
+    )
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -34,8 +34,9 @@ import psutil
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
+from benchmarks import plots
 from benchmarks.processes import pss, sampled
-from benchmarks.report import write_result
+from benchmarks.report import RESULTS, write_result
 from data.identify import jpeg_quality, read_jpeg_header
 from data.prepare import Flickr30kConfig, prepare
 from data.session import RaySettings, ray_session
@@ -63,17 +64,18 @@ class PrepareBenchmarkConfig(BaseModel):
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the chosen parts and write ``results/prepare_PART.json``."""
+    """Run the chosen parts and write ``results/prepare_PART.json``, of ``throughput`` a plot as well."""
     from pydantic_settings import CliApp
 
     config = CliApp.run(PrepareBenchmarkConfig, cli_args=arguments)
     measure = {"throughput": throughput, "memory": memory, "versions": version_hashes}
+    tell = {"throughput": show, "memory": _peaks, "versions": _hashes}
     with tempfile.TemporaryDirectory() as temporary:
         work = config.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
         for part in config.parts.split(","):
             result = measure[part](config, work)
-            print(result, write_result(f"prepare_{part}", result), flush=True)
+            print(tell[part](result), write_result(f"prepare_{part}", result), sep="\n", flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- throughput
@@ -129,6 +131,15 @@ def throughput(config: PrepareBenchmarkConfig, work: Path) -> dict[str, Any]:
         "processes": config.processes,
         "mean_bytes": size // config.pictures,
     }
+
+
+def show(result: dict[str, Any], folder: Path = RESULTS) -> str:
+    """The table, and its plot."""
+    rates = {
+        f"plain loop, {result['processes']} processes": [entry["plain_per_s"] for entry in result["rounds"]],
+        "data.prepare": [entry["prepare_per_s"] for entry in result["rounds"]],
+    }
+    return plots.compared("prepare_throughput", rates, "pictures/s", folder=folder)
 
 
 def make_photos(photos: Path, folder: Path, count: int) -> Path:
@@ -261,6 +272,10 @@ def memory(config: PrepareBenchmarkConfig, work: Path) -> dict[str, Any]:
     }
 
 
+def _peaks(result: dict[str, Any]) -> str:
+    return plots.table([{"pictures": count, "peak MiB": mib} for count, mib in result["peak_mib"].items()])
+
+
 def make_small_pictures(folder: Path, count: int) -> Path:
     """Random pictures of 64 x 48, which no hash takes for one another."""
     images = folder / "Images"
@@ -305,6 +320,10 @@ def version_hashes(config: PrepareBenchmarkConfig, work: Path) -> dict[str, Any]
     found["killed_half_way"] = _killed(config, raw, work / "killed")
     found["s3"] = _on_s3(config, raw, work / "s3")
     return {"versions": found, "all_the_same": len(set(found.values())) == 1, "pictures": 2048}
+
+
+def _hashes(result: dict[str, Any]) -> str:
+    return plots.table([{"run": run, "version": version} for run, version in result["versions"].items()])
 
 
 def _version(output: Path) -> str:

@@ -6,37 +6,19 @@ no benchmark.
 from __future__ import annotations
 
 import gc
-import multiprocessing
-import os
-import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any, Self
-from unittest import mock
 
 import psutil
 
-#: What Ray and ``deployments.memory`` do in a replica, as a process's environment.
-ALLOCATOR = {
-    "LD_PRELOAD": str(Path(sysconfig.get_path("purelib")) / "ray" / "core" / "libjemalloc.so"),
-    "MALLOC_CONF": "background_thread:true,narenas:2,dirty_decay_ms:-1,muzzy_decay_ms:0",
-}
-
+from deployments.memory import ALLOCATOR as ALLOCATOR
+from deployments.memory import process_with as process_with
 
 #: What a service takes to see to what it missed while it was paused, such as health checks that were due.
 SETTLE_S = 2.0
-
-
-def process_with(environment: Mapping[str, str]) -> ProcessPoolExecutor:
-    """A process of its own that is started with these variables, such as ``ALLOCATOR``: to be shut down by its user."""
-    process = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
-    with mock.patch.dict(os.environ, environment):
-        process.submit(os.getpid).result()  # the first task starts it
-    return process
 
 
 class Apart:

@@ -8,12 +8,15 @@ have published of a GPU (``benchmarks.published``), and held against the running
 * ``routers``    -> ``scale_routers``: controller, proxy and ingress against the number of replicas
 * ``size``       -> ``scale_sizes``: what each rate needs, what is full first, cost of a million pictures; and what
   ``serve_config.yaml`` carries as it is
-* ``spike``      -> ``scale_spike``: five times the rate for five minutes, with more and less room to grow
+* ``spike``      -> ``scale_spike``: five times the rate for five minutes, with more and less room to grow, and what is
+  refused because as many pictures wait as may (``--max-deferred``; else ``store.max_deferred`` of the configuration)
 
     python -m benchmarks.scale --photos DIR [--parts calibrate,validate,routers,size,spike] [--quick]
 
 ``size`` and ``spike`` compute and need no quiet machine; the others measure. Each writes a plot beside its result.
-Not modelled: the database (a commit or two for each picture that waits), the network between nodes, failures.
+Modelled of the queue on disk is how many pictures it holds. Not modelled: its bytes (``store.max_deferred_bytes``), the
+database's work (a commit or two for each picture that waits), senders who come again after a 429, the network between
+nodes, failures.
 """
 
 from __future__ import annotations
@@ -96,7 +99,9 @@ def serve_config_part(config: ScaleConfig, settings: dict[str, Any], seconds: fl
 def _of(config: ScaleConfig, settings: dict[str, Any]) -> dict[str, Any]:
     """What sizes hang on, as it is in a result file."""
     asked = config.model_dump(include={"figures", "use", "start_s", "deferred_share", "deferred_in_work"})
-    found = asked | {"graph": settings, "bounds": bounds(*models(config, settings))}
+    # a size that carries its rate has no queue that comes near its bound
+    graph = {name: value for name, value in settings.items() if name != "max_deferred"}
+    found = asked | {"graph": graph, "bounds": bounds(*models(config, settings))}
     back: dict[str, Any] = json.loads(json.dumps(found, default=asdict))
     return back
 
@@ -213,6 +218,7 @@ def spike_part(config: ScaleConfig) -> dict[str, Any]:
         "factor": 5,
         "spike_s": 300,
         "deferred_share": config.deferred_share,
+        "max_deferred": config.max_deferred or settings["max_deferred"],
         "start_s": config.start_s,
         "rows": rows,
     }
@@ -230,6 +236,8 @@ def _spike_row(row: dict[str, Any]) -> dict[str, Any]:
         "max s": f"{most:.0f}",
         "< 10 min": "yes" if row["under_10_minutes"] else "NO",
         "most waiting": f"{row['most_waiting']:.0f}",
+        "may wait": row["max_deferred"],
+        "deferred refused": f"{row['deferred_refused']:.1%}",
         "interactive answered": f"{row['interactive_answered']:.1%}",
         "drained after s": "never" if row["drained_after_s"] is None else f"{row['drained_after_s']:.0f}",
     }

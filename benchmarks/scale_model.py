@@ -38,8 +38,9 @@ ROOT = Path(__file__).parents[1]
 MODELS = ("detector", "captioner", "tagger")
 #: What a decoding core costs is in a GPU's price: machines with so many cores to a GPU are what is rented.
 _CORES_A_GPU = 16
-#: `store.deferred_in_work` of a configuration that does not say it.
+#: Of `store`, where a configuration does not say it.
 DEFERRED_IN_WORK: int = StoreSettings.model_fields["deferred_in_work"].default
+MAX_DEFERRED: int = StoreSettings.model_fields["max_deferred"].default
 #: A spike that is not over by then counts as never.
 _LONGEST_S = 3600.0
 
@@ -61,6 +62,9 @@ class ScaleConfig(BaseModel):
     deferred_share: float = Field(0.9, ge=0, le=1, description="pictures whose senders can wait: uploads")
     deferred_in_work: int | None = Field(
         None, ge=1, description="`store.deferred_in_work`; null: what `serve_config` says. Its default is shown as well"
+    )
+    max_deferred: int | None = Field(
+        None, ge=1, description="`store.max_deferred`: pictures that may wait; null: what `serve_config` says"
     )
     use: float = Field(0.8, gt=0, lt=1, description="share of a part's bound that it is sized for")
     start_s: dict[str, float] = Field(
@@ -111,7 +115,9 @@ def graph_settings(path: Path) -> dict[str, Any]:
                 ),
             }
     settings["max_num_seqs"] = tagger.get("max_num_seqs", 32)
-    settings["deferred_in_work"] = application["args"].get("store", {}).get("deferred_in_work", DEFERRED_IN_WORK)
+    store = application["args"].get("store", {})
+    settings["deferred_in_work"] = store.get("deferred_in_work", DEFERRED_IN_WORK)
+    settings["max_deferred"] = store.get("max_deferred", MAX_DEFERRED)
     return settings
 
 
@@ -204,6 +210,7 @@ def service_of(
             max_wait_s=limits.get("max_wait_s", 4.0),
             target_s=limits.get("target_s", 30.0),
             deferred_in_work=config.deferred_in_work or settings["deferred_in_work"],
+            max_deferred=config.max_deferred or settings["max_deferred"],
         ),
         detector,
         captioner,
@@ -415,7 +422,10 @@ def most_carried(
 def spike(
     config: ScaleConfig, settings: dict[str, Any], size: dict[str, Any], room: float, in_work: int
 ) -> dict[str, Any]:
-    """Five times the rate for five minutes on a size that may grow to ``room`` times of it."""
+    """Five times the rate for five minutes on a size that may grow to ``room`` times of it.
+
+    ``under_10_minutes``: of the pictures that come meanwhile none waits longer, and none that could wait is refused.
+    """
     rate, calm_s, spike_s = size["rate_per_s"], 120.0, 300.0
     most = {name: math.ceil(count * room) for name, count in size["replicas"].items()}
     most["ingress"] *= 5  # cores are not what is short
@@ -442,16 +452,19 @@ def spike(
     waiting = [seconds for seconds, deferred, how in during if deferred and how == "answered"]
     # what has not ended yet has waited so long already
     waiting += [graph.clock.now - picture.arrived for picture in graph.deferred if calm_s <= picture.arrived < over]
+    refused = sum(deferred and how == "refused" for _, deferred, how in during)
     interactive = [how for _, deferred, how in during if not deferred]
     quick = [seconds for seconds, deferred, how in during if not deferred and how == "answered"]
     return {
         "rate_per_s": rate,
         "room": room,
         "deferred_in_work": in_work,
+        "max_deferred": service.admitted.max_deferred,
         "gpus_at_most": gpus_for(most, settings),
         "ingresses_at_most": max(sample["ingress_replicas"] for sample in graph.samples),
         "deferred_p50_p99_max_s": [quantile(waiting, 0.5), quantile(waiting, 0.99), max(waiting, default=math.nan)],
-        "under_10_minutes": max(waiting, default=math.inf) < 600,
+        "under_10_minutes": not refused and max(waiting, default=math.inf) < 600,
+        "deferred_refused": refused / max(1, refused + len(waiting)),
         "interactive_answered": interactive.count("answered") / max(1, len(interactive)),
         "interactive_not_answered": {how: interactive.count(how) for how in set(interactive) - {"answered"}},
         "interactive_p99_s": quantile(quick, 0.99),

@@ -36,10 +36,16 @@ import psutil
 from pydantic import BaseModel, ConfigDict, Field
 
 from app import cluster
+from benchmarks import plots
 from benchmarks.application import application
 from benchmarks.load import closed_loop, session
 from benchmarks.processes import ALLOCATOR, Apart, paused, pss, sampled
-from benchmarks.report import write_result
+from benchmarks.report import RESULTS, write_result
+
+#: Of the rate of the models back to back.
+_GOAL = 0.85
+#: Of a phase of `overload`, what is printed.
+_COLUMNS = ("clients", "complete", "goodput_per_s", "latency_ms_p50_p95_p99", "statuses", "memory_mb_least_most")
 
 
 class ServingConfig(BaseModel):
@@ -265,8 +271,23 @@ def overload_part(config: ServingConfig, url: str, port: int, photos: list[bytes
     }
 
 
+def show(result: dict[str, Any], folder: Path = RESULTS) -> str:
+    """The table of ``ratio``, and its plot."""
+    ways = {
+        "back_to_back_s": "models back to back",
+        "as_many_in_work_s": f"back to back, {result['clients']} in work",
+        "served_s": "served",
+    }
+    rates = {
+        name: [result["photos_a_round"] / entry[way] for entry in result["rounds"]]
+        for way, name in ways.items()
+        if way in result["rounds"][0]
+    }
+    return plots.compared("serving_ratio", rates, "photos/s", _GOAL, folder)
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Run the chosen parts and write ``results/serving_PART.json``."""
+    """Run the chosen parts and write ``results/serving_PART.json``, of ``ratio`` a plot as well."""
     from pydantic_settings import CliApp
 
     config = CliApp.run(ServingConfig, cli_args=arguments)
@@ -281,13 +302,15 @@ def main(arguments: list[str] | None = None) -> None:
             before = replicas(port)
             load = asyncio.run(drive(url, photos, config.clients))
             result = load.summary() | {"clients": config.clients, "replicas_restarted": len(before - replicas(port))}
-            print(result, write_result("serving_photos", result), flush=True)
+            print(plots.table([result]), write_result("serving_photos", result), sep="\n", flush=True)
         if "ratio" in parts:
             result = ratio_part(config, url, port, photos)
-            print(result["ratio_median"], write_result("serving_ratio", result), flush=True)
+            print(show(result), write_result("serving_ratio", result), sep="\n", flush=True)
         if "overload" in parts:
             result = overload_part(config, url, port, photos)
-            print(result["goodput_of_best"], write_result("serving_overload", result), flush=True)
+            phases = [{name: phase[name] for name in _COLUMNS} for phase in result["phases"]]
+            path = write_result("serving_overload", result)
+            print(plots.table(phases), f"goodput of the best: {result['goodput_of_best']}", path, sep="\n", flush=True)
 
 
 if __name__ == "__main__":

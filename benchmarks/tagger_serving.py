@@ -1,20 +1,21 @@
 """Speed of the served tagger beside vLLM offline, same captions, same prompt, same engine arguments, one run.
 
 The two engines are up at the same time and take turns, ``--repeats`` times each, so that whatever else the machine does
-hits both alike; the ratio of the medians is the figure. In: a checkpoint URI and a folder with ``captions.txt``. Out:
-``results/tagger_serving.json``. Starts a Ray of its own unless ``RAY_ADDRESS`` names one, and stops what it started.
+hits both alike; the median of the repeats' ratios is the figure. In: a checkpoint URI and a folder with
+``captions.txt``. Out: ``results/tagger_serving.json`` and a plot. Starts a Ray of its own unless ``RAY_ADDRESS`` names
+one, and stops what it started.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks import plots
 from benchmarks.load import paired
 from benchmarks.report import RESULTS, write_result
 from benchmarks.tagger_quality import read_flickr
@@ -28,6 +29,8 @@ from deployments.tagger import (
 )
 
 RESULT = RESULTS / "tagger_serving.json"
+#: Of the offline engine's rate.
+_BAR = 0.75
 
 
 async def _served(handle: Any, captions: list[str], clients: int) -> float:
@@ -41,6 +44,12 @@ async def _served(handle: Any, captions: list[str], clients: int) -> float:
     started = time.perf_counter()
     await asyncio.gather(*(client() for _ in range(clients)))
     return time.perf_counter() - started
+
+
+def show(result: dict[str, Any], folder: Path = RESULTS, name: str = RESULT.stem) -> str:
+    """The table, and its plot."""
+    rates = {"vLLM offline": result["offline_per_s"], "served": result["served_per_s"]}
+    return plots.compared(name, rates, "captions/s", _BAR, folder)
 
 
 def main() -> None:
@@ -99,9 +108,10 @@ def main() -> None:
         "served_to_offline": ratio,
         "replica_ready_s": ready_s,
         "load_average": os.getloadavg(),
-        "bars": {"served >= 0.75 offline": ratio >= 0.75},
+        "bars": {f"served >= {_BAR} offline": ratio >= _BAR},
     }
-    print(json.dumps(result, indent=1), write_result(options.output.stem, result, options.output.parent))
+    folder, name = options.output.parent, options.output.stem
+    print(show(result, folder, name), write_result(name, result, folder), sep="\n")
 
 
 if __name__ == "__main__":

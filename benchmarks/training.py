@@ -26,6 +26,7 @@ import psutil
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from benchmarks import plots
 from benchmarks.load import paired
 from benchmarks.report import RESULTS, provenance, write_result
 from data.session import RaySettings, ray_session
@@ -34,6 +35,8 @@ from train.detector import DetectorTraining, prepare_job, train
 from train.loop import Outcome, fit_locally
 
 ROOT = Path(__file__).parent.parent
+#: Of the rate of the loop without Ray.
+_GOAL = 0.92
 
 
 class TrainingBenchmark(BaseModel):
@@ -121,6 +124,13 @@ def overhead(config: TrainingBenchmark, folder: Path) -> dict[str, Any]:
         "samples_per_s": {way: [round(value, 2) for value in values] for way, values in measured.items()},
         "ratio": round(paired(measured["ray"], measured["without"]), 4),
     }
+
+
+def show(result: dict[str, Any], folder: Path = RESULTS) -> str:
+    """The table of ``overhead``, and its plot."""
+    measured = result["overhead"]["samples_per_s"]
+    rates = {"Lightning without Ray": measured["without"], "Ray Train": measured["ray"]}
+    return plots.compared("training", rates, "pictures/s", _GOAL, folder)
 
 
 def workers(config: TrainingBenchmark, folder: Path) -> dict[str, Any]:
@@ -268,8 +278,17 @@ def kills(config: TrainingBenchmark, folder: Path) -> dict[str, Any]:
     return found
 
 
+def _table(part: str, measured: dict[str, Any]) -> str:
+    if part == "workers":
+        apart = measured["largest_relative_difference"]
+        return plots.table([{"losses of": name, "largest difference": f"{value:.1e}"} for name, value in apart.items()])
+    columns = ("killed_at_step", "resumed_after", "steps", "val_auc")
+    rows = [{"killed": what} | {name: run.get(name, "") for name in columns} for what, run in measured.items()]
+    return plots.table(rows)
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Measure and write ``results/training.json``."""
+    """Measure; write ``results/training.json``, and of ``overhead`` a plot."""
     from pydantic_settings import CliApp
 
     config = CliApp.run(TrainingBenchmark, cli_args=arguments)
@@ -281,8 +300,8 @@ def main(arguments: list[str] | None = None) -> None:
             measured = measures[part](config, Path(folder))
             # written part by part: minutes lie between them
             result[part] = measured | {"commit": provenance()["commit"], "finished_at": provenance()["finished_at"]}
-            print(json.dumps(result[part], indent=1), flush=True)
             write_result("training", result)
+            print(show(result) if part == "overhead" else _table(part, measured), flush=True)
     print(f"written to {file}")
 
 

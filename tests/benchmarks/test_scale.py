@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import published, scale_model
+from benchmarks import published, scale, scale_model
 from benchmarks.graph_simulation import Admitted, Batching, Generating, IngressTimes, Service
 from benchmarks.scale_measure import Phase, batching, fitted, generating, predicted
 from benchmarks.simulation import Scaling
@@ -32,6 +32,15 @@ def test_the_production_configuration_is_read() -> None:
     assert settings["detector"]["batch"]["max_batch_size"] == 32
     assert settings["limits"]["max_in_flight"] == 64
     assert settings["deferred_in_work"] == 32
+    assert settings["max_deferred"] == 100_000
+
+
+def test_sizes_do_not_hang_on_how_many_pictures_may_wait() -> None:
+    config = scale_model.ScaleConfig()
+    settings = scale_model.graph_settings(config.serve_config)
+    of = scale._of(config, settings)
+    assert scale._of(config.model_copy(update={"max_deferred": 5}), settings | {"max_deferred": 5}) == of
+    assert scale._of(config.model_copy(update={"deferred_in_work": 5}), settings) != of
 
 
 def test_the_taggers_step_gives_back_what_was_published() -> None:
@@ -137,6 +146,19 @@ def test_more_room_makes_a_spike_shorter(measured: None) -> None:
     assert much["deferred_p50_p99_max_s"][2] <= little["deferred_p50_p99_max_s"][2]
     assert much["most_waiting"] <= little["most_waiting"]
     assert much["drained_after_s"] is not None
+    assert (little["max_deferred"], little["deferred_refused"]) == (100_000, 0)
+
+
+def test_a_spike_beyond_the_room_on_disk_is_refused(measured: None) -> None:
+    config = scale_model.ScaleConfig()
+    settings = scale_model.graph_settings(config.serve_config)
+    # as many pictures in work as an ingress has at a time, and no more: the spike's have to wait
+    size = {"rate_per_s": 2.0, "replicas": dict.fromkeys(("ingress", *scale_model.MODELS), 1), "proxies": 1}
+    found = scale_model.spike(config.model_copy(update={"max_deferred": 500}), settings, size, 1.0, 4)
+    assert found["max_deferred"] == 500
+    assert 400 < found["most_waiting"] <= 500 and found["interactive_answered"] > 0.99
+    assert 0.1 < found["deferred_refused"] < 1 - 500 / (5 * 2.0 * 300 * config.deferred_share), "500 found room"
+    assert found["deferred_p50_p99_max_s"][2] < 600 and not found["under_10_minutes"], "who is refused has no answer"
 
 
 def test_an_engines_step_is_found_again() -> None:

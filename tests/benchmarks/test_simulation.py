@@ -292,6 +292,31 @@ def test_senders_who_wait_are_refused_and_those_who_can_wait_are_not() -> None:
     assert late > 10  # they wait for room
 
 
+def test_beyond_the_room_on_disk_those_who_can_wait_are_refused_and_no_further() -> None:
+    def spike(max_deferred: int) -> tuple[Graph, list[str], int]:
+        graph, most = Graph(small_service(admitted=Admitted(max_deferred=max_deferred))), [0]
+        feed(graph, poisson(random.Random(7), lambda now: 60.0 if now < 20 else 1.0, 60.0), deferred_share=1.0)
+
+        def look() -> None:
+            working = sum(replica.working for replica in graph.ingress.replicas)
+            most[0] = max(most[0], len(graph.deferred) + working)
+            assert graph.kept >= len(graph.deferred) + working
+            graph.clock.after(0.1, look)
+
+        look()
+        graph.clock.run(300.0)
+        return graph, [how for *_, how in graph.outcomes], most[0]
+
+    graph, how, most = spike(100)
+    assert most == 100 and how.count("refused") > 100
+    assert how.count("answered") == graph.arrived - how.count("refused") and graph.kept == 0
+    graph, how, most = spike(100_000)
+    assert most > 100 and set(how) == {"answered"}
+    # without a queue everybody waits for an answer
+    graph, how, most = spike(0)
+    assert most == 0 and {deferred for *_, deferred, _ in graph.outcomes} == {False} and how.count("answered") > 100
+
+
 def test_those_who_can_wait_fill_the_service_when_nobody_else_asks_and_no_further() -> None:
     def most(deferred_in_work: int) -> int:
         admitted = Admitted(max_in_flight=64, target_s=30.0, deferred_in_work=deferred_in_work)
