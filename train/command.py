@@ -513,8 +513,9 @@ def check_workers(config: TrainCommand) -> None:
 
 def check_space(config: TrainCommand, place: Location, parameters: int) -> None:
     """Checkpoints hold weights, two moments and, if there is one, the moving average in float32, and the best weights.
-    In storage one is being written while others are kept; in the temporary folder lie the one that was resumed from,
-    one on its way and one being written."""
+    In storage one is being written while others are kept; in the temporary folder lie the best weights once more, one
+    on its way and one being written, whatever the number of workers. The one that was resumed from is read where it
+    lies; from S3 each machine fetches it once, and it is gone before another is written."""
     each, temporary = (20 if config.ema else 16) * parameters, Path(tempfile.gettempdir())
     places = [("the temporary folder (TMPDIR)", temporary, 3 * each + 2**28)]
     if place.is_local:

@@ -182,6 +182,7 @@ class Watch(pl.Callback):
         run: the MLflow run, on the first worker.
         gauges: what operators see, on the first worker.
         give_way: whether serving wants what the run holds, on the first worker.
+        loaded: told when nothing of the checkpoint that the run goes on from is read any more.
     """
 
     def __init__(
@@ -195,11 +196,14 @@ class Watch(pl.Callback):
         say: Callable[[str], None] = lambda line: print(line, flush=True),
         gauges: Gauges | None = None,
         give_way: GiveWay | None = None,
+        loaded: Callable[[], None] = lambda: None,
     ) -> None:
+        self.loaded = loaded
         self.gauges, self.give_way = gauges, give_way
         self.config, self.steps_per_epoch, self.scratch = config, steps_per_epoch, scratch
         self.deadline, self.report, self.run, self.say = deadline, report, run, say
         self.best, self.bad, self.best_metrics = -float("inf"), 0, dict[str, float]()
+        self.validations = 0
         self.losses: list[tuple[int, float]] = []
         self.stopped = ""
         self._pending: list[tuple[int, torch.Tensor]] = []
@@ -212,6 +216,7 @@ class Watch(pl.Callback):
     # ------------------------------------------------------------------------------------------------- every step
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.loaded()
         self.step = self._saved = self.began_step = trainer.global_step
         self.began = self._synced = time.monotonic()
 
@@ -317,6 +322,7 @@ class Watch(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         assert isinstance(module, TrainedModule)
         value = module.results[module.metric]
+        self.validations += 1
         self.bad = 0 if value > self.best else self.bad + 1
         if value > self.best:
             self.best, self.best_metrics = value, dict(module.results)
@@ -381,18 +387,21 @@ class Watch(pl.Callback):
             "step": self.step,
             "best": self.best,
             "bad": self.bad,
+            "validations": self.validations,
             **self.best_metrics,
         }
 
-    def restore(self, folder: Path) -> int:
-        """Go on from a checkpoint's best weights and counts; returns the step that it was taken after."""
+    def restore(self, folder: Path, first: bool = True) -> int:
+        """Go on from a checkpoint's counts and, on the first worker, its best weights; returns the step that it was
+        taken after."""
         progress = json.loads((folder / "progress.json").read_text())
-        self.best, self.bad = progress["best"], progress["bad"]
-        self.best_metrics = {name: value for name, value in progress.items() if name not in ("step", "best", "bad")}
+        self.step = self.began_step = int(progress.pop("step"))
+        self.best, self.bad = progress.pop("best"), progress.pop("bad")
+        self.validations = progress.pop("validations", 0)  # runs of earlier releases did not count them
+        self.best_metrics = progress
         for name in ("best.safetensors", "judged.json"):
-            if (folder / name).is_file():
+            if first and (folder / name).is_file():
                 shutil.copy(folder / name, self.scratch / name)
-        self.step = self.began_step = int(progress["step"])
         if self._is_out_of_patience():
             self.stopped = "patience"
         return self.step
@@ -496,7 +505,7 @@ def train_steps(
     source = job.train_source()
     order = order_of(config, source)
     total_steps = total_steps_of(config, order)
-    start = watch.restore(resume) if resume else 0
+    start = watch.restore(resume, rank == 0) if resume else 0
     if resume and rank == 0:
         watch.say(f"resuming after step {start} of {total_steps}")
     # the same weights everywhere, FSDP does not send them around; then draws of each worker's own
@@ -603,10 +612,10 @@ def work(settings: dict[str, Any]) -> dict[str, Any]:
         )
 
     with scratch_of(context.get_experiment_name(), rank) as scratch, ExitStack() as stack:
-        resume = None
+        resume, held = None, stack.enter_context(ExitStack())
         if checkpoint := ray.train.get_checkpoint():
-            resume = scratch / "resume"
-            checkpoint.to_directory(resume)
+            # where it lies, or from S3 one copy for all workers of a machine, which goes when each has loaded it
+            resume = Path(held.enter_context(checkpoint.as_directory()))
             if (resume / "export").is_dir():
                 return json.loads((resume / "progress.json").read_text())["outcome"]
         run = attach(job.run) if rank == 0 and job.run is not None else None
@@ -616,7 +625,9 @@ def work(settings: dict[str, Any]) -> dict[str, Any]:
                 give_way = stack.enter_context(GiveWay(settings["holds"], config.give_way_s))
             manifest = job.version.manifest
             gauges = Gauges(context.get_experiment_name(), f"{manifest.name} {manifest.version}")
-        watch = Watch(config, order.steps, scratch, job.deadline, report, run, gauges=gauges, give_way=give_way)
+        watch = Watch(
+            config, order.steps, scratch, job.deadline, report, run, gauges=gauges, give_way=give_way, loaded=held.close
+        )
         try:
             module = train_steps(
                 job,

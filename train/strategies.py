@@ -55,7 +55,7 @@ class RayFullyShardStrategy(_RayDevice, ModelParallelStrategy):
         self.lightning_module._device_mesh = self._device_mesh
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        # as Lightning's, but every worker has its own copy: the first one's path means nothing on another node
+        # as Lightning's, but a machine has its own copy: the first one's path means nothing on another node
         from lightning_fabric.strategies.model_parallel import _load_checkpoint
 
         state = {"state_dict": self.model, **{f"optimizer_{index}": one for index, one in enumerate(self.optimizers)}}

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from pydantic_settings import CliSubCommand
 from data import pages
 from data.locations import Location
 from data.session import RaySettings, ray_session
-from deployments.checkpoints import mlflow_uri
+from deployments.checkpoints import mlflow_uri, open_checkpoint
 from train import captioner, detector, registry, tracking
 from train.captioner import CaptionerTraining
 from train.command import (
@@ -122,9 +122,11 @@ class SweepSettings(TrainCommand):
     space: Path | None = Field(
         None, description="YAML: setting -> {low, high, log, whole} or {values}; damage.blur names an inner one"
     )
-    grace: int = Field(1, ge=1, description="reports (checkpoints, validations) before a trial may be stopped")
+    grace: int = Field(1, ge=1, description="validations of a trial before it may be stopped")
     reduction: float = Field(2.0, gt=1, description="of the trials that come to a rung, one in so many goes on")
-    register_best: bool = Field(True, description="make the best trial's checkpoint a candidate of the registry")
+    register_best: bool = Field(
+        True, description="make the best trial's checkpoint a candidate of the registry, if it has models of its task"
+    )
 
 
 class DetectorSweep(DetectorTraining, SweepSettings):
@@ -338,7 +340,6 @@ def _tune(
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "0")
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "5")  # what a kill may lose
     from ray import tune
-    from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.optuna import OptunaSearch
 
     own = RaySettings(num_cpus=config.num_cpus, object_store_bytes=config.object_store_bytes)
@@ -374,8 +375,7 @@ def _tune(
                     metric=METRIC,
                     mode="max",
                     search_alg=OptunaSearch(seed=config.seed),
-                    # rungs far beyond any run: coming to the last one must not end a run before it has exported
-                    scheduler=ASHAScheduler(max_t=10**6, grace_period=config.grace, reduction_factor=config.reduction),
+                    scheduler=scheduler(config),
                     num_samples=config.trials,
                     max_concurrent_trials=config.concurrent,
                 ),
@@ -385,6 +385,38 @@ def _tune(
             results = tuner.fit()
         trials = [_outcome(result, over.is_set()) for result in results]
     return trials, not over.is_set() and all(trial.status != "unfinished" for trial in trials)
+
+
+def scheduler(config: AnySweep) -> Any:
+    """ASHA whose rungs are numbers of validations: trials are compared after as many, however often they report and
+    wherever they went on from, and none before its first."""
+    from ray.air.constants import EXPR_RESULT_FILE
+    from ray.tune.schedulers import ASHAScheduler
+
+    class Scheduler(ASHAScheduler):
+        def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+            """Ray keeps trials and no scheduler: in a sweep that goes on, each comes with what it reported before."""
+            super().on_trial_add(tune_controller, trial)
+            if trial.storage.trial_dir_name is None:
+                return  # a new one
+            here, kept = Path(trial.local_path, EXPR_RESULT_FILE), f"{trial.storage.trial_fs_path}/{EXPR_RESULT_FILE}"
+            # Ray appends to what it has here, and would put that in the place of what is kept
+            if not here.exists():
+                with suppress(FileNotFoundError), trial.storage.storage_filesystem.open_input_stream(kept) as file:
+                    here.write_bytes(file.readall())
+            if here.exists():
+                text = here.read_bytes()
+                here.write_bytes(whole := text[: text.rfind(b"\n") + 1])  # a kill may tear the last line
+                for line in whole.splitlines():
+                    self.on_trial_result(tune_controller, trial, json.loads(line))
+
+    return Scheduler(
+        time_attr="validations",
+        max_t=10**6,  # rungs far beyond any run: coming to the last one must not end a run before it has exported
+        grace_period=config.grace,
+        reduction_factor=config.reduction,
+        stop_last_trials=False,  # or a rung whose report a kill has lost would get what the trial came to much later
+    )
 
 
 def _worth_another_try(results: Iterable[Any]) -> bool:
@@ -472,9 +504,17 @@ def _conclude(config: AnySweep, trials: list[TrialOutcome], place: Location, par
             parent.metrics({"best": best.best or 0.0})
             parent.tags({"deeptrust.best": best.id} | {f"best.{k}": str(v) for k, v in best.parameters.items()})
             if config.register_best:
-                version = registry.register(parent, kind_of(config), folder)
-                print(f"registered as {kind_of(config)} {version.version}, alias candidate", flush=True)
+                print(_registered(parent, kind_of(config), folder), flush=True)
     (place / _DONE).write_text(json.dumps([trial.model_dump() for trial in trials], indent=1))
+
+
+def _registered(parent: Run, kind: Kind, folder: Path) -> str:
+    """Make a checkpoint a candidate if the registry has such (it has no classifiers of sources); returns what became
+    of it, for people."""
+    task, wanted = open_checkpoint(folder, str(folder)).card.task, registry.TASKS[kind]
+    if task != wanted:
+        return f"not registered: the best checkpoint is for {task!r}, and a {kind} of the registry does {wanted!r}"
+    return f"registered as {kind} {registry.register(parent, kind, folder).version}, alias candidate"
 
 
 def _best_trial(trials: Iterable[TrialOutcome]) -> TrialOutcome | None:

@@ -7,17 +7,21 @@ import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow.fs
 import pytest
 import torch
+from ray.train import Checkpoint
 
 from data.versions import open_version
 from train.beside import batches_beside
 from train.detector import DetectorJob, DetectorTraining, prepare_job
-from train.loop import export, fit_locally, scratch_of, share_of_batch
+from train.loop import Watch, export, fit_locally, scratch_of, share_of_batch, train_steps, work
 from train.module import NonFinite, TrainingError
+from train.strategies import local_strategy
 from train.stream import Pictures, local_batches, rebatch
 
 
@@ -74,6 +78,7 @@ def test_a_resumed_run_ends_with_the_same_weights_and_steps(job: DetectorJob, tm
         assert np.allclose([loss for _, loss in again.losses], [loss for _, loss in outcome.losses[stop:]], rtol=1e-5)
         assert all(torch.allclose(value, weights(resumed)[name], atol=1e-6) for name, value in weights(module).items())
         assert watched.best == pytest.approx(watch.best)
+        assert watched.validations == watch.validations == 3
 
 
 def test_a_finished_checkpoint_has_nothing_left_to_train(job: DetectorJob, tmp_path: Path) -> None:
@@ -83,6 +88,57 @@ def test_a_finished_checkpoint_has_nothing_left_to_train(job: DetectorJob, tmp_p
     again, _, watch = fit_locally(job, tmp_path / "again", "here", resume=tmp_path / "kept" / "18", say=quiet)
     assert again.steps == 18 and not again.losses
     assert (tmp_path / "again" / "best.safetensors").is_file() and watch.best > 0
+
+
+def test_the_best_weights_are_for_the_first_worker_alone(job: DetectorJob, tmp_path: Path) -> None:
+    for name in ("kept", "whole", "first", "second"):
+        (tmp_path / name).mkdir()
+    job = changed(job, max_steps=1)
+    _, _, before = fit_locally(job, tmp_path / "whole", "here", report=Kept(tmp_path / "kept"), say=quiet)
+    first, second = (Watch(job.config, 6, tmp_path / name) for name in ("first", "second"))
+    assert first.restore(tmp_path / "kept" / "1") == second.restore(tmp_path / "kept" / "1", first=False) == 1
+    assert first.progress() == second.progress() == before.progress()
+    assert {file.name for file in (tmp_path / "first").iterdir()} == {"best.safetensors", "judged.json"}
+    assert not any((tmp_path / "second").iterdir())
+
+
+@pytest.mark.parametrize("there", ["local", "elsewhere"])
+def test_what_a_run_goes_on_from_is_not_kept_in_the_temporary_folder(
+    job: DetectorJob, tmp_path: Path, there: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read where it lies; from elsewhere one copy is fetched, and gone when training begins."""
+    for name in ("kept", "whole", "temporary"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    job = changed(job, max_steps=5)
+    fit_locally(job, tmp_path / "whole", "here", report=Kept(tmp_path / "kept"), say=quiet)
+    local, folder = pyarrow.fs.LocalFileSystem(), tmp_path / "kept" / "4"
+    checkpoint = Checkpoint(str(folder), local)
+    if there == "elsewhere":
+        checkpoint = Checkpoint("4", pyarrow.fs.SubTreeFileSystem(str(tmp_path / "kept"), local))
+    context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1, get_experiment_name=lambda: "a run")
+    monkeypatch.setattr("ray.train.get_context", lambda: context)
+    monkeypatch.setattr("ray.train.get_checkpoint", lambda: checkpoint)
+    monkeypatch.setattr("ray.train.report", lambda *_, **__: None)
+    found: list[tuple[str, bool]] = []
+    step = Watch.on_train_batch_end
+
+    def copies() -> bool:
+        return any((tmp_path / "temporary").rglob("last.ckpt"))
+
+    def steps(job: Any, watch: Watch, *parts: Any) -> Any:
+        found.append(("begins", copies()))
+        return train_steps(job, watch, local_strategy(), [], *parts[2:-1], "here")
+
+    def ended(watch: Watch, *of_step: Any) -> None:
+        step(watch, *of_step)
+        found.append((f"step {watch.step}", copies()))
+
+    monkeypatch.setattr("train.loop.train_steps", steps)
+    monkeypatch.setattr(Watch, "on_train_batch_end", ended)
+    answer = work({"job": job, "holds": None})
+    assert answer["status"] == "finished" and (folder / "last.ckpt").is_file()
+    assert found == [("begins", there == "elsewhere"), ("step 5", False)]
 
 
 def test_a_checkpoint_on_its_way_outlives_the_run_that_wrote_it(job: DetectorJob, tmp_path: Path) -> None:

@@ -13,7 +13,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import pyarrow.fs
 import pytest
 
 import train.sweep
@@ -34,6 +36,7 @@ from train.sweep import (
     main,
     read_space,
     render_page,
+    scheduler,
     sweep,
     trial_config,
 )
@@ -255,6 +258,97 @@ def test_trials_that_failed_for_want_of_something_are_run_again() -> None:
     assert not _worth_another_try([ended(finished=1), ended(nan)])
     assert _worth_another_try([ended(finished=1), ended(nan), ended(away)])
     assert _worth_another_try([ended(nan), ended(nan)])  # for what it is worth: nothing else is left to do
+
+
+def trial_with(folder: Path, id_: str, *results: str, new: bool = False) -> SimpleNamespace:
+    """A trial of Ray Tune, with the lines that are kept of its reports."""
+    kept, here = folder / id_, folder / f"{id_}, here"
+    for place in (kept, here):
+        place.mkdir()
+    if results:
+        (kept / "result.json").write_text("\n".join(results))
+    local = pyarrow.fs.LocalFileSystem()
+    storage = SimpleNamespace(trial_dir_name=None if new else id_, trial_fs_path=str(kept), storage_filesystem=local)
+    return SimpleNamespace(trial_id=id_, local_path=str(here), storage=storage)
+
+
+def compare(tmp_path: Path) -> Any:
+    """What compares trials, as Ray Tune has it of a sweep that goes on: of its settings alone."""
+    from ray import cloudpickle
+
+    asha = cloudpickle.loads(cloudpickle.dumps(scheduler(config(tmp_path))))
+    asha.set_search_properties("best", "max")
+    return asha
+
+
+def told(asha: Any, trial: SimpleNamespace, best: float, validations: int) -> str:
+    """What becomes of a trial that reports this."""
+    return str(asha.on_trial_result(None, trial, {"best": best, "validations": validations, "training_iteration": 1}))
+
+
+def test_a_sweep_that_goes_on_compares_trials_after_as_many_validations_as_before(tmp_path: Path) -> None:
+    asha = compare(tmp_path)
+    bests = ((0, -float("inf")), (1, 0.7), (1, 0.7), (2, 0.9), (3, 0.93))
+    lines = [json.dumps({"best": best, "validations": count}) for count, best in bests]
+    third = trial_with(tmp_path, "third", *lines, '{"best": 0.9')  # the kill has torn the last line
+    fourth, fifth = trial_with(tmp_path, "fourth"), trial_with(tmp_path, "fifth", new=True)
+    for trial in (third, fourth, fifth):
+        asha.on_trial_add(None, trial)
+    assert (Path(third.local_path) / "result.json").read_text().splitlines() == lines, "Ray writes what comes below"
+    assert told(asha, third, 0.93, 3) == told(asha, third, 0.94, 4) == "CONTINUE"
+    assert told(asha, fourth, 0.8, 1) == "CONTINUE", "it is ahead of what the third was after one"
+    assert told(asha, fourth, 0.8, 2) == "STOP", "and behind what that was after two"
+    assert told(asha, fifth, 0.6, 1) == "STOP", "behind the middle of the two"
+
+
+def test_a_trial_whose_reports_were_lost_is_no_measure_for_what_comes_to_a_rung_below(tmp_path: Path) -> None:
+    asha = compare(tmp_path)
+    late, fresh = trial_with(tmp_path, "late"), trial_with(tmp_path, "fresh")
+    for trial in (late, fresh):
+        asha.on_trial_add(None, trial)
+    assert [told(asha, late, 0.9, 4) for _ in range(3)] == ["CONTINUE"] * 3
+    assert told(asha, fresh, 0.5, 1) == "CONTINUE"
+
+
+def test_a_trial_is_not_judged_before_its_first_validation_nor_at_its_end(tmp_path: Path) -> None:
+    asha = compare(tmp_path)
+    ahead, large = trial_with(tmp_path, "ahead"), trial_with(tmp_path, "large batches")
+    for trial in (ahead, large):
+        asha.on_trial_add(None, trial)
+    assert told(asha, ahead, 0.9, 1) == "CONTINUE"
+    assert [told(asha, large, -float("inf"), 0) for _ in range(4)] == ["CONTINUE"] * 4
+    assert asha.on_trial_result(None, large, {"finished": 1, "step": 9, "best": 0.1}) == "CONTINUE"
+    assert told(asha, large, 0.1, 1) == "STOP"
+
+
+@pytest.mark.parametrize("task", ["detection", "classification"])
+def test_the_best_of_a_sweep_is_registered_where_the_registry_has_such(
+    tmp_path: Path, task: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    registered: list[str] = []
+
+    class Parent:
+        def quiet(self, *_: object) -> None:
+            """Takes what MLflow would."""
+
+        metrics = tags = text = quiet
+
+    def register(_: object, kind: str, folder: Path) -> SimpleNamespace:
+        registered.append(resolve(str(folder)).card.task)
+        return SimpleNamespace(version=7)
+
+    monkeypatch.setattr(registry, "register", register)
+    monkeypatch.setattr(train.sweep, "_close_children", lambda _: None)
+    asked = config(tmp_path, output=str(tmp_path / "out"))
+    small_detector(tmp_path / "models" / "a", task=task)
+    trials = [TrialOutcome(id="a", parameters={}, status="finished", best=0.9, curve=[(1, 0.9)])]
+    train.sweep._conclude(asked, trials, Location.of(tmp_path), Parent())  # type: ignore[arg-type]
+    assert (tmp_path / "trials.json").is_file() and resolve(str(tmp_path / "out")).card.task == task
+    said = capsys.readouterr().out
+    if task == "detection":
+        assert registered == ["detection"] and "registered as detector 7, alias candidate" in said
+    else:
+        assert not registered and "not registered: the best checkpoint is for 'classification'" in said
 
 
 @pytest.mark.proof
