@@ -511,15 +511,16 @@ def check_workers(config: TrainCommand) -> None:
         raise TrainingError("--ema works with --strategy ddp only: averages of parts are not gathered")
 
 
-def check_space(config: TrainCommand, place: Location, parameters: int) -> None:
+def check_space(config: TrainCommand, place: Location, parameters: int, runs: int = 1, at_once: int = 1) -> None:
     """Checkpoints hold weights, two moments and, if there is one, the moving average in float32, and the best weights.
     In storage one is being written while others are kept; in the temporary folder lie the best weights once more, one
     on its way and one being written, whatever the number of workers. The one that was resumed from is read where it
-    lies; from S3 each machine fetches it once, and it is gone before another is written."""
+    lies; from S3 each machine fetches it once, and it is gone before another is written. A sweep's ``runs`` all keep
+    theirs, and ``at_once`` write them."""
     each, temporary = (20 if config.ema else 16) * parameters, Path(tempfile.gettempdir())
-    places = [("the temporary folder (TMPDIR)", temporary, 3 * each + 2**28)]
+    places = [("the temporary folder (TMPDIR)", temporary, 3 * each * at_once + 2**28)]
     if place.is_local:
-        places.insert(0, ("--storage", place.local_path, each * (config.keep + 1) + 2**28))
+        places.insert(0, ("--storage", place.local_path, each * (config.keep * runs + at_once) + 2**28))
     output = Location.of(config.output)
     if output.is_local:  # the new one lies beside the old one for a moment
         places.append(("the folder of --output", output.parent.local_path, 4 * parameters + 2**26))

@@ -315,7 +315,8 @@ def _with_inputs(config: AnySweep, place: Location) -> AnySweep:
     version = data_of(config, kept)
     checkpoint = base_of(config, trainer.base_of, version, kept)
     _, parameters = trainer.prepare_job(config, version, checkpoint)
-    check_space(config, place, parameters)
+    # of a sweep that goes on, nobody knows here how many trials have theirs already
+    check_space(config, place, parameters, config.concurrent if kept else config.trials, config.concurrent)
     if kept is None:
         if (place / "tune").exists():
             return config  # from before inputs were kept: its trials know them as the settings have them

@@ -442,6 +442,16 @@ def test_the_temporary_folder_is_looked_at_for_any_storage(tmp_path: Path, monke
         command.check_space(settings(tmp_path), Location("s3", "bucket/runs"), 1000)
 
 
+def test_a_sweep_wants_room_for_what_all_its_runs_keep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, parameters = settings(tmp_path, keep=2), 2**24  # 256 MiB a checkpoint
+    monkeypatch.setattr(command.shutil, "disk_usage", lambda _: SimpleNamespace(free=2**31))
+    command.check_space(config, Location.of(tmp_path), parameters)
+    with pytest.raises(TrainingError, match=r"--storage .* has 2\.0 GiB free and the run's checkpoints need 4\.5"):
+        command.check_space(config, Location.of(tmp_path), parameters, runs=8, at_once=1)
+    with pytest.raises(TrainingError, match=r"TMPDIR.* has 2\.0 GiB free and the run's checkpoints need 3\.2"):
+        command.check_space(config, Location("s3", "bucket/runs"), parameters, runs=8, at_once=4)
+
+
 def test_a_time_limit_ends_the_computing_of_features(tmp_path: Path, version: Path, vit: Path) -> None:
     config = DetectorTraining(
         data=str(version), model=str(vit), output="x", freeze="tower", cache=str(tmp_path / "cache")
