@@ -47,9 +47,9 @@ INSTALL_POSTGRES := ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || { com
 
 # The proof of the cluster's launcher makes hosts out of namespaces. An sshd that the package brings is not wanted; one that was there is.
 INSTALL_HOSTS := { command -v ip && command -v rsync && [ -x /usr/sbin/sshd ]; } >/dev/null || { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] \
-	  && had=$$(ls /usr/sbin/sshd 2>/dev/null); \
-	  { apt-get update -qq && apt-get install -y -qq --no-install-recommends openssh-server openssh-client iproute2 rsync; } >/dev/null; \
-	  [ -n "$$had" ] || ! command -v systemctl >/dev/null || systemctl disable --now ssh >/dev/null 2>&1; } || true
+	  && { had=$$(ls /usr/sbin/sshd 2>/dev/null); \
+	    { apt-get update -qq && apt-get install -y -qq --no-install-recommends openssh-server openssh-client iproute2 rsync; } >/dev/null; \
+	    [ -n "$$had" ] || ! command -v systemctl >/dev/null || systemctl disable --now ssh >/dev/null 2>&1; }; } || true
 
 setup: $(VENV)/.serving  ## the serving environment (.venv)
 
@@ -111,7 +111,7 @@ bench: dev  ## the main claims of speed in turn, on a quiet machine (PHOTOS=FOLD
 	$(PY) -m benchmarks.prepare --photos $(PHOTOS) --parts throughput --pictures 3000 --rounds 1
 	$(if $(CAPTIONED),$(PY) -m benchmarks.tagger_serving --flickr $(CAPTIONED))
 	$(if $(DATA),$(PY) -m benchmarks.training --data $(DATA)/aivshuman --parts overhead --rounds 1)
-	$(PY) -m benchmarks.scale --photos $(PHOTOS) --parts validate,size,spike --load-s 30
+	$(PY) -m benchmarks.scale --photos $(PHOTOS) --parts validate,size,spike --load-s 30 --rates '[50,300]' --spike-rates '[50]'
 
 bench-quick: dev  ## the same, short: shows that it works
 	$(PY) -m benchmarks.peers --photos $(PHOTOS) --quick

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from app import cluster
 
 ROOT = Path(__file__).parent.parent
-#: It finishes what was accepted, which may take a minute and a little.
-_STOP_S = 75.0
+#: Seconds that it has once told to stop, and once told again: that means at once, no test waits for what was accepted.
+_STOP_S = (1.0, 75.0)
 
 
-@contextmanager
+@contextlib.contextmanager
 def served(port: int, log: Path, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
     """`python -m app.serve`, not ready yet, of which nothing is left afterwards.
 
@@ -35,12 +35,12 @@ def served(port: int, log: Path, *arguments: str) -> Iterator[subprocess.Popen[b
     try:
         yield process
     finally:
-        process.terminate()
-        try:
-            process.wait(_STOP_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        for patience_s in _STOP_S:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(patience_s)
+        process.kill()
+        process.wait()
         cluster.stop(port)  # Ray goes on when who started it has died
 
 

@@ -366,7 +366,7 @@ def test_a_canary_gets_its_share_by_the_picture_and_the_same_picture_the_same_mo
 
     with ThreadPoolExecutor(CLIENTS) as pool:
         first, again = (
-            list(pool.map(lambda number: post(service, number, "/v1/detect").json(), range(150))) for _ in "ab"
+            list(pool.map(lambda number: post(service, number, "/v1/detect").json(), range(60))) for _ in "ab"
         )
     on_canary = 0
     for record, twin in zip(first, again, strict=True):
@@ -375,7 +375,7 @@ def test_a_canary_gets_its_share_by_the_picture_and_the_same_picture_the_same_mo
         assert twin["models"] == record["models"]
         assert twin["detection"]["ai_probability"] == pytest.approx(record["detection"]["ai_probability"], abs=1e-3)
         on_canary += chosen
-    assert 0.15 < on_canary / len(first) < 0.45
+    assert 0.05 < on_canary / len(first) < 0.6, "beyond it by chance: once in 300,000 times"
     assert all("/captioner" not in record["models"] for record in first)
 
     service.deployment("Ingress")["user_config"]["canary"]["detector"] = 0.0

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,8 @@ from deployments.metrics import Metrics
 from tests.app.small_app import send
 from tests.app.stores import PATIENT, PICTURE, SHA, Stores, annotation, count, files, hits, keep, run, tidy
 from tests.waiting import wait_for
+
+ROOT = Path(__file__).parents[2]
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
 
@@ -88,15 +92,30 @@ def test_a_database_of_a_newer_program_is_left_alone(database_url: str) -> None:
     database.close()
 
 
-def _open(url: str) -> None:
-    database = Database(url, 60, 60)
-    database.open()
-    database.close()
+#: A program that says that it is there, and opens a database when it is told to.
+_OPEN = """
+import sys
+from app.store.database import Database
+database = Database(sys.argv[1], 60, 60)
+print("there", flush=True)
+sys.stdin.read()
+database.open()
+database.close()
+"""
 
 
 def test_several_processes_open_a_new_database_at_once(database_url: str) -> None:
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(_open, [database_url] * 4))
+    command = [sys.executable, "-c", _OPEN, database_url]
+    with contextlib.ExitStack() as ended:
+        several = [
+            ended.enter_context(subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+            for _ in range(4)
+        ]
+        assert [one.stdout.readline() for one in several if one.stdout] == [b"there\n"] * 4
+        for one in several:
+            assert one.stdin is not None
+            one.stdin.close()
+    assert [one.returncode for one in several] == [0] * 4
 
 
 def test_a_new_file_that_another_is_about_to_write_to_is_waited_for(tmp_path: Path) -> None:
@@ -104,7 +123,9 @@ def test_a_new_file_that_another_is_about_to_write_to_is_waited_for(tmp_path: Pa
     other.execute("BEGIN IMMEDIATE")
     late = threading.Timer(0.3, lambda: other.execute("ROLLBACK"))
     late.start()
-    _open(f"sqlite:///{tmp_path}/store.db")
+    database = Database(f"sqlite:///{tmp_path}/store.db", 60, 60)
+    database.open()
+    database.close()
     late.join()
     assert other.execute("SELECT count(*) FROM predictions").fetchone() == (0,)
 

@@ -4,26 +4,29 @@
 
 from __future__ import annotations
 
+import statistics
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
 from app import cluster
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.application, pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-def test_a_caller_that_stands_still_holds_up_no_other() -> None:
-    port = cluster.free_port(8321)
-    instance = cluster.start(port, 4, 100 * 2**20)
-    try:
-        command = [sys.executable, "-m", "tests.app.stuck_caller", f"127.0.0.1:{instance.gcs_port}"]
-        done = subprocess.run(
-            command, env=cluster.environment(port), capture_output=True, text=True, timeout=180, check=False
-        )
-    finally:
-        cluster.stop(port)
+def test_a_caller_that_stands_still_holds_up_no_other(application: Any) -> None:
+    address = (cluster.instance_folder(application.port) / "ray" / "ray_current_cluster").read_text()
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.app.stuck_caller", address],
+        env=cluster.environment(application.port),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    seconds = [float(line) for line in done.stdout.split()]
-    assert len(seconds) == 5 and max(seconds) < 5, seconds
+    before, meanwhile = ([float(seconds) for seconds in line.split()] for line in done.stdout.splitlines())
+    assert len(before) == len(meanwhile) > 0
+    assert statistics.median(meanwhile) < 10 * statistics.median(before), (before, meanwhile)

@@ -60,8 +60,14 @@ def nodes() -> Iterator[dict[str, str]]:
 
 @pytest.fixture
 def config() -> dict[str, Any]:
+    """With one ingress on a node that holds what all of them hold there: each takes seconds to start."""
     config = copy.deepcopy(read_serve_config(ROOT / "serve_config.yaml"))
     config["applications"][0]["import_path"] = "tests.deployments.stand_ins:build"
+    ingress = deployment(config, "Ingress")
+    each, ingress["max_replicas_per_node"] = ingress["max_replicas_per_node"], 1
+    ingress["ray_actor_options"]["num_cpus"] *= each
+    for bound in ("min_replicas", "max_replicas"):
+        ingress["autoscaling_config"][bound] //= each
     return config
 
 
@@ -129,7 +135,7 @@ def test_a_tagger_more_waits_for_the_gpu_of_training_which_sees_that(
     training = ray.remote(num_gpus=1)(StandIn).remote()
     held = ray.get(training.place.remote(), timeout=60)
     assert waiting_replicas("GPU") == {}
-    config["applications"][0]["args"]["tagger"]["min_replicas"] = 2
+    deployment(config, "Tagger")["autoscaling_config"]["min_replicas"] = 2
     _get_global_client().deploy_apps(ServeDeploySchema.model_validate(config))
     wait_for(lambda: list(waiting_replicas("GPU").values()) == ["Tagger"], 120, 0.5, serve.status)
     # it wants CPUs as well; whoever else is starting has them in a moment

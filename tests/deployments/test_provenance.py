@@ -22,6 +22,7 @@ from PIL import Image, PngImagePlugin
 
 from deployments.annotation import Provenance
 from deployments.containers import sniff
+from deployments.images import decode
 from deployments.provenance import read_provenance
 
 IPTC = "http://cv.iptc.org/newscodes/digitalsourcetype/"
@@ -44,6 +45,13 @@ def read(data: bytes) -> Provenance:
     picture_format = sniff(data)
     assert picture_format is not None
     return read_provenance(data, picture_format)
+
+
+def seconds(work: Callable[[bytes], object], data: bytes) -> float:
+    """Processor time that some work takes."""
+    start = time.process_time()
+    work(data)
+    return time.process_time() - start
 
 
 # ---------------------------------------------------------------------------------------------------------------- C2PA
@@ -368,20 +376,17 @@ def test_garbage_is_as_good_as_none(data: bytes, picture_format: str) -> None:
     "evil", [b":Credit>" * 100_000, b':Credit="' * 90_000, b":Credit >    " * 80_000, b"<x:xmpmeta" * 90_000]
 )
 def test_no_xmp_takes_long(evil: bytes) -> None:
-    data = encode("WEBP", xmp=evil)
-    start = time.process_time()
-    read(data)
-    assert time.process_time() - start < 0.1
+    plain, data = (encode("WEBP", xmp=xmp) for xmp in (b" " * len(evil), evil))
+    costs = [[seconds(read, one) for one in (plain, data)] for _ in range(5)]
+    # a search that begins again at each of its signs takes a thousand times as long
+    assert min(hostile for _, hostile in costs) < 50 * min(harmless for harmless, _ in costs)
 
 
 @pytest.mark.parametrize("picture_format", ["JPEG", "PNG", "WEBP", "TIFF"])
-def test_a_photo_without_manifest_costs_less_than_two_milliseconds(picture_format: str) -> None:
+def test_a_photo_without_manifest_costs_less_than_a_tenth_of_decoding_a_jpeg(picture_format: str) -> None:
     exif = Image.Exif()
     exif[0x010F], exif[0x0110], exif[0x0131] = "NIKON", "Z 9", "Capture One"
-    data = encode(picture_format, photo(1280, 960), exif=exif, **({"quality": 90} if picture_format == "JPEG" else {}))
-    costs = []
-    for _ in range(7):
-        start = time.process_time()
-        read(data)
-        costs.append(time.process_time() - start)
-    assert sorted(costs)[3] < 0.002
+    jpeg = encode("JPEG", photo(1280, 960), exif=exif, quality=90)
+    data = jpeg if picture_format == "JPEG" else encode(picture_format, photo(1280, 960), exif=exif)
+    costs = [[seconds(read, data), seconds(decode, jpeg)] for _ in range(7)]
+    assert min(reading for reading, _ in costs) < min(decoding for _, decoding in costs) / 10

@@ -46,7 +46,14 @@ def test_a_rule_that_never_fires_is_found_out(tmp_path: Path, name: str, case: s
             if rule["alert"] == name:
                 rule["expr"] = f"({rule['expr']}) and on () vector(1) > 2"
     (tmp_path / "alerts.yaml").write_text(yaml.safe_dump(rules))
-    shutil.copy(MONITORING / case, tmp_path)
+    # as text: promtool's `0x120` is no number
+    cases = yaml.load((MONITORING / case).read_text(), yaml.BaseLoader)
+    cases["tests"] = [
+        one
+        for one in cases["tests"]
+        if any(expected["alertname"] == name and expected.get("exp_alerts") for expected in one["alert_rule_test"])
+    ]
+    (tmp_path / case).write_text(yaml.safe_dump(cases))
     tested = promtool("test", "rules", tmp_path / case)
     assert tested.returncode != 0 and name in tested.stdout + tested.stderr
 
