@@ -351,6 +351,8 @@ def _end(port: int, patience_s: float, beside: bool) -> tuple[int, bool]:
         # new workers may be forked while old ones end: look again until there are none
         limit = time.monotonic() + limit_s
         while (running := left()) and time.monotonic() < limit:
+            if polite and all(map(_only_keeps_books, running)):
+                break
             for process in running:
                 with contextlib.suppress(psutil.Error):
                     process.terminate() if polite else process.kill()
@@ -360,6 +362,16 @@ def _end(port: int, patience_s: float, beside: bool) -> tuple[int, bool]:
             process.kill()
             process.wait(2)
     return len(seen), bool(left())
+
+
+def _only_keeps_books(process: psutil.Process) -> bool:
+    """Whether it is one of those that know of Ray's other processes, the GCS and the autoscaler's monitor: told to end,
+    they wait for who is gone already, and have nothing to finish.
+    """
+    try:
+        return process.name() == "gcs_server" or "/monitor.py" in " ".join(process.cmdline())
+    except psutil.Error:
+        return True
 
 
 def runs(process: psutil.Process) -> bool:
