@@ -171,17 +171,19 @@ def labelled_folder(folder: Path, pictures: int = 60) -> Path:
     return folder
 
 
-def captioned_folder(folder: Path, pictures: int = 24) -> Path:
-    """Pictures with two captions each in the Kaggle layout of Flickr30k."""
+def captioned_folder(folder: Path, pictures: int = 24, captions: int = 2) -> Path:
+    """Pictures with two captions each, or three, in the Kaggle layout of Flickr30k."""
     (folder / "Images").mkdir(parents=True)
     lines = ["image,caption"]
     things = ["dog", "man", "woman", "boy"]
     for number in range(pictures):
         noise(1000 + number).save(folder / "Images" / f"{number}_x.jpg")
         thing, place = things[number % 4], ("grass", "snow", "beach")[number % 3]
-        lines += [
-            f"{number}_x.jpg,A big {thing} runs on the {place} .",
-            f"{number}_x.jpg,The {thing} jumps with a red ball .",
+        said = [
+            f"A big {thing} runs on the {place} .",
+            f"The {thing} jumps with a red ball .",
+            f"A {thing} on the {place} .",
         ]
+        lines += [f"{number}_x.jpg,{text}" for text in said[:captions]]
     (folder / "captions.txt").write_text("\n".join(lines))
     return folder

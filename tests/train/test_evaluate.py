@@ -518,7 +518,9 @@ def test_a_photo_of_one_caption_costs_the_others_no_figure() -> None:
 def test_tagger_and_captioner_with_tags_are_reported_from_end_to_end(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    common = ("--data", str(folder / "captions"), "--rules", str(folder / "easy.yaml"))
+    # one is what a tagger reads, and of the others one asks for the picture and one is what the tags are held against
+    data = captioned_folder(folder / "three", captions=3)
+    common = ("--data", str(data), "--rules", str(folder / "easy.yaml"))
     main(["tagger", *common, "--resamples", "20", "--output", str(folder / "tagger-report")])
     report = json.loads((folder / "tagger-report" / "report.json").read_text())
     assert report["kind"] == "tagger" and report["gate"]["passed"]
