@@ -297,7 +297,7 @@ SERVICE = Board(
                             "{{deployment}} {{revision}}",
                         ),
                         Query(
-                            f"sum by (deployment) (ray_deeptrust_revision_refused{{{_APP}}}) > 0",
+                            f"sum by (deployment) (ray_deeptrust_revision_refused{{{_APP}}})",
                             "{{deployment}} cannot serve another",
                         ),
                     ),

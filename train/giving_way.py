@@ -48,6 +48,7 @@ def waiting_replicas(resource: Resource) -> dict[str, str]:
     from ray.util.state import list_actors, list_placement_groups
 
     options: dict[str, Any] = {"detail": True, "limit": 1000, "timeout": 10, "raise_on_missing_output": False}
+    options["address"] = ray.get_runtime_context().gcs_address  # of several instances on a machine, this one
     wanted: dict[str, tuple[str, float]] = {}
     for actor in list_actors(filters=[("state", "=", "PENDING_CREATION"), ("ray_namespace", "=", "serve")], **options):
         if not actor.pid:
