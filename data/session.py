@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field
 _ROOT = Path(__file__).parent.parent
 #: Attempts to start an own Ray.
 _STARTS = 5
+#: Where Ray's processes ask about its actors.
+_API = "RAY_API_SERVER_ADDRESS"
 
 
 class RaySettings(BaseModel):
@@ -41,7 +44,8 @@ def ray_session(settings: RaySettings | None = None, state_api: bool = False) ->
 
     Args:
         state_api: an own Ray answers questions about its actors, which its dashboard does: Ray Train asks them to give
-            back what a run had reserved whose controller was killed, as Tune does to the trials that it stops.
+            back what a run had reserved whose controller was killed, as Tune does to the trials that it stops. They
+            are told where it is: left to look for it, who finds another instance beside this one gives up for good.
     """
     # read once, when Ray is imported: without it 127.0.0.1 is taken for the machine's own address, open to everybody
     if os.environ.get("RAY_ADDRESS", "local") == "local":
@@ -49,7 +53,7 @@ def ray_session(settings: RaySettings | None = None, state_api: bool = False) ->
     import ray
 
     settings = settings or RaySettings()
-    own_connection = not ray.is_initialized()
+    own_connection, told = not ray.is_initialized(), os.environ.get(_API)
     if own_connection:
         common: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
         if os.environ.get("RAY_ADDRESS", "local") != "local":
@@ -68,6 +72,9 @@ def ray_session(settings: RaySettings | None = None, state_api: bool = False) ->
     finally:
         if own_connection:
             ray.shutdown()
+            os.environ.pop(_API, None)
+            if told is not None:
+                os.environ[_API] = told
 
 
 def _start(settings: RaySettings, common: dict[str, Any], dashboard: bool) -> None:
@@ -82,12 +89,16 @@ def _start(settings: RaySettings, common: dict[str, Any], dashboard: bool) -> No
     this = psutil.Process()
     for left in reversed(range(_STARTS)):
         before = set(this.children())
+        port = _free_port(8265) if dashboard else None  # Ray's own, where people look for it
+        if dashboard:
+            os.environ[_API] = f"http://127.0.0.1:{port}"
         try:
             ray.init(
                 address="local",
                 num_cpus=settings.num_cpus,
                 object_store_memory=settings.object_store_bytes,
                 include_dashboard=dashboard,
+                dashboard_port=port,
                 _node_ip_address="127.0.0.1",
                 **common,
             )
@@ -101,6 +112,15 @@ def _start(settings: RaySettings, common: dict[str, Any], dashboard: bool) -> No
             with suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(half, timeout=30)
+
+
+def _free_port(wanted: int) -> int:
+    """A loopback port that is free: ``wanted``, if that is."""
+    for port in (wanted, 0):
+        with suppress(OSError), socket.socket() as server:
+            server.bind(("127.0.0.1", port))
+            return int(server.getsockname()[1])
+    raise OSError("no free port on 127.0.0.1")
 
 
 @contextmanager
