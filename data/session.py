@@ -52,29 +52,36 @@ def ray_session(settings: RaySettings | None = None, state_api: bool = False) ->
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
 
-    settings = settings or RaySettings()
     own_connection, told = not ray.is_initialized(), os.environ.get(_API)
-    if own_connection:
-        common: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
-        if os.environ.get("RAY_ADDRESS", "local") != "local":
-            ray.init(**common)
-        else:
-            # workers find the code, and do not yield to every other process of the machine (Ray nices them to 15)
-            paths = [str(_ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-            defaults = {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_IMPORT_WARNING": "1"}
-            os.environ.update({name: value for name, value in defaults.items() if name not in os.environ})
-            os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
-            _start(settings, common, state_api)
     try:
+        if own_connection:
+            _connect(settings or RaySettings(), state_api)
         cpus = max(1, math.floor(ray.cluster_resources().get("CPU", 1)))
         with _data_context(cpus):
             yield cpus
     finally:
         if own_connection:
             ray.shutdown()
-            os.environ.pop(_API, None)
-            if told is not None:
+            if told is None:
+                os.environ.pop(_API, None)
+            else:
                 os.environ[_API] = told
+
+
+def _connect(settings: RaySettings, state_api: bool) -> None:
+    """The cluster of ``RAY_ADDRESS``, or a Ray of its own."""
+    import ray
+
+    common: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": True}
+    if os.environ.get("RAY_ADDRESS", "local") != "local":
+        ray.init(**common)
+    else:
+        # workers find the code, and do not yield to every other process of the machine (Ray nices them to 15)
+        paths = [str(_ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        defaults = {"RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_DISABLE_IMPORT_WARNING": "1"}
+        os.environ.update({name: value for name, value in defaults.items() if name not in os.environ})
+        os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+        _start(settings, common, state_api)
 
 
 def _start(settings: RaySettings, common: dict[str, Any], dashboard: bool) -> None:
