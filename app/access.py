@@ -3,14 +3,15 @@
 ``RequestLines`` is middleware of the application, in the ingress: it counts requests, and says one line of each but
 those about health and the page's own files. ``middlewares`` is Serve's call in each proxy
 (``RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH``): headers that Serve itself reads are made sound before it does,
-while there is no application yet, a proxy says so, and where the ingress answers HTTP itself, bodies are not read far
-ahead of it.
+while there is no application yet, a proxy says so, where the ingress answers HTTP itself bodies are not read far
+ahead of it, and an answer that comes before the end of its request's body is not lost with the connection.
 Knows no route's meaning.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import re
 import time
@@ -40,6 +41,8 @@ _READ_BY_SERVE = frozenset((b"x-request-id", b"traceparent", b"x-session-id", b"
 _NOT_THE_SENDERS = frozenset((b"x-request-timeout-seconds", b"x-request-disconnect-disabled"))
 #: How much of a body is read before the application takes it; what a piece of it takes beside its bytes.
 _MOST_AHEAD_BYTES, _PIECE_BYTES = 2**20, 1024
+#: How long a connection that is to be closed is read on after the answer, for a sender who reads when all is sent.
+_LINGER_S = 5.0
 
 
 class SoundHeaders:
@@ -181,9 +184,51 @@ class Taken:
         await self.app(scope, taking, send)
 
 
+class Lingering:
+    """ASGI middleware of the ingress's own server: who is refused in the midst of a body still hears why.
+
+    A connection that is closed while bytes of it are unread is reset, and a reset takes from the sender what was
+    answered before. So the answer goes out whole, the body is read on and thrown away for a while, and only then is the
+    connection closed (in stages, as RFC 9112, section 9.6, has it).
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        is_read = is_closing = is_kept_open = False
+
+        async def reading() -> Message:
+            nonlocal is_read
+            message = await receive()
+            is_read = is_read or not message.get("more_body", False)
+            return message
+
+        async def answering(message: Message) -> None:
+            nonlocal is_closing, is_kept_open
+            if message["type"] == "http.response.start":
+                is_closing = (b"connection", b"close") in message.get("headers", ())
+            elif is_closing and not is_read and not message.get("more_body", False):
+                is_kept_open = True
+                message = {**message, "more_body": True}
+            await send(message)
+
+        await self.app(scope, reading, answering)
+        if not is_kept_open:
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_LINGER_S):
+                while not is_read:
+                    await reading()
+        await send({"type": "http.response.body", "body": b""})
+
+
 def middlewares() -> list[Middleware]:
     """What Serve's proxies, and replicas of the ingress, put before everything else."""
-    return [Middleware(SoundHeaders), Middleware(Starting), Middleware(HeldBack)]
+    return [Middleware(SoundHeaders), Middleware(Starting), Middleware(Lingering), Middleware(HeldBack)]
 
 
 def route_of(scope: Scope) -> str:

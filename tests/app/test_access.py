@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Coroutine, Iterable
+import socket
+import threading
+from collections.abc import Callable, Coroutine, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import PlainTextResponse
 from ray.serve._private.direct_ingress_http_util import ASGIDIReceiveProxy
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.access import HeldBack, RequestLines, SoundHeaders, Starting, Taken, middlewares
+from app import access
+from app.access import HeldBack, Lingering, RequestLines, SoundHeaders, Starting, Taken, middlewares
 from app.keys import VARIABLE, RequireKey, create
 from app.problems import Problem
+from app.uploads import UploadLimits, read_uploads
 from deployments.metrics import METRICS, Metrics
 from tests.app.small_app import send, small_app
 
@@ -324,3 +330,66 @@ def test_the_real_application_counts_and_serve_is_told_to_hold_back() -> None:
 
     assert HeldBack in {each.cls for each in middlewares()}
     assert api.user_middleware[0].cls is Taken, "outside of all that might read a body"
+
+
+# ------------------------------------------------------------------------------------- answers in the midst of a body
+
+
+@contextmanager
+def serving(app: ASGIApp) -> Iterator[int]:
+    """The port of a server of the kind that an ingress replica has."""
+    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        try:
+            yield listening.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+async def takes_little(scope: Scope, receive: Receive, send: Send) -> None:
+    try:
+        await read_uploads(Request(scope, receive), UploadLimits(max_bytes=1000))
+    except Problem as problem:
+        await problem.to_response(scope)(scope, receive, send)
+
+
+def sent(port: int, size: int, head: bytes = b"") -> bytes:
+    """What a sender hears who reads nothing until all is sent."""
+    with socket.create_connection(("127.0.0.1", port), 20) as connection:
+        connection.sendall(b"POST / HTTP/1.1\r\nHost: x\r\n" + (head or b"Content-Length: %d\r\n" % size) + b"\r\n")
+        for _ in range(size // MIB):
+            connection.sendall(b"\xff" * MIB)
+        answer = b""
+        while piece := connection.recv(MIB):
+            answer += piece
+        return answer
+
+
+@pytest.mark.parametrize("head", [b"", b"Transfer-Encoding: chunked\r\n"])
+def test_who_sends_too_much_and_reads_afterwards_hears_why(head: bytes) -> None:
+    chunked = b"4000000\r\n" if head else b""  # one chunk of 64 MiB
+    with serving(Lingering(takes_little)) as port:
+        answer = sent(port, 64 * MIB, head and head + b"\r\n" + chunked[:-2])
+    assert answer.startswith(b"HTTP/1.1 413 ") and b'"code":"too_large"' in answer.replace(b" ", b"")
+
+
+def test_who_never_ends_is_not_read_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(access, "_LINGER_S", 0.2)
+    with serving(Lingering(takes_little)) as port:
+        assert sent(port, 0, b"Content-Length: 1000000\r\n").startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_connection_that_stays_open_is_answered_at_once() -> None:
+    async def answers(scope: Scope, receive: Receive, send: Send) -> None:
+        await PlainTextResponse("early")(scope, receive, send)
+
+    told: list[Message] = []
+
+    async def send(message: Message) -> None:
+        told.append(message)
+
+    asyncio.run(Lingering(answers)({"type": "http"}, Sender([b"x"], is_whole=False).receive, send))
+    assert [message.get("more_body", False) for message in told] == [False, False]
