@@ -1,8 +1,11 @@
-"""Bulk annotation beside the bare models, and under kills.
+"""Bulk annotation beside the bare models, by the number of pictures, and under kills.
 
 * ``throughput``  steady state of ``python -m data.annotate`` beside a plain loop over the same three checkpoints
   (decoding included) with all cores' threads: the difference of a long and a short run, in which start-up and the
-  pipeline's filling and emptying cancel out, in alternating rounds
+  pipeline's filling and emptying cancel out, in alternating rounds; beside as many such loops as there are cores, each
+  in a process of its own with one thread, where ``--steps`` names ``processes``
+* ``growth``      what a thousand pictures cost, by how many there are, where hardly any of it is a model's: detection
+  alone, by a ViT of two layers
 * ``kills``       the same photos annotated twice, once undisturbed and once with SIGKILLs to the driver and to workers
   of every stage: same ids, each once, and nearly the same answers
 * ``llm``         the tagger's stage alone beside ``ray.data.llm`` with the same engine arguments, prompt and grammar,
@@ -12,7 +15,8 @@
 
 Each run is a process of its own with a Ray of its own. ``--steps bare,short`` and ``--steps bare,long`` with
 ``--append`` split a round of ``throughput`` for a machine that is quiet only for minutes; ``--one-step --work DIR``,
-again and again, does ``kills`` in pieces. Out: ``results/annotate_PART.json``, and of ``throughput`` a plot.
+again and again, does ``kills`` in pieces. Out: ``results/annotate_PART.json``, and of the first two a
+plot.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +64,7 @@ class AnnotateBenchmark(BaseModel):
     short: int = Field(64, description="photos of the short one")
     bare: int = Field(64, description="photos of the bare loop")
     rounds: int = Field(3, ge=1)
+    sizes: list[int] = Field([1_000, 5_000, 20_000, 50_000], min_length=2, description="photos of `growth`")
     steps: str = Field("bare,short,bare,long", description="what a round of `throughput` does, in this order")
     append: bool = Field(False, description="add to the measurements in the result file")
     one_step: bool = Field(False, description="of `kills`, do only the next step: until the driver is killed again")
@@ -121,14 +127,20 @@ def throughput(config: AnnotateBenchmark, photos: list[Path], work: Path) -> dic
         raise SystemExit(f"error: {result_file} is of other settings ({before.get('of')}): leave --append away")
     measured: list[dict[str, Any]] = before.get("measurements", [])
     photos = enough(photos, max(config.long, config.short + config.bare), work / "repeated")
+    cores = os.cpu_count() or 1
     with contextlib.ExitStack() as stack:
-        loop = stack.enter_context(Apart({}, BackToBack)) if "bare" in config.steps.split(",") else None
-        if loop:
-            loop.call("run", photos[:8])
-        _turns(config, photos, work, loop, measured)
-    by_step = {step: [entry for entry in measured if entry["step"] == step] for step in ("bare", "short", "long")}
+        loops = {
+            step: [stack.enter_context(Apart({}, BackToBack, None, threads)) for _ in range(count)]
+            for step, count, threads in (("bare", 1, cores), ("processes", cores, 1))
+            if step in config.steps.split(",")
+        }
+        for side in loops.values():
+            _loop(side, photos[:8])
+        _turns(config, photos, work, loops, measured)
+    names = ("bare", "short", "long", "processes")
+    by_step = {step: [entry for entry in measured if entry["step"] == step] for step in names}
     result: dict[str, Any] = {"of": of, "measurements": measured}
-    if not all(by_step.values()):
+    if not all(by_step[step] for step in ("bare", "short", "long")):
         return result
     bare = [entry["photos"] / entry["seconds"] for entry in by_step["bare"]]
     rates = [
@@ -136,6 +148,10 @@ def throughput(config: AnnotateBenchmark, photos: list[Path], work: Path) -> dic
         for long, short in zip(by_step["long"], by_step["short"], strict=False)
     ]
     ratio = paired(rates, _loops(bare, len(rates)))
+    if by_step["processes"]:
+        several = [entry["photos"] / entry["seconds"] for entry in by_step["processes"]]
+        result["processes_per_s_by_round"] = [round(rate, 3) for rate in several]
+        result["ratio_to_processes"] = round(paired(rates, _loops(several, len(rates))), 3)
     return result | {
         "bare_per_s_by_round": [round(rate, 3) for rate in bare],
         "annotate_per_s_by_round": [round(rate, 3) for rate in rates],
@@ -154,30 +170,88 @@ def show(result: dict[str, Any], folder: Path = RESULTS) -> str:
     """The table of ``throughput``, and its plot."""
     ours = result["annotate_per_s_by_round"]
     bare = result.get("bare_per_s_by_round") or [result["bare_per_s"]]
-    rates = {"bare models": _loops(bare, len(ours)), "annotate": ours}
-    return plots.compared("annotate_throughput", rates, "photos/s", _BAR, folder)
+    rates = {"bare models": _loops(bare, len(ours))}
+    if several := result.get("processes_per_s_by_round"):
+        rates["bare models, a process a core"] = _loops(several, len(ours))
+    return plots.compared("annotate_throughput", rates | {"annotate": ours}, "photos/s", _BAR, folder)
+
+
+def _loop(side: list[Apart], photos: list[Path]) -> float:
+    """Seconds until each of these processes has done its share of the photos."""
+    started = time.perf_counter()
+    with ThreadPoolExecutor(len(side)) as threads:
+        list(threads.map(lambda number: side[number].call("run", photos[number :: len(side)]), range(len(side))))
+    return time.perf_counter() - started
 
 
 def _turns(
-    config: AnnotateBenchmark, photos: list[Path], work: Path, loop: Apart | None, measured: list[dict[str, Any]]
+    config: AnnotateBenchmark,
+    photos: list[Path],
+    work: Path,
+    loops: dict[str, list[Apart]],
+    measured: list[dict[str, Any]],
 ) -> None:
     """All rounds, added to what has been measured."""
     for _ in range(config.rounds):
         for step in config.steps.split(","):
-            if step == "bare":
-                assert loop
+            if step in loops:
                 # of those by which the long run is longer than the short one
                 chosen = photos[config.short :][: config.bare]
-                seconds = loop.call("run", chosen)
+                seconds = _loop(loops[step], chosen)
             else:
                 chosen = photos[: config.long if step == "long" else config.short]
-                folder, output = link(chosen, work / step), work / f"{step}-records"
-                shutil.rmtree(output, ignore_errors=True)
-                started = time.perf_counter()
-                subprocess.run(command(config, folder, output), env=environment(), cwd=_ROOT, check=True)
-                seconds = time.perf_counter() - started
+                seconds = _annotate(config, chosen, work / step)
             measured.append({"step": step, "photos": len(chosen), "seconds": round(seconds, 2)})
             print(measured[-1], flush=True)
+
+
+def _annotate(config: AnnotateBenchmark, photos: list[Path], folder: Path, *options: str) -> float:
+    """Seconds of the program, from its start to its end, on just these photos."""
+    link(photos, folder)
+    output = folder.with_name(f"{folder.name}-records")
+    shutil.rmtree(output, ignore_errors=True)
+    os.sync()  # what was written before is not this one's to wait for
+    started = time.perf_counter()
+    subprocess.run([*command(config, folder, output), *options], env=environment(), cwd=_ROOT, check=True)
+    return time.perf_counter() - started
+
+
+# ------------------------------------------------------------------------------------------------------------ growth
+
+
+def growth(config: AnnotateBenchmark, photos: list[Path], work: Path) -> dict[str, Any]:
+    """Seconds for every size beyond those of `short` photos, start-up among them, in rounds that go up and down."""
+    from benchmarks.training import random_vit
+
+    random_vit(work / "vit", 64, 2, 64)
+    sizes = [config.short, *sorted(config.sizes)]
+    photos = enough(photos, sizes[-1], work / "repeated")
+    rows = []
+    for number in range(config.rounds):
+        for count in sizes if number % 2 == 0 else sizes[::-1]:
+            seconds = _annotate(
+                *(config, photos[:count], work / "some", "--tasks", "detect", "--detector.uri", str(work / "vit"))
+            )
+            rows.append({"photos": count, "seconds": round(seconds, 2)})
+            print(rows[-1], flush=True)
+    taken = {count: statistics.median(row["seconds"] for row in rows if row["photos"] == count) for count in sizes}
+    thousand = {
+        str(count): round((taken[count] - taken[config.short]) * 1000 / (count - config.short), 3)
+        for count in sizes[1:]
+    }
+    return {
+        "rows": rows,
+        "shard_pictures": config.shard_pictures,
+        "short": config.short,
+        "seconds_per_thousand": thousand,
+        "largest_to_smallest": round(thousand[str(sizes[-1])] / thousand[str(sizes[1])], 3),
+    }
+
+
+def show_growth(result: dict[str, Any], folder: Path = RESULTS) -> str:
+    """The table of ``growth``, and its plot."""
+    costs = {int(count): {"detect": seconds} for count, seconds in result["seconds_per_thousand"].items()}
+    return plots.growth("annotate_growth", costs, {"detect": "annotate, detection by a ViT of two layers"}, folder)
 
 
 # ------------------------------------------------------------------------------------------------------------- kills
@@ -405,12 +479,17 @@ def main(arguments: list[str] | None = None) -> None:
     photos = sorted(path for path in config.photos.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
     with tempfile.TemporaryDirectory() as temporary:
         work = config.work or Path(temporary)
-        for part, measure in (("throughput", throughput), ("kills", kills), ("llm", llm)):
+        for part, measure in (("throughput", throughput), ("growth", growth), ("kills", kills), ("llm", llm)):
             if part in config.parts.split(","):
                 result = measure(config, photos, work)
                 if result is not None:
-                    told = show(result) if part == "throughput" and "ratio" in result else json.dumps(result, indent=1)
-                    print(told, write_result(f"annotate_{part}", result), sep="\n", flush=True)
+                    print(_told(part, result), write_result(f"annotate_{part}", result), sep="\n", flush=True)
+
+
+def _told(part: str, result: dict[str, Any]) -> str:
+    if part == "growth":
+        return show_growth(result)
+    return show(result) if part == "throughput" and "ratio" in result else json.dumps(result, indent=1)
 
 
 if __name__ == "__main__":

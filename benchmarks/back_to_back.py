@@ -27,15 +27,16 @@ class BackToBack:
 
     Args:
         uris: checkpoints by ``detector``, ``captioner`` and ``tagger``; those that are not named are the starter's.
+        threads: that each model computes with; None: as many as there are cores.
     """
 
-    def __init__(self, uris: Mapping[str, str] | None = None) -> None:
-        cores, uris = os.cpu_count() or 1, uris or {}
-        torch.set_num_threads(cores)
+    def __init__(self, uris: Mapping[str, str] | None = None, threads: int | None = None) -> None:
+        threads, uris = threads or os.cpu_count() or 1, uris or {}
+        torch.set_num_threads(threads)
         self._detector, self._captioner = Detector(), Captioner()
         self._detects = self._detector.load(resolve(uris.get("detector", "starter:detector")))
         self._captions = self._captioner.load(resolve(uris.get("captioner", "starter:captioner")))
-        self._tagger = OfflineTagger(resolve(uris.get("tagger", "starter:tagger")), TaggerSettings(threads=cores))
+        self._tagger = OfflineTagger(resolve(uris.get("tagger", "starter:tagger")), TaggerSettings(threads=threads))
 
     def run(self, photos: Sequence[bytes | Path], batch_size: int = 8, group: int = 64) -> float:
         """Seconds for all photos: files read, decoded, detected and captioned in batches, tagged by groups."""

@@ -15,13 +15,16 @@ from pathlib import Path
 
 from benchmarks.report import COMMITTED
 
-#: By the name of the result: the program whose ``show`` draws it.
+#: By the name of the result: the program that draws it, and what of it does.
 PROGRAMS = {
-    "annotate_throughput": "annotate",
-    "prepare_throughput": "prepare",
-    "serving_ratio": "serving",
-    "tagger_serving": "tagger_serving",
-    "training": "training",
+    "annotate_growth": ("annotate", "show_growth"),
+    "annotate_throughput": ("annotate", "show"),
+    "prepare_growth": ("prepare", "show_growth"),
+    "prepare_throughput": ("prepare", "show"),
+    "serving_ratio": ("serving", "show"),
+    "tagger_options": ("tagger_options", "show"),
+    "tagger_serving": ("tagger_serving", "show"),
+    "training": ("training", "show"),
 }
 
 
@@ -31,8 +34,9 @@ def draw(result: Path) -> str:
     Raises:
         KeyError: nothing here draws it, or it lacks what is drawn.
     """
-    program = importlib.import_module(f"benchmarks.{PROGRAMS[result.stem]}")
-    return str(program.show(json.loads(result.read_text()), result.parent))
+    program, shows = PROGRAMS[result.stem]
+    show = getattr(importlib.import_module(f"benchmarks.{program}"), shows)
+    return str(show(json.loads(result.read_text()), result.parent))
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -83,6 +83,37 @@ def compared(
     )
 
 
+def growth(
+    name: str, costs: Mapping[int, Mapping[str, float]], steps: Mapping[str, str], folder: Path = RESULTS
+) -> str:
+    """Seconds that a thousand pictures cost, by how many there are, as a table, and drawn to ``results/NAME.svg``.
+
+    Args:
+        costs: by number of pictures: seconds of each step for a thousand.
+        steps: how a step is called where people read it, from the first to the last.
+    """
+    counts = sorted(costs)
+
+    def draw(axes: Any) -> None:
+        below = [0.0] * len(counts)
+        for (step, called), colour in zip(steps.items(), COLOURS, strict=False):
+            heights = [costs[count][step] for count in counts]
+            axes.bar([f"{count:,}" for count in counts], heights, bottom=below, color=colour, width=0.6, label=called)
+            below = [low + height for low, height in zip(below, heights, strict=True)]
+        axes.set(xlabel="pictures", ylabel="seconds for each thousand")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(steps))
+
+    save(name, draw, folder=folder)
+    return table(
+        [
+            {"pictures": f"{count:,}"}
+            | {f"{called}, s/1,000": f"{costs[count][step]:.3f}" for step, called in steps.items()}
+            | {"together": f"{sum(costs[count][step] for step in steps):.3f}"}
+            for count in counts
+        ]
+    )
+
+
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Rows of equal keys as text in columns."""
     if not rows:

@@ -2,10 +2,11 @@
 
 * ``throughput``  ``data.prepare`` against a plain loop in two processes that does the same work (decode fully,
   perceptual hash, sha256, JPEG quality, parquet), interleaved rounds, start-up excluded on both sides
+* ``growth``      what a thousand pictures cost, by how many there are
 * ``memory``      peak of the sum of PSS over all processes of a run, for two sizes of a set of small pictures
 * ``versions``    the version hash on 1 and on 2 CPUs, of a run that was killed half-way, and from a real S3 server
 
-    python -m benchmarks.prepare --photos FOLDER [--parts throughput,memory,versions]
+    python -m benchmarks.prepare --photos FOLDER [--parts throughput,growth,memory,versions]
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from itertools import chain, repeat
 from multiprocessing import get_context
 from multiprocessing.synchronize import Barrier
@@ -56,20 +57,23 @@ class PrepareBenchmarkConfig(BaseModel):
     parts: str = Field("throughput,memory,versions", description="which measurements")
     work: Path | None = Field(None, description="where raw data and versions are put; a temporary folder if not given")
     pictures: int = Field(10_000, ge=512, description="pictures of `throughput`")
-    rounds: int = Field(3, ge=1, description="interleaved rounds of `throughput`, with those that --work holds")
+    rounds: int = Field(
+        3, ge=1, description="interleaved rounds of `throughput`, with those that --work holds, and rounds of `growth`"
+    )
     processes: int = Field(2, ge=1, description="of the plain loop and of prepare")
+    sizes: list[int] = Field([1_000, 5_000, 20_000, 50_000], min_length=2, description="pictures of `growth`")
     small: int = Field(5_000, ge=512, description="pictures of `memory`, and the larger number")
     large: int = Field(50_000, ge=512)
     object_store_bytes: int = Field(256 * 2**20, description="shared memory of Ray in all parts")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the chosen parts and write ``results/prepare_PART.json``, of ``throughput`` a plot as well."""
+    """Run the chosen parts and write ``results/prepare_PART.json``, of the first two a plot as well."""
     from pydantic_settings import CliApp
 
     config = CliApp.run(PrepareBenchmarkConfig, cli_args=arguments)
-    measure = {"throughput": throughput, "memory": memory, "versions": version_hashes}
-    tell = {"throughput": show, "memory": _peaks, "versions": _hashes}
+    measure = {"throughput": throughput, "growth": growth, "memory": memory, "versions": version_hashes}
+    tell = {"throughput": show, "growth": show_growth, "memory": _peaks, "versions": _hashes}
     with tempfile.TemporaryDirectory() as temporary:
         work = config.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
@@ -89,36 +93,18 @@ def throughput(config: PrepareBenchmarkConfig, work: Path) -> dict[str, Any]:
     of = config.model_dump(mode="json", include={"photos", "pictures", "processes", "object_store_bytes"})
     before = json.loads(kept.read_text()) if kept.is_file() else {}
     rounds: list[dict[str, float]] = before["rounds"] if before.get("of") == of else []
-    session = RaySettings(num_cpus=config.processes, object_store_bytes=config.object_store_bytes)
-    with ray_session(session):
-        import ray.data  # not before the session has said on which address Ray listens
-
-        # both sides begin when every worker is there, and Ray Data's own actors are
-        ray.data.DataContext.get_current().wait_for_min_actors_s = 300
-        ray.data.range(config.processes).map_batches(lambda batch: batch).materialize()
+    with _ray_at_work(config):
         for number in range(len(rounds), config.rounds):
             shutil.rmtree(work / "plain", ignore_errors=True)
-            shutil.rmtree(work / "out", ignore_errors=True)
             os.sync()  # what the last one wrote is not this one's to wait for
             plain = plain_loop(raw, work / "plain", config.processes)
-            os.sync()
-            prepared = prepare(
-                Flickr30kConfig(
-                    input=str(raw),
-                    output=str(work / "out"),
-                    allow_failed=["no_giant_group"],
-                    seed=number,
-                )
-            )
-            # from the first picture to the last shard, without the start of the workers of either pass
-            ours = prepared.identified.seconds + prepared.decided_s + prepared.written.seconds
+            steps = _prepared(raw, work / "out", number)
+            ours = sum(steps.values())
             rounds.append(
                 {
                     "plain_per_s": round(config.pictures / plain, 1),
                     "prepare_per_s": round(config.pictures / ours, 1),
-                    "identify_s": round(prepared.identified.seconds, 2),
-                    "decide_s": round(prepared.decided_s, 2),
-                    "write_s": round(prepared.written.seconds, 2),
+                    **{step: round(seconds, 2) for step, seconds in steps.items()},
                     "share": round(plain / ours, 3),
                 }
             )
@@ -130,6 +116,29 @@ def throughput(config: PrepareBenchmarkConfig, work: Path) -> dict[str, Any]:
         "pictures": config.pictures,
         "processes": config.processes,
         "mean_bytes": size // config.pictures,
+    }
+
+
+@contextmanager
+def _ray_at_work(config: PrepareBenchmarkConfig) -> Iterator[None]:
+    """A Ray whose workers are all there, with Ray Data's own actors."""
+    with ray_session(RaySettings(num_cpus=config.processes, object_store_bytes=config.object_store_bytes)):
+        import ray.data  # not before the session has said on which address Ray listens
+
+        ray.data.DataContext.get_current().wait_for_min_actors_s = 300
+        ray.data.range(config.processes).map_batches(lambda batch: batch).materialize()
+        yield
+
+
+def _prepared(raw: Path, output: Path, seed: int) -> dict[str, float]:
+    """Seconds of each step from the first picture to the last shard, without the start of either pass's workers."""
+    shutil.rmtree(output, ignore_errors=True)
+    os.sync()  # what the last one wrote is not this one's to wait for
+    prepared = prepare(Flickr30kConfig(input=str(raw), output=str(output), allow_failed=["no_giant_group"], seed=seed))
+    return {
+        "identify_s": prepared.identified.seconds,
+        "decide_s": prepared.decided_s,
+        "write_s": prepared.written.seconds,
     }
 
 
@@ -247,6 +256,58 @@ def _plain_worker(paths: list[Path], target: Path, ready: Barrier) -> None:
         pq.write_table(
             pa.Table.from_pylist(rows), file, compression="NONE", use_dictionary=False, write_statistics=False
         )
+
+
+# -------------------------------------------------------------------------------------------------------------- growth
+
+
+def growth(config: PrepareBenchmarkConfig, work: Path) -> dict[str, Any]:
+    """Seconds of each step for every size, in rounds that go up and down again."""
+    sizes = sorted(config.sizes)
+    whole = make_photos(config.photos, work / f"photos-{sizes[-1]}", sizes[-1])
+    rows: list[dict[str, Any]] = []
+    with _ray_at_work(config):
+        for number in range(config.rounds):
+            for count in sizes if number % 2 == 0 else sizes[::-1]:
+                steps = _prepared(_some_of(whole, work / "some", count), work / "out", number)
+                rows.append({"pictures": count} | {step: round(seconds, 2) for step, seconds in steps.items()})
+                print(rows[-1], flush=True)
+    thousand = {
+        str(count): {
+            step: statistics.median(row[step] * 1000 / count for row in rows if row["pictures"] == count)
+            for step in ("identify_s", "decide_s", "write_s")
+        }
+        for count in sizes
+    }
+    whole_s = {count: sum(steps.values()) for count, steps in thousand.items()}
+    return {
+        "rows": rows,
+        "seconds_per_thousand": {
+            count: {step: round(seconds, 3) for step, seconds in steps.items()} for count, steps in thousand.items()
+        },
+        "largest_to_smallest": round(whole_s[str(sizes[-1])] / whole_s[str(sizes[0])], 3),
+        "processes": config.processes,
+    }
+
+
+def _some_of(raw: Path, folder: Path, count: int) -> Path:
+    """The first so many of a raw set's photos, by number."""
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "Images").mkdir(parents=True)
+    for number in range(count):
+        os.link(raw / "Images" / f"{number}.jpg", folder / "Images" / f"{number}.jpg")
+    write_captions(folder)
+    return folder
+
+
+def show_growth(result: dict[str, Any], folder: Path = RESULTS) -> str:
+    """The table of ``growth``, and its plot."""
+    return plots.growth(
+        "prepare_growth",
+        {int(count): steps for count, steps in result["seconds_per_thousand"].items()},
+        {"identify_s": "identify", "decide_s": "decide", "write_s": "write"},
+        folder,
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- memory

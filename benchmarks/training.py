@@ -2,11 +2,12 @@
 
 * ``overhead``  Ray Train against the same Lightning loop without Ray (torch's DataLoader decoding in a process
   beside), one worker, the same pictures, in alternating rounds: samples a second
+* ``scaling``   one worker against two, each with one thread, as many pictures a step for each: samples a second
 * ``workers``   one worker against two, DDP and FSDP, dropout and augmentation off: 50 losses of the same global batches
 * ``kills``     SIGKILL of a worker and of the driver in the middle of an epoch: the run ends with as many steps, and
   its metric is that of the undisturbed run
 
-    python -m benchmarks.training --data PREPARED/aivshuman [--parts overhead,workers,kills]
+    python -m benchmarks.training --data PREPARED/aivshuman [--parts overhead,scaling,workers,kills]
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ class TrainingBenchmark(BaseModel):
 
     data: str = Field(description="prepared aivshuman")
     parts: str = Field("overhead,workers,kills", description="which measurements; the others' last results are kept")
-    rounds: int = Field(2, ge=1, description="alternating rounds of `overhead`")
-    steps: int = Field(30, ge=10, description="steps of a round of `overhead`")
+    rounds: int = Field(2, ge=1, description="alternating rounds of `overhead` and `scaling`")
+    steps: int = Field(30, ge=10, description="steps of a round of either")
     compared: int = Field(50, ge=2, description="losses that `workers` compares")
     cpus: int = Field(
         4, ge=4, description="CPUs that the benchmark's own Ray believes to have: two workers and loaders fit"
@@ -127,10 +128,38 @@ def overhead(config: TrainingBenchmark, folder: Path) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any], folder: Path = RESULTS) -> str:
-    """The table of ``overhead``, and its plot."""
-    measured = result["overhead"]["samples_per_s"]
-    rates = {"Lightning without Ray": measured["without"], "Ray Train": measured["ray"]}
-    return plots.compared("training", rates, "pictures/s", _GOAL, folder)
+    """The tables of ``overhead`` and ``scaling``, as far as they were measured, and their plots."""
+    told = []
+    if measured := result.get("overhead", {}).get("samples_per_s"):
+        rates = {"Lightning without Ray": measured["without"], "Ray Train": measured["ray"]}
+        told.append(plots.compared("training", rates, "pictures/s", _GOAL, folder))
+    if measured := result.get("scaling", {}).get("samples_per_s"):
+        told.append(plots.compared("training_scaling", measured, "pictures/s", folder=folder))
+    return "\n\n".join(told)
+
+
+def scaling(config: TrainingBenchmark, folder: Path) -> dict[str, Any]:
+    """Samples a second of one worker and of two under DDP. Decoding has a process of its own for each worker."""
+    model = folder / "scaled"
+    parameters = random_vit(model, 192, 6, 160)
+    common: dict[str, Any] = {"max_steps": config.steps, "epochs": 1000, "validate_every": config.steps}
+    common |= {"threads": 1, "loaders": 1, "calibration_tiers": ["clean"], "checkpoint_every": 10**6, "augment": False}
+    measured: dict[str, list[float]] = {"one worker": [], "two workers": []}
+    with ray_session(RaySettings(num_cpus=config.cpus)):
+        for number in range(config.rounds):
+            for count in (1, 2) if number % 2 == 0 else (2, 1):
+                place = folder / f"scaling-{number}-{count}"
+                # the step's batch is all workers' together
+                changes = common | {"batch_size": 16 * count, "num_workers": count, "lanes": count}
+                outcome = train(settings(config, model, place, **changes))
+                measured[list(measured)[count - 1]].append(round(outcome.samples_per_s, 2))
+                print({name: rates[-1:] for name, rates in measured.items()}, flush=True)
+    return {
+        "model": "ViT 192 x 6, 160 px, 16 pictures a step and worker, one thread each",
+        "parameters": parameters,
+        "samples_per_s": measured,
+        "ratio": round(paired(measured["two workers"], measured["one worker"]), 3),
+    }
 
 
 def workers(config: TrainingBenchmark, folder: Path) -> dict[str, Any]:
@@ -288,11 +317,11 @@ def _table(part: str, measured: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure; write ``results/training.json``, and of ``overhead`` a plot."""
+    """Measure; write ``results/training.json``, and of the first two a plot."""
     from pydantic_settings import CliApp
 
     config = CliApp.run(TrainingBenchmark, cli_args=arguments)
-    measures = {"overhead": overhead, "workers": workers, "kills": kills}
+    measures = {"overhead": overhead, "scaling": scaling, "workers": workers, "kills": kills}
     file = RESULTS / "training.json"
     result: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
@@ -301,7 +330,7 @@ def main(arguments: list[str] | None = None) -> None:
             # written part by part: minutes lie between them
             result[part] = measured | {"commit": provenance()["commit"], "finished_at": provenance()["finished_at"]}
             write_result("training", result)
-            print(show(result) if part == "overhead" else _table(part, measured), flush=True)
+            print(show(result) if part in ("overhead", "scaling") else _table(part, measured), flush=True)
     print(f"written to {file}")
 
 

@@ -9,6 +9,7 @@ Knows no Serve, no Ray and no pictures.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from deployments.checkpoints import Checkpoint
@@ -19,13 +20,18 @@ class OfflineTagger:
     """A tagger loaded for inference."""
 
     def __init__(
-        self, checkpoint: Checkpoint, settings: TaggerSettings | None = None, own_process: bool = True
+        self,
+        checkpoint: Checkpoint,
+        settings: TaggerSettings | None = None,
+        own_process: bool = True,
+        other: Mapping[str, Any] | None = None,
     ) -> None:
         """Load it, which takes half a minute.
 
         Args:
             own_process: vLLM puts its engine into a process of its own. Without it the engine lives, and whatever ends
                 this process is sure to end it, in this one.
+            other: arguments of the engine that are not the replica's, to see what those are worth.
         """
         settings = settings or TaggerSettings()
         os.environ.update(engine_environment(settings))
@@ -35,16 +41,18 @@ class OfflineTagger:
         from vllm.sampling_params import StructuredOutputsParams
 
         self.checkpoint = checkpoint
-        self._engine = LLM(model=str(checkpoint.folder), disable_log_stats=True, **engine_arguments(settings))
-        self._sampling = SamplingParams(
-            temperature=0, max_tokens=settings.max_tokens, structured_outputs=StructuredOutputsParams(regex=ANSWER)
-        )
+        arguments = engine_arguments(settings) | dict(other or {})
+        self._engine = LLM(model=str(checkpoint.folder), disable_log_stats=True, **arguments)
+        self._free = SamplingParams(temperature=0, max_tokens=settings.max_tokens)
+        self._bound = self._free.clone()
+        self._bound.structured_outputs = StructuredOutputsParams(regex=ANSWER)
         self._prompt = load_prompt()
 
-    def answer(self, captions: list[str]) -> list[str]:
-        """The model's own answers, before the rules."""
+    def answer(self, captions: list[str], grammar: bool = True) -> list[str]:
+        """The model's own answers, before the rules; ``grammar``: only what ``tagger.ANSWER`` admits."""
         messages = [self._prompt.messages(caption) for caption in captions]
-        return [request.outputs[0].text for request in self._engine.chat(messages, self._sampling, use_tqdm=False)]
+        sampling = self._bound if grammar else self._free
+        return [request.outputs[0].text for request in self._engine.chat(messages, sampling, use_tqdm=False)]
 
     def tag(self, captions: list[str]) -> list[dict[str, Any]]:
         """Tags of each caption, ``{"tags", "revision", "model", "prompt", "proposed"}``."""
