@@ -19,6 +19,7 @@ from benchmarks.report import COMMITTED
 PROGRAMS = {
     "annotate_growth": ("annotate", "show_growth"),
     "annotate_throughput": ("annotate", "show"),
+    "gateway": ("gateway", "show"),
     "prepare_growth": ("prepare", "show_growth"),
     "prepare_throughput": ("prepare", "show"),
     "serving_ratio": ("serving", "show"),
