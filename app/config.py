@@ -55,12 +55,17 @@ class Limits(_Strict):
     max_waiting: int = Field(64, ge=0, description="requests that wait for a place; beyond it answers 429")
     max_wait_s: float = Field(4.0, ge=0, le=60, description="longest wait for a place; then it answers 429")
     max_receiving: int = Field(
-        8,
+        64,
         ge=1,
         le=1024,
         description="requests of senders who can wait that an ingress replica receives at a time; by Little's law as "
-        "many as come to it in a second times the seconds that a slow sender takes to upload one. Each is held in "
-        "memory: this times `max_request_bytes`, at most",
+        "many as come to it in a second times the seconds that a slow sender takes to upload one",
+    )
+    max_receiving_bytes: int = Field(
+        512 * 2**20,
+        ge=1024,
+        description="bodies of those together, in memory until they are on disk; one that does not tell its size takes "
+        "what a request may have",
     )
     decode_threads: int = Field(2, ge=1, le=64)
     max_comparing: int = Field(

@@ -12,6 +12,7 @@ import json
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -37,10 +38,11 @@ from app.feedback import router
 from app.keys import RequireKey, caller_of, check_exposure, is_operator
 from app.openapi import ANALYZE_BODY, ANALYZE_RESPONSES, CALLBACKS, RESULT_RESPONSES, use_local_docs
 from app.problems import Problem, install, responses
+from app.receiving import Receiving
 from app.store import key_uses
 from app.store.settings import StoreSettings
 from app.store.store import Store
-from app.uploads import Upload, UploadLimits, in_time, read_uploads
+from app.uploads import Upload, UploadLimits, declared_bytes, in_time, read_uploads
 from deployments import telemetry
 from deployments.annotation import Annotation, Task
 from deployments.images import ImageError
@@ -271,7 +273,9 @@ class Ingress:
             self.store, self.graph, self.admission, limits.request_timeout_s, lambda: self.gate.closed
         )
         self.callbacks = Callbacks(callbacks, self.store, lambda outcome: self.metrics.record("callbacks", 1, outcome))
-        self._receiving, self._receiving_waits = asyncio.Semaphore(limits.max_receiving), 0
+        self.receiving = Receiving(
+            limits.max_receiving, limits.max_receiving_bytes, limits.max_waiting, limits.max_wait_s
+        )
         self._watcher: asyncio.Task[None] | None = None
         self._deferred: asyncio.Task[None] | None = None
         self._calling_back: asyncio.Task[None] | None = None
@@ -429,36 +433,16 @@ class Ingress:
         explain: Explain | None,
     ) -> Response:
         """Take the pictures in, for a sender who can wait."""
-        with telemetry.span("wait for a place"):
-            await self._begin_receiving()
-        try:
+        declared = declared_bytes(request)
+        size = self.uploads.max_body_bytes if declared is None else declared
+        async with AsyncExitStack() as stack:
+            with telemetry.span("wait for a place"):
+                await stack.enter_async_context(self.receiving.room(size))
             async with in_time(self.limits.request_timeout_s):
                 with telemetry.span("read body"):
                     uploads = await read_uploads(request, self.uploads)
                 request.state.pictures = len(uploads)
                 return await self.deferral.accept(uploads, tasks, explain, key, callback)
-        finally:
-            self._receiving.release()
-
-    async def _begin_receiving(self) -> None:
-        """Take one of the places of requests that are received for later.
-
-        Raises:
-            Problem: overloaded, 429 with ``Retry-After``.
-        """
-        overloaded = Problem(
-            "overloaded", "Too many requests are being received; try again in 2 s.", {"Retry-After": "2"}
-        )
-        if self._receiving.locked() and self._receiving_waits >= self.limits.max_waiting:
-            raise overloaded
-        self._receiving_waits += 1
-        try:
-            async with asyncio.timeout(self.limits.max_wait_s):
-                await self._receiving.acquire()
-        except TimeoutError:
-            raise overloaded from None
-        finally:
-            self._receiving_waits -= 1
 
     async def _admitted(
         self, key: str | None, request: Request, tasks: frozenset[Task], explain: Explain | None

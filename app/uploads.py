@@ -103,6 +103,12 @@ async def read_uploads(request: Request, limits: UploadLimits) -> list[Upload]:
     return uploads
 
 
+def declared_bytes(request: Request) -> int | None:
+    """Size of the body, as far as the request tells it."""
+    declared = request.headers.get("content-length", "")
+    return int(declared[:18]) if declared.isascii() and declared.isdigit() else None
+
+
 def _content_type(request: Request) -> tuple[str, bytes]:
     """Media type in lower case, empty if none was sent, and the multipart boundary."""
     kind, parameters = parse_options_header(request.headers.get("content-type", "").encode("latin-1"))
@@ -111,8 +117,7 @@ def _content_type(request: Request) -> tuple[str, bytes]:
 
 async def _bounded_stream(request: Request, limit: int) -> AsyncIterator[bytes]:
     """The body, piece by piece, as long as it stays within `limit` bytes."""
-    declared = request.headers.get("content-length", "")
-    if declared.isascii() and declared.isdigit() and (len(declared) > 18 or int(declared) > limit):
+    if (declared := declared_bytes(request)) is not None and declared > limit:
         raise _too_large(limit)
     total = 0
     async for piece in request.stream():

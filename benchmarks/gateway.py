@@ -43,6 +43,7 @@ class GatewayConfig(BaseModel):
     photos: Path = Field(Path("samples"), description="folder of photos, searched recursively")
     rates: list[float] = Field([25.0, DESIGN_LOAD, 60.0], min_length=1, description="pictures a second")
     seconds: float = Field(60.0, ge=1, description="of each rate")
+    config: Path | None = Field(None, description="Serve configuration; unset: that of `make serve`")
     seed: int = 3
 
 
@@ -124,7 +125,7 @@ def main(arguments: list[str] | None = None) -> None:
     photos = read_photos(config.photos, 512, config.seed)
     if not photos:
         raise SystemExit(f"error: {config.photos} has no photo: name another folder with --photos")
-    with application() as instance:
+    with application(config.config) as instance:
         rows = measure(config, instance.url, instance.port, photos)
     of_design = [row for row in rows if row["rate_per_s"] == DESIGN_LOAD]
     result = {

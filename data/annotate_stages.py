@@ -227,7 +227,8 @@ class _ModelStage:
     """
 
     stage: Stage
-    #: Added to the process's niceness: with 5 more it gets a third of the time, when there is not enough for both.
+    #: Added to the process's niceness: with 5 more it gets a third of the time, when there is not enough for both. All
+    #: begin where models in service compute (`deployments.processor`).
     yields: int
 
     def __init__(self) -> None:
@@ -289,7 +290,7 @@ class DetectorStage(_PictureStage):
     """Shards with the detector's views -> shards with verdicts."""
 
     stage: Stage = "detector"
-    yields = 10
+    yields = 19
 
     def _replica_class(self) -> Any:
         from deployments.detector import Detector
@@ -304,7 +305,7 @@ class CaptionerStage(_PictureStage):
     """Shards with the captioner's views -> shards with captions."""
 
     stage: Stage = "captioner"
-    yields = 5
+    yields = 15
 
     def _replica_class(self) -> Any:
         from deployments.captioner import Captioner
@@ -319,7 +320,7 @@ class TaggerStage(_ModelStage):
     """Shards with captions -> shards with tags; vLLM lives in the actor's own process and ends with it."""
 
     stage: Stage = "tagger"
-    yields = 0
+    yields = 10
 
     def __init__(self, model: ModelName, settings: TaggerSettings) -> None:
         super().__init__()

@@ -29,6 +29,7 @@ from data.errors import DataError, as_data_error
 from data.identify import Particulars, identify
 from data.locations import Location
 from deployments.images import ImageError, ImageLimits
+from deployments.processor import step_back
 
 BLOCK_PICTURES = 256
 #: Blocks for each worker from which on workers of the stream's own are worth their start.
@@ -138,6 +139,7 @@ class _Identifier:
     """A worker of the first pass."""
 
     def __init__(self, pictures: Pictures, limits: ImageLimits, work: Location) -> None:
+        step_back()
         self._pictures, self._limits, self._work = pictures, limits, work
 
     def __call__(self, block: pa.Table) -> pa.Table:
@@ -229,6 +231,7 @@ class _ShardWriter:
     """A worker of the second pass."""
 
     def __init__(self, pictures: Pictures, schema: pa.Schema, folder: Location) -> None:
+        step_back()
         self._pictures, self._schema, self._folder = pictures, schema, folder
 
     def __call__(self, block: pa.Table) -> pa.Table:

@@ -41,6 +41,7 @@ from deployments.checkpoints import Checkpoint, CheckpointError, resolve
 from deployments.health import Health, known_picture
 from deployments.metrics import Metrics
 from deployments.pixels import ViewMismatch, check_views
+from deployments.processor import step_back
 from deployments.views import ViewSpec
 
 _log = logging.getLogger("ray.serve")
@@ -439,6 +440,8 @@ def _use_threads(number: int) -> None:
     """PyTorch computes what this thread asks for with so many, whatever other threads set for themselves."""
     import torch
 
+    if not torch.cuda.is_available():  # else it only says what a GPU is to do next, and must not be late with it
+        step_back()
     torch.get_num_threads()  # the first call takes over what any thread set last: not to be left to the first operation
     torch.set_num_threads(number)
 

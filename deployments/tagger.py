@@ -23,6 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
@@ -32,7 +33,7 @@ from deployments import telemetry
 from deployments.checkpoints import Checkpoint, resolve
 from deployments.health import Health
 from deployments.metrics import Metrics
-from deployments.processor import processor_flags
+from deployments.processor import processor_flags, step_back
 from deployments.replica import ModelInfo, Refusal, ReplicaConfig, failed, refusal
 from deployments.tag_rules import MAX_TAGS, MIN_TAGS, clean_tags, proposed
 
@@ -293,6 +294,9 @@ class Tagger:
         config = llm_config(self._settings, checkpoint.folder, LLMConfig)
         server = LLMServer.sync_init(config, engine_cls=ReplicaEngine)
         await server.start()
+        if self._settings.device == "cpu":
+            for process in psutil.Process().children(recursive=True):  # the engine, which takes no niceness of its own
+                step_back(thread.id for thread in process.threads())
         self._server = server
 
     async def _learn(self) -> None:

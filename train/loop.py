@@ -38,6 +38,7 @@ from pydantic import ConfigDict, Field
 from safetensors.torch import load_file, save_file
 
 from data.versions import DataVersion
+from deployments.processor import step_back
 from train.beside import batches_beside
 from train.gauges import Gauges
 from train.giving_way import GiveWay
@@ -599,6 +600,8 @@ def work(settings: dict[str, Any]) -> dict[str, Any]:
     job: Job = settings["job"]
     config, context = job.config, ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
+    if not torch.cuda.is_available():
+        step_back()
     torch.set_num_threads(threads_of(config))
     order = order_of(config, job.train_source())
     total_steps = total_steps_of(config, order)

@@ -7,6 +7,7 @@ import base64
 import contextlib
 import io
 import json
+import os
 import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -18,6 +19,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from PIL import Image
 
+from app import cluster
 from deployments.annotation import Annotation
 from tests.app.drawn import drawn_requests
 from tests.app.malformed import HOSTILE_NAMES, MalformedRequest, bombs, real_files, requests
@@ -223,6 +225,22 @@ def test_sixteen_clients_get_complete_answers(client, photos, application) -> No
         answers = list(pool.map(send, range(32)))
     assert {answer.status_code for answer in answers} == {200}
     assert not [answer.json()["errors"] for answer in answers if answer.json()["errors"]]
+
+
+def test_models_compute_after_whoever_answers(application, client, photos) -> None:
+    assert client.post("/v1/analyze", content=photos[0]).status_code == 200
+    threads = {
+        name: {os.getpriority(os.PRIO_PROCESS, thread.id) for thread in process.threads()}
+        for process in cluster.processes(application.port)
+        for name in ("Ingress", "Detector", "Captioner", "EngineCore")
+        if name in " ".join(process.cmdline())
+    }
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert threads["Ingress"] == {own}
+    assert threads["EngineCore"] == {max(own, 10)}
+    assert threads["Detector"] == threads["Captioner"] == {own, max(own, 10)}, (
+        "on a thread of its own it answers at once"
+    )
 
 
 def test_a_client_that_goes_away_frees_its_place(client, photos, application) -> None:

@@ -14,8 +14,8 @@ from starlette.routing import Route
 
 from app import keys
 from app.access import route_of
-from app.config import Limits
 from app.ingress import api
+from app.receiving import Receiving
 from deployments.replica import Refusal
 from tests.app.in_process import Service, picture, sha
 
@@ -53,8 +53,7 @@ def test_a_picture_that_is_deleted_while_it_is_analysed_leaves_no_answer(
 def test_who_can_wait_is_told_to_come_back_while_as_many_are_received_as_may(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(service.ingress, "limits", Limits(max_wait_s=0.05))
-    monkeypatch.setattr(service.ingress, "_receiving", asyncio.Semaphore(1))
+    monkeypatch.setattr(service.ingress, "receiving", Receiving(1, 2**20, max_waiting=4, max_wait_s=0.05))
     begun, go_on = asyncio.Event(), asyncio.Event()
 
     async def slowly() -> AsyncIterator[bytes]:
