@@ -36,6 +36,16 @@ def test_one_round_has_no_whiskers(tmp_path: Path) -> None:
     assert ">10<" in drawn and "[" not in drawn.split("</metadata>")[-1].split("<defs>")[0] and "goal" not in drawn
 
 
+def test_costs_by_the_number_of_pictures_are_told_and_drawn_step_by_step(tmp_path: Path) -> None:
+    costs = {20_000: {"read": 1.25, "write": 0.5}, 1_000: {"read": 1.0, "write": 0.25}}
+    text = plots.growth("grown", costs, {"read": "reading", "write": "writing"}, tmp_path)
+    _, _, *rows = (line.split() for line in text.splitlines())
+    assert rows == [["1,000", "1.000", "0.250", "1.250"], ["20,000", "1.250", "0.500", "1.750"]]
+    drawn = (tmp_path / "grown.svg").read_text()
+    for words in ("reading", "writing", "1,000", "20,000", "seconds for each thousand"):
+        assert words in drawn
+
+
 @pytest.mark.parametrize("name", draw.PROGRAMS)
 def test_a_committed_result_is_drawn_from_its_file_alone(name: str, tmp_path: Path) -> None:
     shutil.copy(COMMITTED / f"{name}.json", tmp_path)
