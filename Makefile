@@ -107,10 +107,12 @@ bench: dev  ## the main claims of speed in turn, on a quiet machine (PHOTOS=FOLD
 	$(PY) -m benchmarks.serving --photos $(PHOTOS) --parts ratio
 	$(PY) -m benchmarks.captioner --photos $(PHOTOS) $(if $(BLIP),--checkpoint $(BLIP))
 	$(PY) -m benchmarks.hops
+	$(PY) -m benchmarks.gateway --rates '[50]' --seconds 30
 	$(PY) -m benchmarks.annotate --photos $(PHOTOS) --parts throughput --long 192 --rounds 1
 	$(PY) -m benchmarks.prepare --photos $(PHOTOS) --parts throughput --pictures 3000 --rounds 1
 	$(if $(CAPTIONED),$(PY) -m benchmarks.tagger_serving --flickr $(CAPTIONED))
-	$(if $(DATA),$(PY) -m benchmarks.training --data $(DATA)/aivshuman --parts overhead --rounds 1)
+	$(if $(CAPTIONED),$(PY) -m benchmarks.tagger_options --flickr $(CAPTIONED) --rounds 1)
+	$(if $(DATA),$(PY) -m benchmarks.training --data $(DATA)/aivshuman --parts overhead,scaling --rounds 1)
 	$(PY) -m benchmarks.scale --photos $(PHOTOS) --parts validate,size,spike --load-s 30 --rates '[50,300]' --spike-rates '[50]'
 
 bench-quick: dev  ## the same, short: shows that it works
