@@ -128,13 +128,19 @@ def overhead(config: TrainingBenchmark, folder: Path) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any], folder: Path = RESULTS) -> str:
-    """The tables of ``overhead`` and ``scaling``, as far as they were measured, and their plots."""
+    """The tables of ``overhead`` and ``scaling``, as far as they were measured, and their plots.
+
+    Raises:
+        KeyError: neither was.
+    """
     told = []
     if measured := result.get("overhead", {}).get("samples_per_s"):
         rates = {"Lightning without Ray": measured["without"], "Ray Train": measured["ray"]}
         told.append(plots.compared("training", rates, "pictures/s", _GOAL, folder))
     if measured := result.get("scaling", {}).get("samples_per_s"):
         told.append(plots.compared("training_scaling", measured, "pictures/s", folder=folder))
+    if not told:
+        raise KeyError("overhead")
     return "\n\n".join(told)
 
 

@@ -73,5 +73,5 @@ def test_a_result_that_nothing_draws_is_an_error_that_says_what_is(tmp_path: Pat
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(SystemExit, match="no 'overhead'"):
         draw.main([str(tmp_path / "training.json")])
-    with pytest.raises(SystemExit, match="no 'other'; there are annotate_throughput"):
+    with pytest.raises(SystemExit, match="no 'other'; there are annotate_growth"):
         draw.main([str(tmp_path / "other.json")])
