@@ -104,9 +104,11 @@ async def read_uploads(request: Request, limits: UploadLimits) -> list[Upload]:
 
 
 def declared_bytes(request: Request) -> int | None:
-    """Size of the body, as far as the request tells it."""
+    """Size of the body, as far as the request tells it; of more than 18 digits it is beyond any limit."""
     declared = request.headers.get("content-length", "")
-    return int(declared[:18]) if declared.isascii() and declared.isdigit() else None
+    if not (declared.isascii() and declared.isdigit()):
+        return None
+    return int(declared) if len(declared) <= 18 else 10**18
 
 
 def _content_type(request: Request) -> tuple[str, bytes]:

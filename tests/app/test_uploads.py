@@ -14,7 +14,7 @@ import pytest
 from starlette.requests import ClientDisconnect, Request
 
 from app.problems import MEDIA_TYPE, Problem
-from app.uploads import Upload, UploadLimits, read_uploads
+from app.uploads import Upload, UploadLimits, declared_bytes, read_uploads
 from tests.app.malformed import HOSTILE_NAMES, multipart, real_files
 from tests.app.small_app import send, small_app
 
@@ -312,6 +312,16 @@ def test_the_query_id_is_for_one_picture() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ the whole
+
+
+@pytest.mark.parametrize(
+    ("told", "size"),
+    [("", None), ("-1", None), ("1e3", None), ("0", 0), ("67", 67), ("9" * 18, 10**18 - 1), ("0" * 18 + "67", 10**18)],
+)
+def test_a_size_is_what_the_request_tells_and_never_less(told: str, size: int | None) -> None:
+    headers = [(b"content-length", told.encode())]
+    assert declared_bytes(Request({"type": "http", "headers": headers})) == size
+    assert declared_bytes(Request({"type": "http", "headers": []})) is None
 
 
 def test_a_client_that_goes_away_is_not_our_error() -> None:
