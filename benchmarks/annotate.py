@@ -224,14 +224,13 @@ def growth(config: AnnotateBenchmark, photos: list[Path], work: Path) -> dict[st
     from benchmarks.training import random_vit
 
     random_vit(work / "vit", 64, 2, 64)
+    options = ("--tasks", "detect", "--detector.uri", str(work / "vit"))
     sizes = [config.short, *sorted(config.sizes)]
     photos = enough(photos, sizes[-1], work / "repeated")
     rows = []
     for number in range(config.rounds):
         for count in sizes if number % 2 == 0 else sizes[::-1]:
-            seconds = _annotate(
-                *(config, photos[:count], work / "some", "--tasks", "detect", "--detector.uri", str(work / "vit"))
-            )
+            seconds = _annotate(config, photos[:count], work / "some", *options)
             rows.append({"photos": count, "seconds": round(seconds, 2)})
             print(rows[-1], flush=True)
     taken = {count: statistics.median(row["seconds"] for row in rows if row["photos"] == count) for count in sizes}

@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from benchmarks import plots
 from benchmarks.application import application
 from benchmarks.graph_simulation import poisson
-from benchmarks.load import quantile, session
+from benchmarks.load import open_loop, quantile, session
 from benchmarks.report import RESULTS, write_result
 from benchmarks.serving import cpu_seconds, read_photos
 
@@ -53,8 +53,7 @@ async def arrive(url: str, photos: Sequence[bytes], moments: Sequence[float]) ->
     statuses: Counter[str] = Counter()
     began = time.perf_counter()
 
-    async def send(http: httpx.AsyncClient, number: int, moment: float) -> None:
-        await asyncio.sleep(moment - (time.perf_counter() - began))
+    async def send(http: httpx.AsyncClient, number: int) -> None:
         photo = photos[number % len(photos)]
         try:
             answer = await http.post(f"{url}/v1/analyze", content=photo, headers={"Prefer": "respond-async"})
@@ -64,10 +63,10 @@ async def arrive(url: str, photos: Sequence[bytes], moments: Sequence[float]) ->
         statuses[str(answer.status_code)] += 1
         if answer.status_code == 202:
             # from the moment that it was due: where this process is late, that counts too
-            waited.append(time.perf_counter() - began - moment)
+            waited.append(time.perf_counter() - began - moments[number])
 
     async with session(None) as http:
-        await asyncio.gather(*(send(http, number, moment) for number, moment in enumerate(moments)))
+        await open_loop(http, moments, send)
     return waited, statuses
 
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 import asyncio
 import math
 import statistics
-from collections.abc import Awaitable, Callable, Sequence
+import time
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from typing import Any
 
 import httpx
 
 #: Sends the request of that number and takes its answer in.
-Send = Callable[[httpx.AsyncClient, int], Awaitable[None]]
+Send = Callable[[httpx.AsyncClient, int], Coroutine[Any, Any, None]]
 
 
 def session(connections: int | None, timeout_s: float = 120.0) -> httpx.AsyncClient:
@@ -31,6 +33,15 @@ async def closed_loop(http: httpx.AsyncClient, clients: int, send: Send, go_on: 
             await send(http, number)
 
     await asyncio.gather(*(client() for _ in range(clients)))
+
+
+async def open_loop(http: httpx.AsyncClient, moments: Iterable[float], send: Send) -> None:
+    """A request at each moment, in seconds from now and in their order, whether those before were answered or not."""
+    began = time.perf_counter()
+    async with asyncio.TaskGroup() as sending:
+        for number, moment in enumerate(moments):
+            await asyncio.sleep(max(0.0, moment - (time.perf_counter() - began)))
+            sending.create_task(send(http, number))
 
 
 def paired(ours: Sequence[float], theirs: Sequence[float]) -> float:

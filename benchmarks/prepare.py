@@ -46,6 +46,8 @@ from data.versions import open_version
 
 _ROOT = Path(__file__).parent.parent
 _PORT = 18_432
+#: What prepare does one after the other, as results name it and as people read it.
+_STEPS = {"identify_s": "identify", "decide_s": "decide", "write_s": "write"}
 
 
 class PrepareBenchmarkConfig(BaseModel):
@@ -275,7 +277,7 @@ def growth(config: PrepareBenchmarkConfig, work: Path) -> dict[str, Any]:
     thousand = {
         str(count): {
             step: statistics.median(row[step] * 1000 / count for row in rows if row["pictures"] == count)
-            for step in ("identify_s", "decide_s", "write_s")
+            for step in _STEPS
         }
         for count in sizes
     }
@@ -305,7 +307,7 @@ def show_growth(result: dict[str, Any], folder: Path = RESULTS) -> str:
     return plots.growth(
         "prepare_growth",
         {int(count): steps for count, steps in result["seconds_per_thousand"].items()},
-        {"identify_s": "identify", "decide_s": "decide", "write_s": "write"},
+        _STEPS,
         folder,
     )
 

@@ -46,7 +46,7 @@ from benchmarks.graph_simulation import (
     feed_clients,
     poisson,
 )
-from benchmarks.load import closed_loop, quantile, session
+from benchmarks.load import closed_loop, open_loop, quantile, session
 from benchmarks.plots import table
 from benchmarks.processes import ALLOCATOR, process_with
 from benchmarks.published import Step
@@ -237,14 +237,9 @@ async def load(
             seen.stages.append(record["timings_ms"])
 
     async with session(None) as http:
-
-        async def on_time(number: int, moment: float) -> None:
-            await asyncio.sleep(moment - (time.perf_counter() - started))
-            await send(http, number)
-
         await asyncio.gather(
             closed_loop(http, clients, send, lambda _: time.perf_counter() - started < ends),
-            *(on_time(number, moment) for number, moment in enumerate(moments)),
+            open_loop(http, moments, send),
         )
     return seen
 

@@ -38,7 +38,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from app import cluster
 from benchmarks import plots
 from benchmarks.chaos import small_graph
-from benchmarks.load import closed_loop, quantile, session
+from benchmarks.graph_simulation import poisson
+from benchmarks.load import closed_loop, open_loop, quantile, session
 from benchmarks.report import QUICK, RESULTS, write_result
 
 _CLIENTS = 16
@@ -164,18 +165,14 @@ async def closed(url: str, seconds: float, clients: int) -> float:
     return answers.told["complete"] / seconds
 
 
-async def open_loop(url: str, seconds: float, rate: float, seed: int, answers: Answers) -> None:
+async def at_random(url: str, seconds: float, rate: float, seed: int, answers: Answers) -> None:
     """Pictures that come at a rate, at random moments, whether earlier ones have been answered or not."""
-    draw, due, number = random.Random(seed), time.monotonic(), 10**9
-    end, sending = due + seconds, set()
+
+    async def ask(http: httpx.AsyncClient, number: int) -> None:
+        await send(http, url, 10**9 + number, answers)  # none that `closed` has sent
+
     async with session(None) as http:
-        while (due := due + draw.expovariate(rate)) < end:
-            await asyncio.sleep(max(0.0, due - time.monotonic()))
-            number += 1
-            task = asyncio.create_task(send(http, url, number, answers))
-            sending.add(task)
-            task.add_done_callback(sending.discard)
-        await asyncio.gather(*sending)
+        await open_loop(http, poisson(random.Random(seed), lambda _: rate, seconds), ask)
 
 
 # ---- a run --------------------------------------------------------------------------------------------------------
@@ -209,7 +206,7 @@ def run(config: SoakConfig, folder: Path, in_service: Callable[..., Any]) -> dic
         watcher = threading.Thread(target=watch)
         watcher.start()
         try:
-            asyncio.run(open_loop(service.url, config.minutes * 60, config.share * full, config.seed, answers))
+            asyncio.run(at_random(service.url, config.minutes * 60, config.share * full, config.seed, answers))
         finally:
             over.set()
             watcher.join()

@@ -92,6 +92,14 @@ def settings(config: TrainingBenchmark, model: Path, folder: Path, **changes: An
     return DetectorTraining.model_validate(values | changes)
 
 
+def _timed(config: TrainingBenchmark) -> dict[str, Any]:
+    """Settings of a run whose speed counts: nothing but its steps. In each worker one thread computes, and a process
+    beside it decodes; augmentation would make decoding the slower of the two, and then what is measured waits.
+    """
+    steps = {"max_steps": config.steps, "epochs": 1000, "validate_every": config.steps, "checkpoint_every": 10**6}
+    return steps | {"threads": 1, "loaders": 1, "calibration_tiers": ["clean"], "augment": False}
+
+
 def overhead(config: TrainingBenchmark, folder: Path) -> dict[str, Any]:
     """Samples a second with and without Ray."""
     model = folder / "vit"
@@ -100,16 +108,7 @@ def overhead(config: TrainingBenchmark, folder: Path) -> dict[str, Any]:
     measured: dict[str, list[float]] = {"ray": [], "without": []}
     with ray_session(RaySettings(num_cpus=config.cpus)):
         for number in range(config.rounds):
-            common: dict[str, Any] = {
-                "max_steps": config.steps,
-                "epochs": 1000,
-                "batch_size": 16,
-                "validate_every": config.steps,
-            }
-            # one thread computes and one process decodes; augmentation would make decoding the slower of the two, and
-            # then both loops wait
-            common |= {"threads": 1, "loaders": 1, "calibration_tiers": ["clean"], "checkpoint_every": 10**6}
-            common |= {"augment": False}
+            common = _timed(config) | {"batch_size": 16}
             for way in ("ray", "without") if number % 2 == 0 else ("without", "ray"):
                 place = folder / f"{way}{number}"
                 if way == "ray":
@@ -148,17 +147,16 @@ def scaling(config: TrainingBenchmark, folder: Path) -> dict[str, Any]:
     """Samples a second of one worker and of two under DDP. Decoding has a process of its own for each worker."""
     model = folder / "scaled"
     parameters = random_vit(model, 192, 6, 160)
-    common: dict[str, Any] = {"max_steps": config.steps, "epochs": 1000, "validate_every": config.steps}
-    common |= {"threads": 1, "loaders": 1, "calibration_tiers": ["clean"], "checkpoint_every": 10**6, "augment": False}
-    measured: dict[str, list[float]] = {"one worker": [], "two workers": []}
+    names = {1: "one worker", 2: "two workers"}
+    measured: dict[str, list[float]] = {name: [] for name in names.values()}
     with ray_session(RaySettings(num_cpus=config.cpus)):
         for number in range(config.rounds):
             for count in (1, 2) if number % 2 == 0 else (2, 1):
                 place = folder / f"scaling-{number}-{count}"
                 # the step's batch is all workers' together
-                changes = common | {"batch_size": 16 * count, "num_workers": count, "lanes": count}
-                outcome = train(settings(config, model, place, **changes))
-                measured[list(measured)[count - 1]].append(round(outcome.samples_per_s, 2))
+                changes = {"batch_size": 16 * count, "num_workers": count, "lanes": count}
+                outcome = train(settings(config, model, place, **_timed(config), **changes))
+                measured[names[count]].append(round(outcome.samples_per_s, 2))
                 print({name: rates[-1:] for name, rates in measured.items()}, flush=True)
     return {
         "model": "ViT 192 x 6, 160 px, 16 pictures a step and worker, one thread each",

@@ -32,6 +32,7 @@ from data.locations import Location
 from deployments.annotation import Annotation, Provenance, Stage
 from deployments.checkpoints import Checkpoint, resolve
 from deployments.images import ImageError, ImageLimits, decode
+from deployments.processor import COMPUTING
 from deployments.provenance import read_provenance
 from deployments.replica import NotFinite
 from deployments.tagger import TaggerSettings
@@ -227,12 +228,11 @@ class _ModelStage:
     """
 
     stage: Stage
-    #: Added to the process's niceness: with 5 more it gets a third of the time, when there is not enough for both. All
-    #: begin where models in service compute (`deployments.processor`).
+    #: Beyond the niceness of what computes: with 5 more it gets a third of the time, when there is not enough for both.
     yields: int
 
     def __init__(self) -> None:
-        os.nice(self.yields)
+        os.nice(COMPUTING + self.yields)
 
     @staticmethod
     def _records(batch: Batch) -> list[Annotation]:
@@ -290,7 +290,7 @@ class DetectorStage(_PictureStage):
     """Shards with the detector's views -> shards with verdicts."""
 
     stage: Stage = "detector"
-    yields = 19
+    yields = 10
 
     def _replica_class(self) -> Any:
         from deployments.detector import Detector
@@ -305,7 +305,7 @@ class CaptionerStage(_PictureStage):
     """Shards with the captioner's views -> shards with captions."""
 
     stage: Stage = "captioner"
-    yields = 15
+    yields = 5
 
     def _replica_class(self) -> Any:
         from deployments.captioner import Captioner
@@ -320,7 +320,7 @@ class TaggerStage(_ModelStage):
     """Shards with captions -> shards with tags; vLLM lives in the actor's own process and ends with it."""
 
     stage: Stage = "tagger"
-    yields = 10
+    yields = 0
 
     def __init__(self, model: ModelName, settings: TaggerSettings) -> None:
         super().__init__()

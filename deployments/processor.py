@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 #: Niceness of what computes for long: beside it, whoever answers has nine times as much of a core (1024 to 110).
-_COMPUTING = 10
+COMPUTING = 10
 
 
 def step_back(threads: Iterable[int] | None = None) -> None:
@@ -26,8 +26,8 @@ def step_back(threads: Iterable[int] | None = None) -> None:
     """
     for thread in (threading.get_native_id(),) if threads is None else threads:
         try:
-            if os.getpriority(os.PRIO_PROCESS, thread) < _COMPUTING:
-                os.setpriority(os.PRIO_PROCESS, thread, _COMPUTING)
+            if os.getpriority(os.PRIO_PROCESS, thread) < COMPUTING:
+                os.setpriority(os.PRIO_PROCESS, thread, COMPUTING)
         except ProcessLookupError:  # a thread that has ended since
             continue
 
