@@ -42,12 +42,13 @@ from deployments.detector import Detector, DetectorModel
 from deployments.images import decode
 from deployments.views import ViewSpec, render
 from train import captioner, detector, evaluate, registry
-from train.captioner import CaptionerModule, CaptionerTraining, Vocabulary
+from train.captioner import CaptionerModule, CaptionerTraining
 from train.command import TrainCommand
 from train.detector import DetectorTraining
 from train.loop import Outcome, load_weights
 from train.new_captioner import build_tokenizer
 from train.statistics import described
+from train.words import Vocabulary
 
 Kind = Literal["captioner", "detector"]
 _SIDE_PX = 224

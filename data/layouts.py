@@ -211,11 +211,19 @@ def _read_csv(raw: RawInput, name: str, columns: Sequence[str], digest: hashlib.
     try:
         return list(reader)
     except csv.Error as error:
-        raise DataError(f"{name} in {raw.location} is no sound CSV, near line {reader.line_num}: {error}") from error
+        raise DataError(f"{name} is no sound CSV, near line {reader.line_num}: {error}") from error
 
 
 def _read_caption_list(raw: RawInput, name: str, digest: hashlib._Hash) -> list[tuple[str, str]]:
-    text = _text(raw, name, digest)
+    return parse_captions(_text(raw, name, digest), f"{name} in {raw.location}")
+
+
+def parse_captions(text: str, name: str) -> list[tuple[str, str]]:
+    """Photos' names and captions out of a list of either form; ``name`` is what an error calls it.
+
+    Raises:
+        DataError: wrong columns, or no sound CSV.
+    """
     header = text.split("\n", 1)[0].strip()
     if "|" in header:
         reader = csv.reader(io.StringIO(text, newline=""), delimiter="|", quoting=csv.QUOTE_NONE)
@@ -226,7 +234,7 @@ def _read_caption_list(raw: RawInput, name: str, digest: hashlib._Hash) -> list[
     caption_at = next((columns.index(c) for c in ("caption", "comment") if c in columns), None)
     if image_at is None or caption_at is None:
         raise DataError(
-            f"{name} in {raw.location} must have the columns image,caption or image_name|comment_number|comment; "
+            f"{name} must have the columns image,caption or image_name|comment_number|comment; "
             f"its first row is {header[:100]!r}"
         )
     records = []
@@ -239,7 +247,7 @@ def _read_caption_list(raw: RawInput, name: str, digest: hashlib._Hash) -> list[
                 caption = joined["caption"]
             records.append((fields[image_at].strip(), caption))
     except csv.Error as error:
-        raise DataError(f"{name} in {raw.location} is no sound CSV, near line {reader.line_num}: {error}") from error
+        raise DataError(f"{name} is no sound CSV, near line {reader.line_num}: {error}") from error
     return records
 
 

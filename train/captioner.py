@@ -20,12 +20,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -52,9 +51,8 @@ from train.module import Optimisation, TrainedModule, TrainingError
 from train.new_captioner import NewDecoder, write_new_captioner
 from train.stream import Augment, Batch, Deliver, Pictures, Source
 from train.tracking import RunReference, code_commit
+from train.words import IGNORED, Vocabulary, WordsModule, choose, pack, pad
 
-#: Targets that are not learnt.
-_IGNORED = -100
 PROMPT = "a picture of"
 
 
@@ -132,80 +130,7 @@ def load_captioner(checkpoint: Checkpoint, dropout: float | None = None) -> Any:
     )
 
 
-# -------------------------------------------------------------------------------------------------------- captions
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """What turns captions into tokens as the checkpoint's own tokenizer and configuration have it."""
-
-    tokenizer: Any
-    words: dict[str, int]
-    begin: int
-    end: int
-    pad: int
-    unknown: int | None
-    prompt: tuple[int, ...]
-
-    @classmethod
-    def of(cls, tokenizer: Any, model: Any, prompt: str) -> Vocabulary:
-        text = getattr(model.config, "text_config", model.config)
-        begin = text.bos_token_id
-        end = getattr(text, "sep_token_id", None) or text.eos_token_id  # BLIP ends with [SEP]
-        words = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
-        return cls(
-            tokenizer, tokenizer.get_vocab(), begin, end, text.pad_token_id or 0, tokenizer.unk_token_id, tuple(words)
-        )
-
-    def encode(self, caption: str, max_words: int) -> list[int]:
-        """Tokens of a caption without begin, prompt and end."""
-        found: list[int] = []
-        for word in caption.split()[:max_words]:
-            # the tokenizer would tear words with an apostrophe apart, known ones too
-            known = self.words.get(word)
-            found += [known] if known is not None else self.tokenizer(word, add_special_tokens=False)["input_ids"]
-        return found
-
-    def sequence(self, words: list[int]) -> tuple[list[int], list[int]]:
-        """What is read and what is to be said next: the prompt is given, and an unknown word is read but never taught,
-        or the model would learn to write it."""
-        tokens = [self.begin, *self.prompt, *words]
-        said = (
-            [_IGNORED] * len(self.prompt) + [_IGNORED if word == self.unknown else word for word in words] + [self.end]
-        )
-        return tokens, said
-
-
-def pad(sequences: Sequence[Sequence[float]], value: float) -> torch.Tensor:
-    """Sequences filled up to the longest."""
-    longest = max(map(len, sequences))
-    return torch.tensor([[*sequence, *[value] * (longest - len(sequence))] for sequence in sequences])
-
-
-def pack(captions: list[list[tuple[list[int], list[int]]]], padding: int) -> dict[str, torch.Tensor]:
-    """All captions of each photo (what is read, and what is to be said next) as one sequence: ``tokens``, ``targets``,
-    ``positions`` ``(n, length)`` and the additive ``mask`` ``(n, 1, length, length)``, 0 within a caption's past."""
-    tokens: list[list[int]] = []
-    targets: list[list[int]] = []
-    positions: list[list[int]] = []
-    segments: list[list[int]] = []
-    for read_and_said in captions:
-        tokens.append([token for read, _ in read_and_said for token in read])
-        targets.append([token for _, said in read_and_said for token in said])
-        positions.append([place for read, _ in read_and_said for place in range(len(read))])
-        segments.append([number for number, (read, _) in enumerate(read_and_said) for _ in read])
-    owner = pad(segments, -1)
-    length = owner.shape[1]
-    visible = (owner[:, :, None] == owner[:, None, :]) & torch.ones(length, length, dtype=torch.bool).tril()
-    return {
-        "tokens": pad(tokens, padding),
-        "targets": pad(targets, _IGNORED),
-        "positions": pad(positions, 0),
-        "mask": torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)[:, None],
-    }
-
-
-class CaptionerModule(TrainedModule):
+class CaptionerModule(WordsModule):
     """A captioner under training."""
 
     metric: ClassVar[str] = "val_selection"
@@ -222,10 +147,20 @@ class CaptionerModule(TrainedModule):
         generation: dict[str, Any],
         settings: CaptionerTraining,
     ) -> None:
-        super().__init__(model, normalisation, config, total_steps)
-        self.vocabulary, self.generation, self.settings = vocabulary, generation, settings
+        super().__init__(
+            model,
+            normalisation,
+            config,
+            total_steps,
+            vocabulary,
+            train,
+            max_words=settings.max_words,
+            label_smoothing=settings.label_smoothing,
+            accumulate=settings.accumulate,
+            all_captions=settings.freeze == "tower",
+        )
+        self.generation, self.settings = generation, settings
         self.train_captions, self.val_captions = train, val
-        self.tokens = [[vocabulary.encode(caption, settings.max_words) for caption in captions] for captions in train]
         self.reward = (
             CiderReward(train, with_ends=True, distinct=settings.distinct) if settings.objective == "cider" else None
         )
@@ -240,15 +175,14 @@ class CaptionerModule(TrainedModule):
                 prepared["features"] = some_patches(prepared["features"], self.settings.keep_patches)
             prepared["features"] = prepared["features"].float()
             if self.reward is None:
-                said = [[self.vocabulary.sequence(words) for words in self.tokens[row]] for row in rows]
-                prepared |= pack(said, self.vocabulary.pad)
+                prepared |= self.packed(self.tokens, rows)
         elif self.reward is None:
             drawn = [
                 self.vocabulary.sequence(choose(self.tokens[row], self.settings.seed, row, epoch))
                 for row, epoch in zip(rows, epochs, strict=True)
             ]
             prepared["tokens"] = pad([read for read, _ in drawn], self.vocabulary.pad)
-            prepared["targets"] = pad([said for _, said in drawn], _IGNORED)
+            prepared["targets"] = pad([said for _, said in drawn], IGNORED)
             prepared["mask"] = pad([[1] * len(read) for read, _ in drawn], 0)
         return prepared
 
@@ -272,38 +206,7 @@ class CaptionerModule(TrainedModule):
             ).logits
         # some architectures (GIT) put the picture's tokens before the text's
         logits = logits[:, -batch["tokens"].shape[1] :]
-        total = functional.cross_entropy(
-            logits.float().flatten(0, 1),
-            batch["targets"].flatten(),
-            ignore_index=_IGNORED,
-            reduction="sum",
-            label_smoothing=self.settings.label_smoothing,
-        )
-        if self.settings.accumulate > 1:  # what the step's other parts teach is not known here
-            return total / (self.words_a_row * len(batch["targets"]))
-        return total / self.mean_over_workers((batch["targets"] != _IGNORED).sum().float())
-
-    @cached_property
-    def words_a_row(self) -> float:
-        """Tokens that a row of the training captions teaches, in the mean: all its captions, or the drawn one."""
-        taught = [
-            [sum(token != _IGNORED for token in self.vocabulary.sequence(words)[1]) for words in captions]
-            for captions in self.tokens
-        ]
-        packed = self.settings.freeze == "tower"
-        return max(1.0, float(np.mean([sum(each) if packed else np.mean(each) for each in taught])))
-
-    def mean_over_workers(self, value: torch.Tensor) -> torch.Tensor:
-        """Workers have different numbers of words; what is averaged later must be divided by the same number."""
-        if (
-            torch.distributed.is_available()
-            and torch.distributed.is_initialized()
-            and torch.distributed.get_world_size() > 1
-        ):
-            value = value.clone()
-            torch.distributed.all_reduce(value)
-            value = value / torch.distributed.get_world_size()
-        return value.clamp(min=1)
+        return self.word_loss(logits, batch["targets"])
 
     def self_critical(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Minus the advantage of sampled captions over the others of their photo, times their log-likelihood, both at
@@ -324,7 +227,7 @@ class CaptionerModule(TrainedModule):
         advantage = (rewards - (rewards.sum(1, keepdim=True) - rewards) / (count - 1)).flatten().tolist()
         # with gradients, all captions of a photo in a row, as in `loss`: the photo is looked at once
         begin = [self.vocabulary.begin, *self.vocabulary.prompt]
-        spoken = [([*begin, *words[:-1]], [_IGNORED] * (len(begin) - 1) + words) for words in said]
+        spoken = [([*begin, *words[:-1]], [IGNORED] * (len(begin) - 1) + words) for words in said]
         photos = [slice(first, first + count) for first in range(0, len(said), count)]
         packed = pack([spoken[photo] for photo in photos], self.vocabulary.pad)
         worth = [
@@ -342,10 +245,10 @@ class CaptionerModule(TrainedModule):
         chances = -functional.cross_entropy(
             logits.float().flatten(0, 1) / self.settings.temperature,
             targets.flatten(),
-            ignore_index=_IGNORED,
+            ignore_index=IGNORED,
             reduction="none",
         ).view_as(targets)
-        return -(weights * chances).sum() / self.mean_over_workers((targets != _IGNORED).sum().float())
+        return -(weights * chances).sum() / self.mean_over_workers((targets != IGNORED).sum().float())
 
     def sample(self, decoder: Any, image: torch.Tensor) -> list[list[int]]:
         """``samples_per_photo`` captions of each photo, drawn: token ids after the prompt, up to the end."""
@@ -391,12 +294,6 @@ class CaptionerModule(TrainedModule):
         return {f"val_{name}": value for name, value in scores.items()} | {
             "val_selection": scores["bleu4"] + scores["cider"]
         }
-
-
-def choose(captions: list[list[int]], seed: int, row: int, epoch: int) -> list[int]:
-    """The caption of a photo that an epoch shows: each in turn, in an order of the photo's own."""
-    order = np.random.default_rng([seed, row, epoch // len(captions)]).permutation(len(captions))
-    return captions[order[epoch % len(captions)]]
 
 
 def some_patches(features: torch.Tensor, keep: float) -> torch.Tensor:
@@ -494,34 +391,10 @@ class CaptionerJob:
     ) -> dict[str, float]:
         """Write the checkpoint folder."""
         assert isinstance(module, CaptionerModule)
-        checkpoint = resolve(self.checkpoint)
-        folder.mkdir(parents=True)
-        model.save_pretrained(folder, safe_serialization=True)
-        module.vocabulary.tokenizer.save_pretrained(folder)
-        for name in ("preprocessor_config.json", "processor_config.json"):
-            if (checkpoint.folder / name).is_file():
-                shutil.copyfile(checkpoint.folder / name, folder / name)
-        manifest = self.version.manifest
-        prompt = module.settings.prompt
         figures = {name: value for name, value in metrics.items() if name != "val_selection"}
-        card = {
-            "task": "captioning",
-            "architecture": type(model).__name__,
-            "preprocessing": self.views.model_dump(mode="json"),
-            "generation": module.generation | ({"prompt": prompt} if prompt else {}),
-            "dataset": {
-                "name": manifest.name,
-                "version": manifest.version,
-                "before": data_before(checkpoint),
-                "photos": manifest.counts,
-            },
-            "training": training_of(self.config, checkpoint),
-            "metrics": {name: round(value, 4) for name, value in figures.items()},
-            "code_commit": code_commit(),
-            "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "licence": "that of the training pictures applies to these weights; see the data set's terms",
-        }
-        (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+        prompt = module.settings.prompt
+        generation = module.generation | ({"prompt": prompt} if prompt else {})
+        write_captioner(model, module.vocabulary.tokenizer, self, generation, figures, folder)
         return figures
 
     def samples(self, module: TrainedModule) -> list[tuple[Any, str]]:
@@ -530,6 +403,60 @@ class CaptionerJob:
         return (
             [(image, module.judged[row]) for row, image in pictures_of(self.version, chosen).items()] if chosen else []
         )
+
+
+class Origin(Protocol):
+    """What the card of a captioner says of where it comes from; a job is one."""
+
+    @property
+    def config(self) -> TrainCommand: ...
+
+    @property
+    def version(self) -> DataVersion: ...
+
+    @property
+    def checkpoint(self) -> str: ...
+
+    @property
+    def views(self) -> ViewSpec: ...
+
+
+def write_captioner(
+    model: Any,
+    tokenizer: Any,
+    origin: Origin,
+    generation: dict[str, Any],
+    figures: dict[str, float],
+    folder: Path,
+    licence: str = "that of the training pictures applies to these weights; see the data set's terms",
+) -> None:
+    """Write a checkpoint folder with its card."""
+    checkpoint = resolve(origin.checkpoint)
+    folder.mkdir(parents=True)
+    model.save_pretrained(folder, safe_serialization=True)
+    tokenizer.save_pretrained(folder)
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if (checkpoint.folder / name).is_file():
+            shutil.copyfile(checkpoint.folder / name, folder / name)
+    manifest = origin.version.manifest
+    card = {
+        "task": "captioning",
+        "architecture": type(model).__name__,
+        "preprocessing": origin.views.model_dump(mode="json"),
+        "generation": generation,
+        "dataset": {
+            "name": manifest.name,
+            "version": manifest.version,
+            "before": data_before(checkpoint),
+            "photos": manifest.counts,
+        },
+        "training": training_of(origin.config, checkpoint),
+        "metrics": {name: round(value, 4) for name, value in figures.items()},
+        "code_commit": code_commit(),
+        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "licence": licence,
+    }
+    (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
 
 
 def prompt_of(config: CaptionerTraining, checkpoint: Checkpoint) -> str:
@@ -546,20 +473,46 @@ def generation_of(config: CaptionerTraining, checkpoint: Checkpoint) -> dict[str
     return GENERATION | own | told
 
 
-def new_checkpoint(config: CaptionerTraining, version: DataVersion) -> str:
+def new_checkpoint(decoder: NewDecoder, seed: int, version: DataVersion) -> str:
     """The folder of the untrained captioner that ``--model new`` means, written if it is not there."""
-    key = json.dumps([config.new.model_dump(), config.seed, version.manifest.version])
+    key = json.dumps([decoder.model_dump(), seed, version.manifest.version])
     target = cache_root() / "new" / hashlib.sha256(key.encode()).hexdigest()[:16]
     if not target.is_dir():
         captions = [text for texts in version.table("train", ["captions"])["captions"].to_pylist() for text in texts]
-        write_new_captioner(captions, config.new, config.seed, target)
+        write_new_captioner(captions, decoder, seed, target)
     return str(target)
 
 
 def base_of(config: CaptionerTraining, version: DataVersion) -> str:
     """The URI of the checkpoint that training starts from."""
     uri = config.start_from()
-    return new_checkpoint(config, version) if uri == "new" else uri
+    return new_checkpoint(config.new, config.seed, version) if uri == "new" else uri
+
+
+def check_captions(version: DataVersion) -> None:
+    """Refuse a version that no captioner can be trained on.
+
+    Raises:
+        TrainingError: it has no captions, or nothing to train or validate on.
+    """
+    manifest = version.manifest
+    if manifest.name != "flickr30k":
+        raise TrainingError(f"{version.location} is the data set {manifest.name}, which has no captions: use flickr30k")
+    for split in ("train", "val"):
+        if not manifest.counts.get(split):
+            raise TrainingError(f"split {split} of {version.location} is empty: prepare it again with a share for it")
+
+
+def trainable(checkpoint: Checkpoint) -> tuple[Any, ViewSpec]:
+    """The model of a checkpoint and how it looks at a picture.
+
+    Raises:
+        TrainingError: it is no captioner.
+    """
+    try:
+        return load_captioner(checkpoint), ViewSpec.from_processor(checkpoint.folder)
+    except (ValueError, RuntimeError, OSError, SafetensorError) as error:
+        raise TrainingError(f"{checkpoint.uri} cannot be trained as a captioner: {error}") from error
 
 
 def prepare_job(
@@ -573,12 +526,7 @@ def prepare_job(
     Raises:
         TrainingError, CheckpointError: model or data set are not fit for it.
     """
-    manifest = version.manifest
-    if manifest.name != "flickr30k":
-        raise TrainingError(f"{version.location} is the data set {manifest.name}, which has no captions: use flickr30k")
-    for split in ("train", "val"):
-        if not manifest.counts.get(split):
-            raise TrainingError(f"split {split} of {version.location} is empty: prepare it again with a share for it")
+    check_captions(version)
     if config.start_from() == "new":
         if config.blend < 1:
             raise TrainingError("--blend mixes with the weights that training starts from, and --model new has none")
@@ -588,11 +536,7 @@ def prepare_job(
         if config.prompt is None:
             config = config.model_copy(update={"prompt": ""})
     checkpoint = checkpoint or resolve(base_of(config, version))
-    try:
-        model = load_captioner(checkpoint)
-        views = ViewSpec.from_processor(checkpoint.folder)
-    except (ValueError, RuntimeError, OSError, SafetensorError) as error:
-        raise TrainingError(f"{checkpoint.uri} cannot be trained as a captioner: {error}") from error
+    model, views = trainable(checkpoint)
     apart = hasattr(model, "text_decoder") and hasattr(model, "vision_model")
     if (config.freeze == "tower" or config.objective == "cider") and not apart:
         raise TrainingError(

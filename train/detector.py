@@ -577,6 +577,7 @@ def training_of(config: TrainCommand, checkpoint: Checkpoint) -> dict[str, Any]:
         "object_store_bytes",
         "name",
         "model",
+        "texts",
     }
     return {"model": checkpoint.name, **config.model_dump(mode="json", exclude=hidden)}
 

@@ -65,7 +65,7 @@ def write_version(folder: Path, name: DatasetName, rows: Sequence[dict[str, Any]
         }
         if "captions" in row:
             own |= {"raw_captions": row["captions"], "captions": [clean_caption(text) for text in row["captions"]]}
-        given = ("image", "split", "label", "generator", "source")
+        given = ("image", "split", "label", "generator", "source", "file_name")
         full.append(own | {"group": own["id"]} | {key: row[key] for key in given if key in row})
     digest = hashlib.sha256(json.dumps([[row["id"], row["split"]] for row in full]).encode()).hexdigest()[:12]
     version = folder / name / digest

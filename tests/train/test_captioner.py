@@ -26,10 +26,8 @@ from train.captioner import (
     CaptionerModule,
     CaptionerTraining,
     TowerTokens,
-    choose,
     generation_of,
     load_captioner,
-    pack,
     prepare_job,
     prompt_of,
     some_patches,
@@ -40,6 +38,7 @@ from train.features import Encode, Features
 from train.loop import fit_locally
 from train.module import TrainingError
 from train.stream import Deliver
+from train.words import choose, pack
 
 
 def job_of(photos: Path, blip: Path, **changes: Any) -> CaptionerJob:
