@@ -1,13 +1,13 @@
 """``make starter``: the starter models' trained halves, made again from raw data by the commands that everybody uses.
 
-In: the two raw data sets. Out: ``deployments/starter_weights/detector`` and ``captioner`` (weights, configuration,
-card) and their reports under ``--work``. Preparation and training resume, or do nothing when they are done, and reports
-are made again, so the same command goes on after a kill.
+In: the two raw data sets, and a list of captions without photos. Out: ``deployments/starter_weights/detector`` and
+``captioner`` (weights, configuration, card) and their reports under ``--work``. Preparation and training resume, or do
+nothing when they are done, and reports are made again, so the same command goes on after a kill.
 
 What is committed is written last, both halves together: the cards tell the commit that the models were trained by, and
 a file of the repository that had changed by then would make it ``-dirty``. ``--only`` one of the two from a clean tree.
 
-    python -m train.starter --labelled aivshuman-mini --captioned flickr8k-224 --work ~/starter
+    python -m train.starter --labelled aivshuman-mini --captioned flickr8k-224 --texts captions.txt.gz --work ~/starter
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 _ROOT = Path(__file__).parent.parent
 _WEIGHTS = _ROOT / "deployments" / "starter_weights"
@@ -28,12 +29,22 @@ DETECTOR = """
     --model starter:detector --head new --freeze tower --epochs 60 --batch-size 64 --learning-rate 1e-3 --weight-decay 0
     --warmup 0 --penalty 0.02 --balance 0.5 --max-steps 720 --validate-every 720 --seed 20260101
     """
-#: The captioner, on the likelihood of human captions alone: with ``--objective cider`` behind it BLEU-4 and CIDEr rise,
-#: captions become alike, and fewer pictures are found by them (benchmarks/TRIED.md). The tower computes in
-#: float32: a CPU without bf16 units takes many times as long in bf16, and this is to be made again anywhere.
+#: What the captioner's decoder learns before it sees a photo: to write captions.
+LANGUAGE = """
+    --model new --new.dropout 0.1 --epochs 1 --batch-size 32 --learning-rate 1e-3 --weight-decay 0.05 --warmup 0.1
+    --seed 20260101
+    """
+#: Then it learns to write what photos show, by the likelihood of human captions. The tower computes in float32: a CPU
+#: without bf16 units takes many times as long in bf16, and this is to be made again anywhere.
 CAPTIONER = """
-    --model new --freeze tower --features 32 --epochs 4 --batch-size 16 --learning-rate 6e-4 --weight-decay 0.05
+    --freeze tower --features 32 --epochs 4 --batch-size 16 --learning-rate 6e-4 --weight-decay 0.05
     --warmup 0.14 --label-smoothing 0.1 --dropout 0.15 --keep-patches 0.4 --length-penalty 0.5 --prompt= --seed 20260101
+    """
+#: Last, by the CIDEr of captions that it draws, less what they score against photos that are alike: without that
+#: captions become alike as well, and fewer pictures are found by them (benchmarks/TRIED.md).
+CIDER = """
+    --objective cider --temperature 0.5 --distinct 0.5 --freeze tower --features 32 --epochs 3 --batch-size 16
+    --learning-rate 1e-4 --weight-decay 0.05 --keep-patches 0.4 --validate-every 174 --prompt= --seed 20260101
     """
 
 
@@ -44,9 +55,23 @@ class Starter(BaseModel):
 
     labelled: str = Field(description="raw data set of the detector: folder with train.csv, zip or s3://")
     captioned: str = Field(description="raw data set of the captioner: folder with captions.txt, zip or s3://")
+    texts: str = Field(
+        "",
+        description="captions without photos that the captioner's decoder learns from: --texts of train.language",
+    )
     work: Path = Field(description="where data, runs, checkpoints and reports go")
     only: str = Field("detector,captioner", description="which of the two")
     threads: int = Field(2, ge=1)
+    precision: Literal["32-true", "bf16-mixed"] = Field(
+        "32-true",
+        description="of the decoder's training; bf16-mixed takes 0.6 of the time where a CPU has units for it",
+    )
+
+    @model_validator(mode="after")
+    def _told_what_to_read(self) -> Self:
+        if "captioner" in self.only.split(",") and not self.texts:
+            raise ValueError("the captioner needs --texts, a list of captions such as Flickr30k's, or --only detector")
+        return self
 
     @field_validator("only")
     @classmethod
@@ -61,23 +86,33 @@ def steps(config: Starter) -> Iterator[list[str]]:
     """The commands, in their order."""
     work = config.work.expanduser().absolute()
     prepared, models, reports = work / "prepared", work / "models", work / "reports"
-    common = ["--storage", str(work / "runs"), "--cache", str(work / "features"), "--threads", str(config.threads)]
+    common = ["--storage", str(work / "runs"), "--threads", str(config.threads)]
+    features = ["--cache", str(work / "features")]
     chosen = config.only.split(",")
     extracts = []
     if "detector" in chosen:
         data, head = str(prepared / "aivshuman"), str(models / "detector")
         yield _prepare("aivshuman", config.labelled, prepared)
-        yield ["train.detector", "--data", data, "--output", head, *shlex.split(DETECTOR), *common]
+        yield ["train.detector", "--data", data, "--output", head, *shlex.split(DETECTOR), *common, *features]
         yield [
-            *("train.leave_out", "--data", data, "--checkpoint", head, "--cache", str(work / "features")),
+            *("train.leave_out", "--data", data, "--checkpoint", head, *features),
             *("--result", str(reports / "detector.json")),
         ]
         yield ["train.drift_reference", "--checkpoint", head, "--data", data, "--threads", str(config.threads)]
         extracts.append(_extract(head, "detector"))
     if "captioner" in chosen:
-        data, decoder = str(prepared / "flickr30k"), str(models / "captioner")
+        data = str(prepared / "flickr30k")
+        writer, describer, decoder = (str(models / name) for name in ("writer", "describer", "captioner"))
+        own = ["--data", data, *common, "--precision", config.precision]
         yield _prepare("flickr30k", config.captioned, prepared)
-        yield ["train.captioner", "--data", data, "--output", decoder, *shlex.split(CAPTIONER), *common]
+        yield ["train.language", "--texts", config.texts, "--output", writer, *shlex.split(LANGUAGE), *own]
+        for base, made, recipe in ((writer, describer, CAPTIONER), (describer, decoder, CIDER)):
+            yield [
+                *("train.captioner", "--name", Path(made).name, "--model", base, "--output", made),
+                *shlex.split(recipe),
+                *own,
+                *features,
+            ]
         yield [
             *("train.evaluate", "captioner", "--data", data, "--checkpoint", decoder, "--against", ""),
             *("--output", str(reports / "captioner")),

@@ -20,7 +20,7 @@ from train.starter import Starter, steps
 
 
 def made(only: str = "detector,captioner") -> list[list[str]]:
-    return list(steps(Starter(labelled="raw", captioned="raw", work=Path("work"), only=only)))
+    return list(steps(Starter(labelled="raw", captioned="raw", texts="list.csv", work=Path("work"), only=only)))
 
 
 def test_the_repository_changes_after_the_last_training_only() -> None:
@@ -28,7 +28,7 @@ def test_the_repository_changes_after_the_last_training_only() -> None:
     programs = [step[0] for step in made()]
     assert programs[-2:] == ["train.extract", "train.extract"] and programs.count("train.extract") == 2
     trainings = [place for place, name in enumerate(programs) if name in ("train.detector", "train.captioner")]
-    assert len(trainings) == 2 and max(trainings) < len(programs) - 2
+    assert len(trainings) == 3 and max(trainings) < len(programs) - 2
     assert [step[0] for step in made("captioner")].count("train.extract") == 1
 
 
@@ -101,6 +101,12 @@ def test_only_what_was_trained_on_the_packaged_tower_comes_apart(
     assert {"decoder.safetensors", "text_config.json", "vocab.txt", "card.json"} < {
         file.name for file in target.iterdir()
     }
+
+
+def test_a_captioner_is_not_made_of_other_things_than_the_committed_one() -> None:
+    with pytest.raises(ValidationError, match="--texts"):
+        Starter(labelled="raw", captioned="raw", work=Path("work"))
+    assert Starter(labelled="raw", captioned="raw", work=Path("work"), only="detector").texts == ""
 
 
 def test_a_name_that_is_none_of_the_two_is_told() -> None:
