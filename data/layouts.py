@@ -211,7 +211,7 @@ def _read_csv(raw: RawInput, name: str, columns: Sequence[str], digest: hashlib.
     try:
         return list(reader)
     except csv.Error as error:
-        raise DataError(f"{name} is no sound CSV, near line {reader.line_num}: {error}") from error
+        raise DataError(f"{name} in {raw.location} is no sound CSV, near line {reader.line_num}: {error}") from error
 
 
 def _read_caption_list(raw: RawInput, name: str, digest: hashlib._Hash) -> list[tuple[str, str]]:

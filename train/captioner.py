@@ -47,16 +47,16 @@ from train.command import TrainCommand, absolute, data_before, launch, run_comma
 from train.detector import pictures_of, training_of
 from train.features import Features, compute_features
 from train.loop import threads_of
-from train.module import Optimisation, TrainedModule, TrainingError
+from train.module import TrainedModule, TrainingError
 from train.new_captioner import NewDecoder, write_new_captioner
 from train.stream import Augment, Batch, Deliver, Pictures, Source
 from train.tracking import RunReference, code_commit
-from train.words import IGNORED, Vocabulary, WordsModule, choose, pack, pad
+from train.words import IGNORED, Vocabulary, WordsModule, WordsTraining, choose, pack, pad
 
 PROMPT = "a picture of"
 
 
-class CaptionerTraining(TrainCommand):
+class CaptionerTraining(WordsTraining):
     """Fine-tune a captioner."""
 
     model_config = ConfigDict(extra="forbid")
@@ -66,7 +66,6 @@ class CaptionerTraining(TrainCommand):
         description="checkpoint to start from, or `new`; unset: Salesforce/blip-image-captioning-base where this "
         "command itself sees a GPU for its workers, starter:captioner elsewhere; to a cluster elsewhere name it",
     )
-    new: NewDecoder = Field(NewDecoder(), description="the decoder of `--model new`")
     name: str = Field("captioner", description="name of the run; the same name in the same storage goes on with it")
     learning_rate: float = Field(1e-5, gt=0, description="at its highest")
     objective: Literal["likelihood", "cider"] = Field(
@@ -86,11 +85,6 @@ class CaptionerTraining(TrainCommand):
     augment: bool = Field(True, description="random crop, flip and RandAugment; off with a frozen tower")
     prompt: str | None = Field(
         None, description="words that every caption begins with; unset: the checkpoint's, or BLIP's `a picture of`"
-    )
-    max_words: int = Field(30, ge=4, description="longer captions are cut")
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    dropout: float | None = Field(
-        None, ge=0, lt=1, description="every dropout of the model; unset: as its configuration says"
     )
     temperature: float = Field(
         0.5, gt=0, le=2, description="of the captions that --objective cider draws: at 1 most have a stray word"
@@ -139,7 +133,6 @@ class CaptionerModule(WordsModule):
         self,
         model: Any,
         normalisation: Normalisation,
-        config: Optimisation,
         total_steps: int,
         vocabulary: Vocabulary,
         train: list[list[str]],
@@ -148,16 +141,7 @@ class CaptionerModule(WordsModule):
         settings: CaptionerTraining,
     ) -> None:
         super().__init__(
-            model,
-            normalisation,
-            config,
-            total_steps,
-            vocabulary,
-            train,
-            max_words=settings.max_words,
-            label_smoothing=settings.label_smoothing,
-            accumulate=settings.accumulate,
-            all_captions=settings.freeze == "tower",
+            model, normalisation, settings, total_steps, vocabulary, train, all_captions=settings.freeze == "tower"
         )
         self.generation, self.settings = generation, settings
         self.train_captions, self.val_captions = train, val
@@ -370,7 +354,6 @@ class CaptionerJob:
         return CaptionerModule(
             model,
             Normalisation.from_processor(checkpoint.folder),
-            self.config,
             total_steps,
             Vocabulary.of(tokenizer, model, prompt),
             self.version.table("train", ["captions"])["captions"].to_pylist(),
@@ -428,7 +411,6 @@ def write_captioner(
     generation: dict[str, Any],
     figures: dict[str, float],
     folder: Path,
-    licence: str = "that of the training pictures applies to these weights; see the data set's terms",
 ) -> None:
     """Write a checkpoint folder with its card."""
     checkpoint = resolve(origin.checkpoint)
@@ -454,7 +436,7 @@ def write_captioner(
         "metrics": {name: round(value, 4) for name, value in figures.items()},
         "code_commit": code_commit(),
         "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "licence": licence,
+        "licence": "that of the training pictures applies to these weights; see the data set's terms",
     }
     (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
 

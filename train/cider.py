@@ -27,7 +27,7 @@ class CiderReward:
         with_ends: the end of a caption counts as a word. Without it nothing is lost by ending in "in a", which most
             photos have somewhere, and what is rewarded learns to.
         distinct: how much of the mean score against the references of ``like`` photos is taken away. At 0 what is
-            rewarded is what can be said of most pictures, and a caption finds its own no more.
+            rewarded is what can be said of most pictures, and captions become alike.
         like: how many photos, those whose references are most like its own.
     """
 

@@ -15,6 +15,8 @@ What is kept is the checkpoint that is least surprised by the captions of the va
 
 from __future__ import annotations
 
+import gzip
+import io
 import math
 import zlib
 from collections.abc import Iterator
@@ -38,18 +40,17 @@ from deployments.checkpoints import Checkpoint, resolve
 from deployments.pixels import Normalisation
 from deployments.views import ViewSpec
 from train.captioner import check_captions, load_captioner, new_checkpoint, trainable, write_captioner
-from train.command import TrainCommand, absolute, launch, run_command
+from train.command import absolute, launch, run_command
 from train.module import TrainedModule, TrainingError
-from train.new_captioner import NewDecoder
 from train.stream import Batch
 from train.tracking import RunReference
-from train.words import IGNORED, Vocabulary, WordsModule
+from train.words import IGNORED, Vocabulary, WordsModule, WordsTraining
 
 #: A list of captions unpacked: a small file may hold any number of zeros.
 _MOST_BYTES = 1 << 30
 
 
-class LanguageTraining(TrainCommand):
+class LanguageTraining(WordsTraining):
     """Teach a captioner's decoder to write."""
 
     model_config = ConfigDict(extra="forbid")
@@ -59,15 +60,9 @@ class LanguageTraining(TrainCommand):
         "or as .gz; a path or s3://, seen by all nodes"
     )
     model: str = Field("new", description="captioner whose decoder is taught, or `new`")
-    new: NewDecoder = Field(NewDecoder(), description="the decoder of `--model new`")
     name: str = Field("language", description="name of the run; the same name in the same storage goes on with it")
     learning_rate: float = Field(1e-3, gt=0, description="at its highest")
     epochs: int = Field(2, ge=1, description="passes over all captions")
-    max_words: int = Field(30, ge=4, description="longer captions are cut")
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    dropout: float | None = Field(
-        None, ge=0, lt=1, description="every dropout of the model; unset: as `new` or the checkpoint has it"
-    )
 
 
 # ---------------------------------------------------------------------------------------------------------- captions
@@ -105,11 +100,11 @@ def read_texts(place: str, version: DataVersion) -> list[list[str]]:
 
 def _decompressed(content: bytes, name: str) -> bytes:
     try:
-        unpacked = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
-        text = unpacked.decompress(content, _MOST_BYTES)
-    except zlib.error as error:
+        with gzip.GzipFile(fileobj=io.BytesIO(content)) as packed:
+            text = packed.read(_MOST_BYTES + 1)
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{name} is no sound gzip file: {error}") from error
-    if unpacked.unconsumed_tail:
+    if len(text) > _MOST_BYTES:
         raise DataError(f"{name} is longer than {_MOST_BYTES >> 30} GiB: split it")
     return text
 
@@ -134,8 +129,8 @@ class LanguageModule(WordsModule):
 
     metric: ClassVar[str] = "val_selection"
 
-    def __init__(self, *given: Any, val: list[list[str]], **named: Any) -> None:
-        super().__init__(*given, **named, all_captions=True)
+    def __init__(self, *given: Any, val: list[list[str]]) -> None:
+        super().__init__(*given, all_captions=True)
         self.val_tokens = self.encoded(val)
 
     def prepare(self, batch: Batch) -> dict[str, torch.Tensor]:
@@ -205,9 +200,6 @@ class LanguageJob:
             Vocabulary.of(tokenizer, model, ""),
             [*photos, *read_texts(config.texts, self.version)],
             val=self.version.table("val", ["captions"])["captions"].to_pylist(),
-            max_words=config.max_words,
-            label_smoothing=config.label_smoothing,
-            accumulate=config.accumulate,
         )
 
     def example(self, module: TrainedModule) -> dict[str, torch.Tensor]:

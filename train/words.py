@@ -1,7 +1,8 @@
 """From captions to what a text decoder reads and is taught.
 
-In: the checkpoint's own tokenizer and configuration, cleaned captions. Out: token ids, batches of them as padded
-tensors, and a ``WordsModule`` with the loss of words, whose forward a task fills in. Knows no picture.
+In: the checkpoint's own tokenizer and configuration, cleaned captions, the settings of a ``WordsTraining``. Out: token
+ids, batches of them as padded tensors, and a ``WordsModule`` with the loss of words, whose forward a task fills in.
+Knows no picture.
 """
 
 from __future__ import annotations
@@ -13,13 +14,29 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch.nn import functional
 
 from deployments.pixels import Normalisation
-from train.module import Optimisation, TrainedModule
+from train.command import TrainCommand
+from train.module import TrainedModule
+from train.new_captioner import NewDecoder
 
 #: Targets that are not learnt.
 IGNORED = -100
+
+
+class WordsTraining(TrainCommand):
+    """Settings of whatever trains a text decoder."""
+
+    new: NewDecoder = Field(NewDecoder(), description="the decoder of `--model new`")
+    max_words: int = Field(30, ge=4, description="longer captions are cut")
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="share of each word's probability that is left to the others"
+    )
+    dropout: float | None = Field(
+        None, ge=0, lt=1, description="every dropout of the model; unset: as `new` or its configuration says"
+    )
 
 
 @dataclass(frozen=True)
@@ -101,9 +118,6 @@ class WordsModule(TrainedModule):
 
     Args:
         captions: cleaned ones of every training row.
-        max_words: of a caption; the rest is cut off.
-        label_smoothing: share of each word's probability that is left to the others.
-        accumulate: parts that a step is computed in.
         all_captions: a row teaches all its captions, and not one that is drawn.
     """
 
@@ -111,24 +125,20 @@ class WordsModule(TrainedModule):
         self,
         model: Any,
         normalisation: Normalisation,
-        config: Optimisation,
+        config: WordsTraining,
         total_steps: int,
         vocabulary: Vocabulary,
         captions: Sequence[Sequence[str]],
         *,
-        max_words: int,
-        label_smoothing: float = 0.0,
-        accumulate: int = 1,
-        all_captions: bool = False,
+        all_captions: bool,
     ) -> None:
         super().__init__(model, normalisation, config, total_steps)
-        self.vocabulary, self.max_words, self.label_smoothing = vocabulary, max_words, label_smoothing
-        self.accumulate, self.all_captions = accumulate, all_captions
+        self.words, self.vocabulary, self.all_captions = config, vocabulary, all_captions
         self.tokens = self.encoded(captions)
 
     def encoded(self, captions: Sequence[Sequence[str]]) -> list[list[list[int]]]:
         """Tokens of every row's captions, without begin and end."""
-        return [[self.vocabulary.encode(text, self.max_words) for text in texts] for texts in captions]
+        return [[self.vocabulary.encode(text, self.words.max_words) for text in texts] for texts in captions]
 
     def packed(self, tokens: list[list[list[int]]], rows: Iterable[int]) -> dict[str, torch.Tensor]:
         """All captions of each of these rows as one sequence."""
@@ -143,9 +153,9 @@ class WordsModule(TrainedModule):
             targets.flatten(),
             ignore_index=IGNORED,
             reduction="sum",
-            label_smoothing=self.label_smoothing,
+            label_smoothing=self.words.label_smoothing,
         )
-        if self.accumulate > 1:  # what the step's other parts teach is not known here
+        if self.words.accumulate > 1:  # what the step's other parts teach is not known here
             return total / (self.words_a_row * len(targets))
         return total / self.mean_over_workers((targets != IGNORED).sum().float())
 

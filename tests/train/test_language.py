@@ -94,6 +94,7 @@ def test_the_loss_is_that_of_the_decoder_without_a_picture(photos: Path, blip: P
         (b"image,caption\n", "no caption but"),
         (b"name,words\n1.jpg,a dog\n", "must have the columns"),
         (b"\x1f\x8b\x00broken", "no sound gzip"),
+        (gzip.compress(b"image,caption\n1.jpg,a dog\n" * 9)[:-9], "no sound gzip"),
         (b"\xff\xfe\x00", "no UTF-8"),
     ],
 )
