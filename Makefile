@@ -58,8 +58,9 @@ dev: $(VENV)/.dev  ## what tests and checks need, on top
 starter-models: setup  ## build the starter models (demo and serve do it by themselves)
 	$(PY) -m deployments.starter
 
-starter: dev  ## train the starter models again (LABELLED=, CAPTIONED=, TEXTS=, WORK=FOLDER)
-	$(PY) -m train.starter --labelled $(LABELLED) --captioned $(CAPTIONED) --texts $(TEXTS) --work $(WORK)
+starter: dev  ## train the starter models again (LABELLED=, CAPTIONED=, TEXTS=, WORK=FOLDER; ONLY=detector or captioner)
+	$(PY) -m train.starter --labelled "$(LABELLED)" --captioned "$(CAPTIONED)" --texts "$(TEXTS)" --work "$(WORK)" \
+		$(if $(ONLY),--only $(ONLY))
 
 data-dashboard: dev  ## prepared data in the browser (DATA=FOLDER)
 	$(PY) -m data.dashboard --data $(DATA)

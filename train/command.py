@@ -88,6 +88,11 @@ class TrainCommand(LoopConfig, RaySettings):
             raise ValueError(f"{value!r} is no duration: write 5h30m, 45m or 90s")
         return value
 
+    def files(self) -> dict[str, str]:
+        """Files that a run reads beside its data and model, by the setting that names them. One that goes on reads
+        what it was started with: another content under the same name is refused."""
+        return {}
+
     @property
     def limit_s(self) -> float:
         """The time limit in seconds, or infinity."""
@@ -169,7 +174,9 @@ def _launch(
             checkpoint = base_of(config, base, version, kept)
             job, parameters = prepare(config, version, checkpoint)
             check_space(config, place, parameters)
-            _keep_settings(config, folder, started, version, checkpoint)
+            if kept and (changed := _changed_file(config, kept)):
+                raise _gone(config, "what it read", changed)
+            _keep_settings(config, folder, started, inputs_as_kept(version, checkpoint) | _files_as_kept(config))
     except Exception as error:
         if config.record:
             refused(config.tracking, experiment, config.name, error, _parameters(config), parent)
@@ -643,11 +650,25 @@ def as_finished(config: Command, base: Callable[[Command, DataVersion], str], st
         elif not (named := base(config, version)).startswith("starter:") or named != started["model"]:
             checkpoint = resolve(absolute(pinned(named)))
             now = f"model {checkpoint.name}" if checkpoint.revision != started["revision"] else ""
-    if now:
+    if now := now or _changed_file(config, started):
         raise TrainingError(
             f"{told}, and the settings name {now} now: nothing was trained; give another --name to train anew"
         )
     return told
+
+
+def _files_as_kept(config: TrainCommand) -> dict[str, str]:
+    """Digests of ``TrainCommand.files``, for ``_changed_file`` of a later start."""
+    return {name: _digest(Location.of(place)) for name, place in config.files().items()}
+
+
+def _changed_file(config: TrainCommand, started: Mapping[str, str]) -> str:
+    """The setting of a file whose content is not what it was when the run was started; nothing of one that is gone."""
+    for name, place in config.files().items():
+        file = Location.of(place)
+        if name in started and file.is_file() and _digest(file) != started[name]:
+            return f"another content of --{name} {place}"
+    return ""
 
 
 def _gone(config: TrainCommand, what: str, reason: str) -> TrainingError:
@@ -686,11 +707,11 @@ def inputs_as_kept(version: DataVersion, checkpoint: Checkpoint) -> dict[str, st
 
 
 def _keep_settings(
-    config: TrainCommand, folder: Location, started: Mapping[str, Any], version: DataVersion, checkpoint: Checkpoint
+    config: TrainCommand, folder: Location, started: Mapping[str, Any], inputs: Mapping[str, str]
 ) -> None:
     """For the next start; a run from before inputs were kept is bound to today's."""
     if "inputs" not in started:
-        kept = {**(started or _settings(config)), "inputs": inputs_as_kept(version, checkpoint)}
+        kept = {**(started or _settings(config)), "inputs": inputs}
         (folder / "settings.json").write_text(json.dumps(kept, indent=1) + "\n")
 
 

@@ -64,6 +64,9 @@ class LanguageTraining(WordsTraining):
     learning_rate: float = Field(1e-3, gt=0, description="at its highest")
     epochs: int = Field(2, ge=1, description="passes over all captions")
 
+    def files(self) -> dict[str, str]:
+        return {"texts": self.texts}
+
 
 # ---------------------------------------------------------------------------------------------------------- captions
 

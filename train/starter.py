@@ -53,8 +53,8 @@ class Starter(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    labelled: str = Field(description="raw data set of the detector: folder with train.csv, zip or s3://")
-    captioned: str = Field(description="raw data set of the captioner: folder with captions.txt, zip or s3://")
+    labelled: str = Field("", description="raw data set of the detector: folder with train.csv, zip or s3://")
+    captioned: str = Field("", description="raw data set of the captioner: folder with captions.txt, zip or s3://")
     texts: str = Field(
         "",
         description="captions without photos that the captioner's decoder learns from: --texts of train.language",
@@ -69,8 +69,10 @@ class Starter(BaseModel):
 
     @model_validator(mode="after")
     def _told_what_to_read(self) -> Self:
-        if "captioner" in self.only.split(",") and not self.texts:
-            raise ValueError("the captioner needs --texts, a list of captions such as Flickr30k's, or --only detector")
+        needed = {"detector": ("labelled",), "captioner": ("captioned", "texts")}
+        chosen = self.only.split(",")
+        if missing := [f"--{name}" for model in chosen for name in needed[model] if not getattr(self, name)]:
+            raise ValueError(f"{' and '.join(missing)} must be given for {' and '.join(chosen)}")
         return self
 
     @field_validator("only")

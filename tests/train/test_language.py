@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ import pytest
 import torch
 
 from data.errors import DataError
+from data.locations import Location
 from data.versions import open_version
 from deployments.checkpoints import resolve
 from tests.train.small import coloured, write_version
+from train import command
 from train.captioner import load_captioner
-from train.language import LanguageJob, LanguageModule, LanguageTraining, prepare_job, read_texts
-from train.loop import export, fit_locally
+from train.language import LanguageJob, LanguageModule, LanguageTraining, prepare_job, read_texts, train
+from train.loop import Outcome, export, fit_locally
 from train.module import TrainingError
 
 #: Colours follow shapes: what photos cannot say, for the list has none.
@@ -110,3 +113,28 @@ def test_settings_that_cannot_work_are_refused_before_anything_starts(photos: Pa
         job_of(photos, blip, texts.with_name("missing.csv"))
     with pytest.raises(TrainingError, match="ddp"):
         job_of(photos, blip, texts, strategy="fsdp")
+
+
+def test_a_run_goes_on_with_the_list_that_it_was_started_with_or_not_at_all(
+    photos: Path, blip: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(config: LanguageTraining, _job: object, place: Location, _callbacks: object) -> Outcome:
+        run = place.local_path / config.name
+        (run / "checkpoint_1").mkdir(exist_ok=True)
+        kept = {"checkpoint_results": [{"checkpoint_dir_name": "checkpoint_1"}]}
+        (run / "checkpoint_manager_snapshot.json").write_text(json.dumps(kept))
+        return Outcome("stopped", 1, 2, reason="time")
+
+    monkeypatch.setattr(command, "_fit", stopped)
+    config = LanguageTraining(
+        data=str(photos),
+        model=str(blip),
+        texts=str(texts),
+        output=str(tmp_path / "writer"),
+        storage=str(tmp_path / "runs"),
+        record=False,
+    )
+    assert train(config).status == train(config).status == "stopped"
+    texts.write_text(texts.read_text() + '990.jpg,"one more"\n')
+    with pytest.raises(TrainingError, match=f"another content of --texts {texts}.*give another --name"):
+        train(config)

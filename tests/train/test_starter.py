@@ -104,9 +104,12 @@ def test_only_what_was_trained_on_the_packaged_tower_comes_apart(
 
 
 def test_a_captioner_is_not_made_of_other_things_than_the_committed_one() -> None:
-    with pytest.raises(ValidationError, match="--texts"):
+    with pytest.raises(ValidationError, match="--texts must be given for detector and captioner"):
         Starter(labelled="raw", captioned="raw", work=Path("work"))
-    assert Starter(labelled="raw", captioned="raw", work=Path("work"), only="detector").texts == ""
+    with pytest.raises(ValidationError, match="--captioned and --texts must be given for captioner"):
+        Starter(labelled="raw", work=Path("work"), only="captioner")
+    assert Starter(labelled="raw", work=Path("work"), only="detector").texts == ""
+    assert Starter(captioned="raw", texts="list.csv", work=Path("work"), only="captioner").labelled == ""
 
 
 def test_a_name_that_is_none_of_the_two_is_told() -> None:
