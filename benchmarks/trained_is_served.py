@@ -43,10 +43,10 @@ from deployments.images import decode
 from deployments.views import ViewSpec, render
 from train import captioner, detector, evaluate, registry
 from train.captioner import CaptionerModule, CaptionerTraining
-from train.command import TrainCommand
 from train.detector import DetectorTraining
 from train.loop import Outcome, load_weights
 from train.new_captioner import build_tokenizer
+from train.settings import TrainCommand
 from train.statistics import described
 from train.words import Vocabulary
 

@@ -19,12 +19,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -42,15 +40,16 @@ from deployments.checkpoints import Checkpoint, cache_root, resolve
 from deployments.pixels import Normalisation, processor_settings
 from deployments.views import ViewSpec
 from train.augment import BlipAugment
+from train.card import Origin, write_checkpoint
 from train.cider import CiderReward
-from train.command import TrainCommand, absolute, data_before, launch, run_command
-from train.detector import pictures_of, training_of
+from train.command import launch, run_command
 from train.features import Features, compute_features
 from train.loop import threads_of
 from train.module import TrainedModule, TrainingError
 from train.new_captioner import NewDecoder, write_new_captioner
-from train.stream import Augment, Batch, Deliver, Pictures, Source
-from train.tracking import RunReference, code_commit
+from train.run_folder import absolute
+from train.stream import Augment, Batch, Deliver, Pictures, Source, pictures_of
+from train.tracking import RunReference
 from train.words import IGNORED, Vocabulary, WordsModule, WordsTraining, choose, pack, pad
 
 PROMPT = "a picture of"
@@ -388,57 +387,12 @@ class CaptionerJob:
         )
 
 
-class Origin(Protocol):
-    """What the card of a captioner says of where it comes from; a job is one."""
-
-    @property
-    def config(self) -> TrainCommand: ...
-
-    @property
-    def version(self) -> DataVersion: ...
-
-    @property
-    def checkpoint(self) -> str: ...
-
-    @property
-    def views(self) -> ViewSpec: ...
-
-
 def write_captioner(
-    model: Any,
-    tokenizer: Any,
-    origin: Origin,
-    generation: dict[str, Any],
-    figures: dict[str, float],
-    folder: Path,
+    model: Any, tokenizer: Any, origin: Origin, generation: dict[str, Any], figures: dict[str, float], folder: Path
 ) -> None:
     """Write a checkpoint folder with its card."""
-    checkpoint = resolve(origin.checkpoint)
-    folder.mkdir(parents=True)
-    model.save_pretrained(folder, safe_serialization=True)
-    tokenizer.save_pretrained(folder)
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if (checkpoint.folder / name).is_file():
-            shutil.copyfile(checkpoint.folder / name, folder / name)
-    manifest = origin.version.manifest
-    card = {
-        "task": "captioning",
-        "architecture": type(model).__name__,
-        "preprocessing": origin.views.model_dump(mode="json"),
-        "generation": generation,
-        "dataset": {
-            "name": manifest.name,
-            "version": manifest.version,
-            "before": data_before(checkpoint),
-            "photos": manifest.counts,
-        },
-        "training": training_of(origin.config, checkpoint),
-        "metrics": {name: round(value, 4) for name, value in figures.items()},
-        "code_commit": code_commit(),
-        "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "licence": "that of the training pictures applies to these weights; see the data set's terms",
-    }
-    (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n")
+    told, photos = {"generation": generation}, {"photos": origin.version.manifest.counts}
+    write_checkpoint(folder, model, origin, "captioning", figures, told, photos, tokenizer)
 
 
 def prompt_of(config: CaptionerTraining, checkpoint: Checkpoint) -> str:

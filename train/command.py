@@ -1,4 +1,4 @@
-"""From a command line to a trained checkpoint: what must hold before workers start, the run, and its publication.
+"""From a command line to a trained checkpoint: what must hold before workers start, the run, and its end.
 
 In: a ``TrainCommand`` and the job that a task makes of it. Out: a checkpoint folder at ``--output`` (a folder or
 ``s3://``), an MLflow run, and an exit status. Everything that can be known to fail fails here, before a worker is
@@ -12,98 +12,46 @@ Knows no task.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 import math
 import os
-import re
 import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
-
-from pydantic import BaseModel, ConfigDict, Field, field_validator
-from pydantic_core import to_jsonable_python
+from typing import Any, NoReturn
 
 from data.errors import DataError, as_data_error
 from data.locations import Location
 from data.session import RaySettings, ray_session
-from data.versions import DataVersion, open_version
-from deployments.checkpoints import Checkpoint, CheckpointError, mlflow_uri, pinned, resolve
+from data.versions import DataVersion
+from deployments.checkpoints import Checkpoint, CheckpointError, mlflow_uri
 from train.features import OutOfTime
 from train.giving_way import Resource, wait_for_room
-from train.loop import Job, LoopConfig, Outcome, quieten, share_of_batch, work
+from train.loop import Job, Outcome, quieten, share_of_batch, work
 from train.module import TrainingError
+from train.publication import check_output, is_published, publish
 from train.registry import meant
-from train.tracking import DatasetInput, Run, TrackingConfig, TrackingError, describe, refused, start
+from train.run_folder import (
+    as_finished,
+    base_of,
+    check_files,
+    data_of,
+    files_as_kept,
+    finished_in,
+    inputs_as_kept,
+    keep,
+    remove_torn,
+    started_with,
+)
+from train.settings import Command, TrainCommand
+from train.tracking import DatasetInput, Run, TrackingError, describe, refused, start
 
-logger = logging.getLogger(__name__)
-
-#: Settings that may differ when a run is started again.
-_FREE = {
-    *("output", "time_limit", "num_workers", "min_workers", "gpus_per_worker", "cpus_per_worker", "threads", "loaders"),
-    *("loader_cpus", "checkpoint_every", "keep", "max_failures", "record", "tracking", "num_cpus", "storage", "cache"),
-    *("object_store_bytes", "patience", "give_way_s"),
-}
-#: What the names of a checkpoint's files end with: nothing else is replaced.
-_CHECKPOINT = (".json", ".safetensors", ".txt", ".model", ".jinja", ".onnx")
 #: Reason of an outcome that an earlier start of the run came to.
 _BEFORE = "finished before"
-_DURATION = re.compile(r"^(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?:in)?)?(?:(\d+(?:\.\d+)?)s?)?$")
-
-
-class TrainCommand(LoopConfig, RaySettings):
-    """Settings of every trainer."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    data: str = Field(description="prepared data set NAME/VERSION, or NAME for its newest version; a path or s3://")
-    model: str = Field(description="checkpoint that training starts from: folder, s3://, models:/, starter:, hub id")
-    output: str = Field(
-        description="where the trained checkpoint goes: a folder or s3://bucket/prefix; a checkpoint that is there is "
-        "replaced, anything else is refused"
-    )
-    name: str = Field(description="name of the run; the same name in the same storage goes on with it")
-    storage: str = Field(
-        "~/.cache/deeptrust/runs",
-        description="where runs keep their checkpoints; on a cluster, seen by all nodes. On s3:// nothing keeps a run "
-        "from being started twice at once",
-    )
-    time_limit: str = Field(
-        "", description="end with a checkpoint after this time, e.g. 5h30m; the same command goes on"
-    )
-    record: bool = Field(True, description="record the run in MLflow")
-    tracking: TrackingConfig = Field(TrackingConfig())
-
-    @field_validator("time_limit")
-    @classmethod
-    def _duration(cls, value: str) -> str:
-        if value and not (_DURATION.match(value) and re.search(r"\d", value)):
-            raise ValueError(f"{value!r} is no duration: write 5h30m, 45m or 90s")
-        return value
-
-    def files(self) -> dict[str, str]:
-        """Files that a run reads beside its data and model, by the setting that names them. One that goes on reads
-        what it was started with: another content under the same name is refused."""
-        return {}
-
-    @property
-    def limit_s(self) -> float:
-        """The time limit in seconds, or infinity."""
-        found = _DURATION.match(self.time_limit)
-        if not self.time_limit or found is None:
-            return math.inf
-        days, hours, minutes, seconds = (float(part or 0) for part in found.groups())
-        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-
-
-Command = TypeVar("Command", bound=TrainCommand)
 
 
 def launch(
@@ -158,10 +106,10 @@ def _launch(
         check_output(output)
         output.parent.ready()
         check_workers(config)
-        started = _started(config, folder)
+        started = started_with(config, folder)
         if folder.is_local and not callbacks:
-            _remove_torn(folder)
-        finished = _finished(folder)
+            remove_torn(folder)
+        finished = finished_in(folder)
         kept = started.get("inputs")
         if finished is not None and published.exists():
             told = as_finished(config, base, kept)
@@ -174,9 +122,8 @@ def _launch(
             checkpoint = base_of(config, base, version, kept)
             job, parameters = prepare(config, version, checkpoint)
             check_space(config, place, parameters)
-            if kept and (changed := _changed_file(config, kept)):
-                raise _gone(config, "what it read", changed)
-            _keep_settings(config, folder, started, inputs_as_kept(version, checkpoint) | _files_as_kept(config))
+            check_files(config, kept)
+            keep(config, folder, started, inputs_as_kept(version, checkpoint) | files_as_kept(config))
     except Exception as error:
         if config.record:
             refused(config.tracking, experiment, config.name, error, _parameters(config), parent)
@@ -188,7 +135,7 @@ def _launch(
             ready = replace(job, deadline=began + config.limit_s, run=reference)
             patience_s = config.give_way_s if _gives_way(config, callbacks) else 0.0
             outcome = _fit(config, lambda: features(ready, patience_s) if features else ready, place, callbacks)
-            finished = _finished(folder) if outcome.status == "finished" else None
+            finished = finished_in(folder) if outcome.status == "finished" else None
         else:  # the driver died between the last step and here
             outcome = finished[0]
         if outcome.status == "failed":
@@ -254,46 +201,6 @@ def _fit(config: TrainCommand, make_job: Callable[[], Job], place: Location, cal
             if found == "no help":
                 print("serving did not take the room: this run goes on, and keeps what it has from now on", flush=True)
                 config = config.model_copy(update={"give_way_s": 0.0})
-
-
-def reported(folder: Location) -> list[str]:
-    """Names of a run's whole checkpoints, the newest last. Ray copies a checkpoint file by file and then writes its
-    list of them: a folder that the list does not name was being copied when its driver was killed.
-
-    Raises:
-        TrainingError: the list is damaged.
-    """
-    snapshot = folder / "checkpoint_manager_snapshot.json"
-    if not snapshot.exists():
-        return []
-    try:
-        names = [result["checkpoint_dir_name"] for result in json.loads(snapshot.read_text())["checkpoint_results"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise TrainingError(
-            f"{snapshot} is damaged, so nobody knows which checkpoints are whole: give another --name, or remove "
-            f"{folder}"
-        ) from error
-    there = set(folder.folders())
-    return [name for name in sorted(names) if name in there]
-
-
-def _remove_torn(folder: Location) -> None:
-    """Remove what was being copied, or was about to be deleted, when a run's driver was killed: Ray goes by its list
-    alone, and neither resumes from the rest nor deletes it. The run must be held."""
-    whole = set(reported(folder))
-    for name in folder.folders():
-        if name.startswith("checkpoint_") and name not in whole:
-            shutil.rmtree((folder / name).local_path, ignore_errors=True)
-
-
-def _finished(folder: Location) -> tuple[Outcome, Location] | None:
-    """How a run ended and its checkpoint folder, if it came to its end."""
-    for name in reversed(reported(folder)):
-        export = folder / name / "export"
-        if (export / "card.json").exists():
-            progress = json.loads((folder / name / "progress.json").read_text())
-            return Outcome(**progress["outcome"]), export
-    return None
 
 
 def _publish(export: Location, target: Location, run: Run | None) -> None:
@@ -424,78 +331,7 @@ def _gives_way(config: TrainCommand, callbacks: Sequence[Any]) -> bool:
     return config.give_way_s > 0 and (bool(callbacks) or _on_a_cluster())
 
 
-def publish(folder: Path, target: Location) -> None:
-    """Put a finished checkpoint folder in its place, in the stead of an older one; on S3 nothing of that stays, and the
-    card comes last.
-
-    Raises:
-        TrainingError: what is there is no checkpoint.
-    """
-    there = check_output(target)
-    if target.is_local:
-        target.parent.make_dir()
-        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.local_path.parent))
-        for file in folder.iterdir():
-            shutil.copyfile(file, partial / file.name)
-        partial.chmod(0o755)
-        target.remove()
-        partial.rename(target.local_path)
-        return
-    files = {file.name: file for file in folder.iterdir()}
-    # without its card it is no finished checkpoint, by its configuration it is one that may be replaced
-    (target / "card.json").remove()
-    for name in there - set(files):
-        (target / name).remove()
-    for name in sorted(files, key=lambda name: (name == "card.json", name != "config.json")):
-        target.filesystem.put_file(str(files[name]), (target / name).path)
-
-
-def is_published(export: Location, target: Location) -> bool:
-    """Whether a run's checkpoint is in its place already: the weights, and a card of the same moment. What was added
-    there since (a reference for drift) is no other checkpoint."""
-    there = {entry.name: entry.size for entry in target.files()} if target.exists() else {}
-    weights = [entry for entry in export.files() if entry.name.endswith(".safetensors")]
-    if "card.json" not in there or any(there.get(entry.name) != entry.size for entry in weights):
-        return False
-    made = [json.loads((folder / "card.json").read_text()).get("created_at") for folder in (export, target)]
-    names = [entry.name for entry in weights]
-    return made[0] == made[1] and all(_digest(export / name) == _digest(target / name) for name in names)
-
-
-def _digest(file: Location) -> str:
-    digest = hashlib.sha256()
-    with file.open() as opened:
-        while block := opened.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 # --------------------------------------------------------------------------------------------------- before workers
-
-
-def check_output(target: Location) -> set[str]:
-    """Refuse a place in whose stead no checkpoint may be put: what is there is lost. Returns the names of its files.
-
-    Raises:
-        TrainingError: it is a link or a file, or holds something else than one checkpoint that was published there.
-    """
-    if target.is_local:
-        path = target.local_path
-        if path.is_symlink():
-            raise TrainingError(f"--output {path} is a link to {path.readlink()}: name that folder, or another")
-        if path.exists() and (not path.is_dir() or path.is_mount()):
-            what = "the root of a file system" if path.is_dir() else "a file"
-            raise TrainingError(f"--output {path} is {what}: name a folder, in one that exists or is made")
-    there = target.entries()
-    needed = {"config.json", "card.json"} if target.is_local else {"config.json"}  # a killed publication has no card
-    strange = sorted(name for name, plain in there.items() if not plain or not name.endswith(_CHECKPOINT))
-    if strange or (there and not needed <= set(there)):
-        what = f"it holds {', '.join(strange[:5])}" if strange else f"it has no {' and '.join(needed - set(there))}"
-        raise TrainingError(
-            f"--output {target} would be replaced and is no checkpoint of a training ({what}): name a folder of its "
-            f"own, as {target / 'NAME'}, or empty this one"
-        )
-    return set(there)
 
 
 def check_workers(config: TrainCommand) -> None:
@@ -539,180 +375,6 @@ def check_space(config: TrainCommand, place: Location, parameters: int, runs: in
                 f"{what} {path} has {free / 2**30:.1f} GiB free and the run's checkpoints need "
                 f"{needed / 2**30:.1f}: free some space, lower --keep, or choose another place"
             )
-
-
-def changed_settings(kind: type[BaseModel], before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Names of the settings (as JSON) by which a run would go on otherwise than it was started.
-
-    A setting that came with a later release has its default in the runs from before it, which is what they did.
-    """
-    defaults = {
-        name: to_jsonable_python(field.get_default(call_default_factory=True, validated_data={}))
-        for name, field in kind.model_fields.items()
-        if name not in before and not field.is_required()
-    }
-    return [name for name in now if {**defaults, **before}.get(name) != now[name]]
-
-
-def _settings(config: TrainCommand) -> dict[str, Any]:
-    settings = config.model_dump(mode="json", exclude=_FREE | {"lanes"}) | {"lanes": config.all_lanes}
-    return settings | {"data": str(Location.of(config.data)) if "://" not in config.data else config.data}
-
-
-def _started(config: TrainCommand, folder: Location) -> dict[str, Any]:
-    """What a run that goes on was started with; nothing for one that begins: before its first checkpoint nothing
-    depends on it.
-
-    Raises:
-        TrainingError: it was started with other settings.
-    """
-    file = folder / "settings.json"
-    if not file.exists() or not reported(folder):
-        return {}
-    before, settings = json.loads(file.read_text()), _settings(config)
-    if changed := changed_settings(type(config), before, settings):
-        told = ", ".join(f"{name} {before.get(name)!r} -> {settings[name]!r}" for name in changed[:5])
-        raise TrainingError(
-            f"run {config.name!r} in {config.storage} was started with other settings ({told}): give another --name, "
-            f"or remove {folder}"
-        )
-    return dict(before)
-
-
-def data_of(config: TrainCommand, started: Mapping[str, str] | None) -> DataVersion:
-    """The data version that the settings name now (of a data set its newest), or, where a run goes on, the one that
-    they named when it was started.
-
-    Args:
-        started: ``inputs_as_kept`` of that start.
-
-    Raises:
-        TrainingError: the version that the run was started with is gone.
-        DataError: what the settings name is not there.
-    """
-    if not started:
-        return open_version(config.data)
-    try:
-        version = open_version(started["data"])
-    except DataError as error:
-        raise _gone(config, started["data"], str(error)) from error
-    if version.manifest.version != started["version"]:
-        raise _gone(config, f"data version {started['version']}", f"in {started['data']} is {version.manifest.version}")
-    return version
-
-
-def base_of(
-    config: Command,
-    base: Callable[[Command, DataVersion], str],
-    version: DataVersion,
-    started: Mapping[str, str] | None,
-) -> Checkpoint:
-    """The checkpoint that training starts from: of an alias the model that has it now, or had it when the run was
-    started.
-
-    Raises:
-        TrainingError: what the run was started with is gone or has changed.
-        CheckpointError: what the settings name is not there.
-    """
-    if not started:
-        return resolve(absolute(pinned(base(config, version))))
-    alias = started["model"].startswith("models:/")
-    try:
-        # what is no alias may have to be made again: an untrained model
-        checkpoint = resolve(started["model"] if alias else absolute(base(config, version)))
-    except CheckpointError as error:
-        raise _gone(config, started["model"], str(error)) from error
-    if checkpoint.revision != started["revision"]:
-        raise _gone(config, f"{started['model']}#{started['revision']}", f"now it is #{checkpoint.revision}")
-    print(f"{config.name} goes on as it was started: data {version.location}, model {checkpoint.name}", flush=True)
-    return checkpoint
-
-
-def as_finished(config: Command, base: Callable[[Command, DataVersion], str], started: Mapping[str, str] | None) -> str:
-    """A finished run or sweep for people: its name and what it was made of.
-
-    Args:
-        started: ``inputs_as_kept`` of its start.
-
-    Raises:
-        TrainingError: the settings name another data version or model now, and what is finished is not of these.
-    """
-    if not started:
-        return f"{config.name!r} is finished"
-    model = f"{started['model']}#{started['revision']}"
-    told = f"{config.name!r} is finished (data {started['version']}, model {model})"
-    now = ""
-    with suppress(DataError, CheckpointError):  # what is gone is not named anew
-        version = open_version(config.data)
-        if version.manifest.version != started["version"]:
-            now = f"data {version.manifest.version}"
-        # a starter model comes with the code; `make starter` changes it by what was trained from it
-        elif not (named := base(config, version)).startswith("starter:") or named != started["model"]:
-            checkpoint = resolve(absolute(pinned(named)))
-            now = f"model {checkpoint.name}" if checkpoint.revision != started["revision"] else ""
-    if now := now or _changed_file(config, started):
-        raise TrainingError(
-            f"{told}, and the settings name {now} now: nothing was trained; give another --name to train anew"
-        )
-    return told
-
-
-def _files_as_kept(config: TrainCommand) -> dict[str, str]:
-    """Digests of ``TrainCommand.files``, for ``_changed_file`` of a later start."""
-    return {name: _digest(Location.of(place)) for name, place in config.files().items()}
-
-
-def _changed_file(config: TrainCommand, started: Mapping[str, str]) -> str:
-    """The setting of a file whose content is not what it was when the run was started; nothing of one that is gone."""
-    for name, place in config.files().items():
-        file = Location.of(place)
-        if name in started and file.is_file() and _digest(file) != started[name]:
-            return f"another content of --{name} {place}"
-    return ""
-
-
-def _gone(config: TrainCommand, what: str, reason: str) -> TrainingError:
-    return TrainingError(
-        f"{config.name!r} was started with {what}, which is gone ({reason}): put it back, or give another --name"
-    )
-
-
-def data_before(checkpoint: Checkpoint, new_head: bool = False) -> list[dict[str, str]]:
-    """Names and versions of the data that a checkpoint's weights have seen, for the card of what is trained from it: by
-    its own card the last that it was trained on, and those before.
-
-    Under a new head the tower stays, and with it what it has seen; a starter model's tower was taught nothing.
-    """
-    if new_head and checkpoint.uri.startswith("starter:"):
-        return []
-    dataset = checkpoint.card.dataset
-    seen = [dataset, *dataset.get("before", [])]
-    named = [{name: str(each.get(name)) for name in ("name", "version")} for each in seen if each.get("version")]
-    return [each for place, each in enumerate(named) if each not in named[:place]]
-
-
-def absolute(uri: str) -> str:
-    """A checkpoint URI that means the same in another working directory."""
-    return str(Path(uri).expanduser().absolute()) if Path(uri).expanduser().is_dir() else uri
-
-
-def inputs_as_kept(version: DataVersion, checkpoint: Checkpoint) -> dict[str, str]:
-    """What was trained on and from, for ``data_of`` and ``base_of`` of a later start."""
-    return {
-        "data": str(version.location),
-        "version": version.manifest.version,
-        "model": checkpoint.uri,
-        "revision": checkpoint.revision,
-    }
-
-
-def _keep_settings(
-    config: TrainCommand, folder: Location, started: Mapping[str, Any], inputs: Mapping[str, str]
-) -> None:
-    """For the next start; a run from before inputs were kept is bound to today's."""
-    if "inputs" not in started:
-        kept = {**(started or _settings(config)), "inputs": inputs}
-        (folder / "settings.json").write_text(json.dumps(kept, indent=1) + "\n")
 
 
 def _parameters(config: TrainCommand) -> dict[str, Any]:

@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -34,23 +32,23 @@ from torch.nn import functional
 from data.locations import Location
 from data.versions import DatasetName, DataVersion
 from deployments.checkpoints import Checkpoint, resolve
-from deployments.images import ADMITTED, decode
 from deployments.pixels import Normalisation
 from deployments.views import ViewSpec
 from train.aivshuman import family
 from train.calibration import balanced_weights, calibrate, choose_thresholds, sigmoid
-from train.command import TrainCommand, absolute, data_before, launch, run_command
+from train.card import write_checkpoint
+from train.command import launch, run_command
 from train.damage import Damage, Tier
 from train.features import Features, compute_features
 from train.loop import threads_of
 from train.module import NonFinite, Optimisation, TrainedModule, TrainingError
-from train.order import by_group
-from train.stream import Batch, Deliver, Pictures, RandomDamage, Source
-from train.tracking import RunReference, code_commit
+from train.run_folder import absolute
+from train.settings import TrainCommand
+from train.stream import Batch, Deliver, Pictures, RandomDamage, Source, pictures_of
+from train.tracking import RunReference
 
 #: Data set -> labels in the order of the logits; the second is the one that scores speak of.
 LABELS: dict[DatasetName, tuple[str, str]] = {"aivshuman": ("human", "ai"), "source": ("stock", "platform")}
-LICENCE = "that of the training pictures applies to these weights; see the data set's terms"
 
 
 class DetectorTraining(TrainCommand):
@@ -462,36 +460,16 @@ class DetectorJob:
             f"val_{second}_called_{second}": float((probabilities[labels == 1] >= thresholds["ai_above"]).mean()),
             f"val_{second}_called_{first}": float((probabilities[labels == 1] < thresholds["human_below"]).mean()),
         }
-        folder.mkdir(parents=True)
-        model.save_pretrained(folder, safe_serialization=True)
-        for name in ("preprocessor_config.json", "processor_config.json"):
-            if (checkpoint.folder / name).is_file():
-                shutil.copyfile(checkpoint.folder / name, folder / name)
-        manifest = self.version.manifest
-        card = {
-            "task": "detection" if manifest.name == "aivshuman" else "classification",
-            "architecture": type(model).__name__,
-            "labels": list(self.labels),
-            "thresholds": thresholds,
-            "temperature": temperature,
-            "preprocessing": self.views.model_dump(mode="json"),
-            "dataset": {
-                "name": manifest.name,
-                "version": manifest.version,
-                "before": data_before(checkpoint, self.new_head),
-                "generators": generators_seen(module.train_rows, checkpoint, self.new_head),
-                "counts": {
-                    split: dict(sorted(rows.counts().items()))
-                    for split, rows in (("train", module.train_rows), ("val", module.val_rows))
-                },
+        told = {"labels": list(self.labels), "thresholds": thresholds, "temperature": temperature}
+        dataset = {
+            "generators": generators_seen(module.train_rows, checkpoint, self.new_head),
+            "counts": {
+                split: dict(sorted(rows.counts().items()))
+                for split, rows in (("train", module.train_rows), ("val", module.val_rows))
             },
-            "training": training_of(config, checkpoint),
-            "metrics": {name: round(value, 4) for name, value in figures.items()},
-            "code_commit": code_commit(),
-            "created_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            "licence": checkpoint.card.licence or LICENCE,
         }
-        (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
+        task = "detection" if self.version.manifest.name == "aivshuman" else "classification"
+        write_checkpoint(folder, model, self, task, figures, told, dataset, new_head=self.new_head)
         return figures
 
     def samples(self, module: TrainedModule) -> list[tuple[Any, str]]:
@@ -547,39 +525,6 @@ def few_of_each(rows: Annotations, most: int) -> np.ndarray:
         if rows.labels[row] == 0 or rows.generators[row] == "photo" or seen[rows.generators[row]] <= most:
             chosen.append(row)
     return np.array(chosen)
-
-
-def pictures_of(version: DataVersion, rows: list[int]) -> dict[int, Any]:
-    """A few decoded validation pictures by row."""
-    source = Pictures.of(version, "val", ViewSpec())
-    found = {}
-    for group, places, inside in by_group(np.array(rows), source.groups):
-        import pyarrow.parquet as pq
-
-        images = pq.read_table(
-            source.files[group], columns=["image"], filesystem=version.location.arrow_filesystem, partitioning=None
-        )["image"]
-        for place, row in zip(places.tolist(), inside.tolist(), strict=True):
-            found[rows[place]] = decode(images[row].as_py(), ADMITTED).image
-    return found
-
-
-def training_of(config: TrainCommand, checkpoint: Checkpoint) -> dict[str, Any]:
-    """The settings that a card tells."""
-    hidden = {
-        "data",
-        "output",
-        "storage",
-        "cache",
-        "tracking",
-        "record",
-        "num_cpus",
-        "object_store_bytes",
-        "name",
-        "model",
-        "texts",
-    }
-    return {"model": checkpoint.name, **config.model_dump(mode="json", exclude=hidden)}
 
 
 def base_of(config: DetectorTraining, _: DataVersion) -> str:

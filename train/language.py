@@ -40,8 +40,9 @@ from deployments.checkpoints import Checkpoint, resolve
 from deployments.pixels import Normalisation
 from deployments.views import ViewSpec
 from train.captioner import check_captions, load_captioner, new_checkpoint, trainable, write_captioner
-from train.command import absolute, launch, run_command
+from train.command import launch, run_command
 from train.module import TrainedModule, TrainingError
+from train.run_folder import absolute
 from train.stream import Batch
 from train.tracking import RunReference
 from train.words import IGNORED, Vocabulary, WordsModule, WordsTraining

@@ -43,7 +43,6 @@ from data.versions import DataVersion, open_version
 from deployments.checkpoints import CheckpointError, mlflow_uri, open_checkpoint, pinned, resolve
 from deployments.detector import DetectorModel
 from train import detector, drift_reference, registry, tracking
-from train.command import TrainingError
 from train.detector_report import score
 from train.drift_reference import DriftReferenceConfig
 from train.evaluate import DetectorEvaluation, EvaluationError, check_held_out, evaluate
@@ -51,6 +50,7 @@ from train.evaluation_page import TEMPLATES
 from train.examples import read_examples
 from train.export import ExportConfig, export
 from train.gate import RULES, GateError
+from train.module import TrainingError
 from train.retrain_gate import RetrainRules, compare
 from train.retrain_triggers import Last, TriggerSettings, count_labels, reason_to_begin
 from train.tracking import KEY_TAG, Run, TrackingConfig, TrackingError

@@ -36,25 +36,13 @@ from data.session import RaySettings, ray_session
 from deployments.checkpoints import mlflow_uri, open_checkpoint
 from train import captioner, detector, registry, tracking
 from train.captioner import CaptionerTraining
-from train.command import (
-    TrainCommand,
-    as_finished,
-    base_of,
-    changed_settings,
-    check_output,
-    check_space,
-    check_workers,
-    data_of,
-    end,
-    inputs_as_kept,
-    is_published,
-    publish,
-    reported,
-    running,
-)
+from train.command import check_space, check_workers, end, running
 from train.detector import DetectorTraining
 from train.gate import Kind
 from train.module import TrainingError
+from train.publication import check_output, is_published, publish
+from train.run_folder import as_finished, base_of, changed_settings, data_of, inputs_as_kept, reported
+from train.settings import TrainCommand
 from train.tracking import FAILURE_TAG, Run
 
 _TEMPLATES = Path(__file__).parent / "pages"

@@ -18,9 +18,9 @@ from pydantic import Field
 from torch.nn import functional
 
 from deployments.pixels import Normalisation
-from train.command import TrainCommand
 from train.module import TrainedModule
 from train.new_captioner import NewDecoder
+from train.settings import TrainCommand
 
 #: Targets that are not learnt.
 IGNORED = -100

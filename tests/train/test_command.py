@@ -21,26 +21,17 @@ from data.versions import MANIFEST, DataVersion, Manifest, open_version
 from deployments.checkpoints import CheckpointError, open_checkpoint, resolve
 from tests.data.made import s3_server
 from tests.train.small import labelled_version, tiny_vit, traced, write_version
-from train import command
-from train.command import (
-    TrainCommand,
-    as_finished,
-    base_of,
-    check_output,
-    data_of,
-    inputs_as_kept,
-    launch,
-    publish,
-    reported,
-    tell,
-)
-from train.command import _finished as finished
+from train import command, run_folder
+from train.command import launch, tell
 from train.detector import DetectorTraining, prepare_job, with_features
 from train.detector import train as train_detector
 from train.evaluate import DetectorEvaluation, evaluate
 from train.features import OutOfTime
 from train.loop import Outcome
 from train.module import TrainingError
+from train.publication import check_output, publish
+from train.run_folder import as_finished, base_of, data_of, finished_in, inputs_as_kept, reported, settings_as_kept
+from train.settings import TrainCommand
 from train.sweep import DetectorSweep, sweep
 from train.tracking import FAILURE_TAG, Run, TrackingConfig, connect
 
@@ -79,10 +70,10 @@ def test_a_checkpoint_that_was_being_copied_is_not_taken_for_the_end(tmp_path: P
             (torn / damage).unlink()
         else:
             (torn / "export" / damage).write_bytes(b"half")
-        assert finished(Location.of(run)) is None
+        assert finished_in(Location.of(run)) is None
     whole = ended(run / "checkpoint_3")
     listed(run, "checkpoint_1", "checkpoint_3")
-    found = finished(Location.of(run))
+    found = finished_in(Location.of(run))
     assert found is not None and found[0].steps == 9
     assert open_checkpoint(found[1].local_path, "test").folder == whole / "export"
 
@@ -103,7 +94,7 @@ def test_what_was_being_copied_is_removed_and_what_a_run_goes_on_from_is_not(tmp
 
     assert len(left("a sweep's: nothing says that nobody else writes")) == 5
     # not as it was started: nothing is touched
-    (run / "settings.json").write_text(json.dumps(command._settings(config) | {"data": "another"}))
+    (run / "settings.json").write_text(json.dumps(settings_as_kept(config) | {"data": "another"}))
     assert len(left()) == 5
     (run / "settings.json").unlink()
     assert left() == {"checkpoint_2", "checkpoint_3", "other"}
@@ -342,7 +333,7 @@ def finished_run(config: TrainCommand) -> Path:
     checkpoint = ended(run / "checkpoint_1")
     listed(run, "checkpoint_1")
     kept = inputs_as_kept(open_version(config.data), resolve(config.model))
-    (run / "settings.json").write_text(json.dumps(command._settings(config) | {"inputs": kept}))
+    (run / "settings.json").write_text(json.dumps(settings_as_kept(config) | {"inputs": kept}))
     (run / "published").write_text(config.output)
     return checkpoint / "export"
 
@@ -388,7 +379,7 @@ def test_a_finished_run_is_not_taken_for_one_on_other_data_or_from_another_model
 def test_a_starter_model_that_its_own_run_has_changed_is_no_other_model(
     tmp_path: Path, version: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "resolve", never)
+    monkeypatch.setattr(run_folder, "resolve", never)
     kept = {"version": version.name, "data": str(version), "model": "starter:detector", "revision": "before"}
     told = as_finished(settings(tmp_path, data=str(version), model="starter:detector"), named, kept)
     assert told == f"'run' is finished (data {version.name}, model starter:detector#before)"

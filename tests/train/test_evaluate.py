@@ -28,7 +28,7 @@ from tests.train.small import traced, write_version
 from tests.train.small_models import captioned_folder, labelled_folder, noise, small_captioner, small_detector
 from train import registry, tracking
 from train.captioner_report import exchange, length_figures, made_up_figures, meteor, repetitive
-from train.command import data_before
+from train.card import data_before
 from train.detector import Annotations, generators_seen
 from train.detector_report import (
     DAMAGES,

@@ -9,8 +9,7 @@ import numpy as np
 from data.versions import open_version
 from deployments.views import ViewSpec
 from tests.train.small import jpeg, write_version
-from train.detector import pictures_of
-from train.stream import Pictures
+from train.stream import Pictures, pictures_of
 
 
 def test_what_a_version_admitted_is_read_whatever_the_application_accepts(tmp_path: Path) -> None:
