@@ -7,8 +7,9 @@ starter), or ``--model new``: CLIP's tower under a decoder of its own from nothi
     python -m train.captioner --data ~/data/flickr30k --output ~/models/captioner [--model Salesforce/... ...]
 
 A photo is augmented as in BLIP's fine-tuning; of its captions one is drawn in each epoch. ``--freeze tower`` computes
-the tower's tokens once and trains the decoder alone, on all captions of a photo packed into one sequence with a
-block-diagonal causal mask, so that cross-attention projects the photo once. ``--objective cider`` goes on from a
+the tower's tokens once, of each photo and of ``--variants`` of it, and trains the decoder alone, on all captions of a
+photo packed into one sequence with a block-diagonal causal mask, so that cross-attention projects the photo once.
+``--objective cider`` goes on from a
 trained captioner and rewards sampled captions by their CIDEr (self-critical training, Rennie et al. 2017, with the
 mean of the other samples as baseline, Luo 2020).
 
@@ -81,7 +82,14 @@ class CaptionerTraining(WordsTraining):
     keep_patches: float = Field(
         1.0, gt=0, le=1, description="share of a frozen tower's patch tokens that a step sees: regularises, saves time"
     )
-    augment: bool = Field(True, description="random crop, flip and RandAugment; off with a frozen tower")
+    augment: bool = Field(True, description="random crop, flip and RandAugment; under a frozen tower see --variants")
+    variants: int = Field(
+        1,
+        ge=1,
+        le=100,
+        description="versions of each photo under a frozen tower, one an epoch in turn: the photo itself, then "
+        "augmented ones; each takes as long to compute and as much space",
+    )
     prompt: str | None = Field(
         None, description="words that every caption begins with; unset: the checkpoint's, or BLIP's `a picture of`"
     )
@@ -291,6 +299,16 @@ def some_patches(features: torch.Tensor, keep: float) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
+class Variants:
+    """A photo as it is, and after that, in each epoch, an augmented one."""
+
+    augment: Augment
+
+    def __call__(self, image: Any, id_: str, epoch: int) -> Any:
+        return self.augment(image, id_, epoch) if epoch else image
+
+
+@dataclass(frozen=True)
 class TowerTokens:
     """What a BLIP decoder is given: all tokens of its image tower."""
 
@@ -480,6 +498,8 @@ def prepare_job(
         )
     if (config.freeze == "tower" or config.objective == "cider") and config.strategy != "ddp":
         raise TrainingError("--freeze tower and --objective cider go through the decoder alone: use --strategy ddp")
+    if config.variants > 1 and not config.augment:
+        raise TrainingError("--variants of a photo are augmented ones: leave --no-augment away")
     if config.freeze == "tower" and config.precision == "bf16-true":
         raise TrainingError("--freeze tower trains on float32 features: use --precision bf16-mixed")
     if config.gradient_checkpointing and not model.supports_gradient_checkpointing:
@@ -509,13 +529,19 @@ def with_features(job: CaptionerJob, give_way_s: float = 0.0) -> CaptionerJob:
     config, key = job.config, tokens_key(job)
     encoder = TowerTokens(job.checkpoint, config.features == "bf16")
     found = []
-    for split, source in (("train", job.train_pictures(Deliver())), ("val", job.val_pictures())):
+    sources = [
+        ("train", job.train_pictures(Variants(BlipAugment())), config.variants),
+        ("val", job.val_pictures(), 1),
+    ]
+    for split, source, variants in sources:
+        # the first variant is the photo itself: more of them are added to what is there
         place = Location.of(config.cache) / f"captioner-{split}-{key}-{sum(source.groups)}"
         found.append(
             compute_features(
                 source,
                 encoder,
                 place,
+                variants,
                 workers=config.num_workers,
                 least=config.min_workers,
                 threads=threads_of(config),

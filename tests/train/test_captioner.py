@@ -282,6 +282,8 @@ def test_what_cannot_be_trained_is_told(photos: Path, blip: Path, tmp_path: Path
     captioned = open_version(photos)
     with pytest.raises(TrainingError, match="--strategy ddp"):
         prepare_job(config.model_copy(update={"freeze": "tower", "strategy": "fsdp"}), captioned)
+    with pytest.raises(TrainingError, match="--no-augment"):
+        prepare_job(config.model_copy(update={"freeze": "tower", "variants": 2, "augment": False}), captioned)
     empty = replace(captioned, manifest=captioned.manifest.model_copy(update={"counts": {"train": 3, "val": 0}}))
     with pytest.raises(TrainingError, match=r"split val .* is empty"):
         prepare_job(config, empty)

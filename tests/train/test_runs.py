@@ -24,6 +24,7 @@ from tests.train.small import coloured, flags, traced
 from tests.train.test_captioner import job_of, module_of, named
 from tests.train.test_detector import arguments
 from train import captioner, detector
+from train.augment import BlipAugment
 from train.captioner import main as main_captioner
 from train.detector import DetectorTraining, main, prepare_job
 from train.stream import Pictures
@@ -170,3 +171,26 @@ def test_tokens_of_the_frozen_tower_are_those_of_the_whole_model(
     # of another picture they are others: rows 0 to 3 have four colours
     assert (tokens[:4, None] - tokens[None, :4]).abs().mean((2, 3)).fill_diagonal_(1).min() > 0.1
     assert len(module.judge(module.model, split)) == 8
+
+
+def test_another_epoch_sees_another_version_of_a_photo_under_a_frozen_tower(
+    ray_here: None, photos: Path, blip: Path, tmp_path: Path
+) -> None:
+    one = captioner.with_features(job_of(photos, blip, freeze="tower", cache=str(tmp_path / "cache")))
+    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.npy")}
+    job = captioner.with_features(
+        job_of(photos, blip, freeze="tower", cache=str(tmp_path / "cache"), variants=2, augment=True)
+    )
+    assert kept.items() <= {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.npy")}.items()
+    assert one.features is not None and job.features is not None
+    assert job.features[1] == one.features[1], "validation sees the photo alone"
+    rows = np.arange(8)
+    epochs = [next(job.features[0].load(epoch, rows))["features"] for epoch in range(4)]
+    assert np.array_equal(epochs[0], next(one.features[0].load(0, rows))["features"])
+    assert np.array_equal(epochs[0], epochs[2]) and np.array_equal(epochs[1], epochs[3])
+    module = module_of(job).eval()
+    augmented = module.prepare_judged(next(job.train_pictures(BlipAugment()).load(1, rows)))
+    with torch.no_grad():
+        tokens = module.model.vision_model(module.pixels(augmented["pixels"])).last_hidden_state
+    assert torch.allclose(torch.from_numpy(epochs[1]).float(), tokens, atol=5e-3, rtol=5e-3)
+    assert np.abs(epochs[1] - epochs[0]).mean((1, 2)).min() > 0.01
