@@ -323,9 +323,9 @@ def gcs_address(port: int) -> str:
     return f"127.0.0.1:{gcs[1]}"
 
 
-def start_node(port: int) -> None:
+def start_node(port: int, cpus: int = 1) -> None:
     """A second node beside the instance's head."""
-    command = [sys.executable, "-m", "benchmarks.second_node", gcs_address(port), "1"]
+    command = [sys.executable, "-m", "benchmarks.second_node", gcs_address(port), str(cpus)]
     subprocess.run(command, env=cluster.environment(port), check=True, stdout=subprocess.DEVNULL)
 
 

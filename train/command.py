@@ -179,8 +179,9 @@ def _recording(output: object) -> Iterator[None]:
 
 
 def _fit(config: TrainCommand, make_job: Callable[[], Job], place: Location, callbacks: Sequence[Any]) -> Outcome:
-    # Ray's defaults are for large machines: a worker that imports torch on two busy cores takes longer than a minute
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
+    # how long the workers' places are waited for. A fixed number may wait for others to leave; where a smaller one will
+    # do, a node that has just died is still counted, and Ray counts anew only after this
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "60" if config.min_workers else "600")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it says every line twice
     if _on_a_cluster():

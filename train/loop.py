@@ -507,8 +507,9 @@ def train_steps(
     order = order_of(config, source)
     total_steps = total_steps_of(config, order)
     start = watch.restore(resume, rank == 0) if resume else 0
-    if resume and rank == 0:
-        watch.say(f"resuming after step {start} of {total_steps}")
+    if rank == 0 and (resume or config.min_workers):
+        told = f"resuming after step {start} of {total_steps}" if resume else f"starting {total_steps} steps"
+        watch.say(told + (f" with {world} of {config.num_workers} workers" if config.min_workers else ""))
     # the same weights everywhere, FSDP does not send them around; then draws of each worker's own
     pl.seed_everything(config.seed, workers=True, verbose=False)
     module = job.module(total_steps)
