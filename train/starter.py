@@ -43,7 +43,7 @@ CAPTIONER = """
 #: Last, by the CIDEr of captions that it draws, less what they score against photos that are alike: without that
 #: captions become alike as well. The weights' average is kept: single steps scatter (benchmarks/TRIED.md).
 CIDER = """
-    --objective cider --temperature 0.5 --distinct 0.25 --freeze tower --features 32 --epochs 6 --batch-size 16
+    --objective cider --temperature 0.5 --distinct 0.5 --freeze tower --features 32 --epochs 4 --batch-size 16
     --learning-rate 1e-4 --weight-decay 0.05 --ema 0.998 --keep-patches 0.4 --prompt= --seed 20260101
     """
 
