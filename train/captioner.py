@@ -9,9 +9,8 @@ starter), or ``--model new``: CLIP's tower under a decoder of its own from nothi
 A photo is augmented as in BLIP's fine-tuning; of its captions one is drawn in each epoch. ``--freeze tower`` computes
 the tower's tokens once, of each photo and of ``--variants`` of it, and trains the decoder alone, on all captions of a
 photo packed into one sequence with a block-diagonal causal mask, so that cross-attention projects the photo once.
-``--objective cider`` goes on from a
-trained captioner and rewards sampled captions by their CIDEr (self-critical training, Rennie et al. 2017, with the
-mean of the other samples as baseline, Luo 2020).
+``--objective cider`` goes on from a trained captioner and rewards sampled captions by their CIDEr (self-critical
+training, Rennie et al. 2017, with the mean of the other samples as baseline, Luo 2020).
 
 Validation generates as serving does; the checkpoint with the highest CIDEr + BLEU-4 is kept.
 """

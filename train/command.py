@@ -40,9 +40,7 @@ from train.run_folder import (
     base_of,
     check_files,
     data_of,
-    files_as_kept,
     finished_in,
-    inputs_as_kept,
     keep,
     remove_torn,
     started_with,
@@ -123,7 +121,7 @@ def _launch(
             job, parameters = prepare(config, version, checkpoint)
             check_space(config, place, parameters)
             check_files(config, kept)
-            keep(config, folder, started, inputs_as_kept(version, checkpoint) | files_as_kept(config))
+            keep(config, folder, started, version, checkpoint)
     except Exception as error:
         if config.record:
             refused(config.tracking, experiment, config.name, error, _parameters(config), parent)

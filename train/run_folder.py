@@ -190,26 +190,25 @@ def as_finished(config: Command, base: Callable[[Command, DataVersion], str], st
     return told
 
 
-def inputs_as_kept(version: DataVersion, checkpoint: Checkpoint) -> dict[str, str]:
-    """What was trained on and from, for ``data_of`` and ``base_of`` of a later start."""
+def inputs_as_kept(config: TrainCommand, version: DataVersion, checkpoint: Checkpoint) -> dict[str, str]:
+    """What was trained on and from, for ``data_of``, ``base_of`` and ``check_files`` of a later start."""
+    files = {name: digest_of(Location.of(place)) for name, place in config.files().items()}
     return {
         "data": str(version.location),
         "version": version.manifest.version,
         "model": checkpoint.uri,
         "revision": checkpoint.revision,
+        **files,
     }
 
 
-def keep(config: TrainCommand, folder: Location, started: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
+def keep(
+    config: TrainCommand, folder: Location, started: Mapping[str, Any], version: DataVersion, checkpoint: Checkpoint
+) -> None:
     """For the next start; a run from before inputs were kept is bound to today's."""
     if "inputs" not in started:
-        kept = {**(started or settings_as_kept(config)), "inputs": inputs}
+        kept = {**(started or settings_as_kept(config)), "inputs": inputs_as_kept(config, version, checkpoint)}
         (folder / "settings.json").write_text(json.dumps(kept, indent=1) + "\n")
-
-
-def files_as_kept(config: TrainCommand) -> dict[str, str]:
-    """Digests of ``TrainCommand.files``, for ``_changed_file`` of a later start."""
-    return {name: digest_of(Location.of(place)) for name, place in config.files().items()}
 
 
 def _changed_file(config: TrainCommand, started: Mapping[str, str]) -> str:

@@ -308,7 +308,7 @@ def _with_inputs(config: AnySweep, place: Location) -> AnySweep:
     if kept is None:
         if (place / "tune").exists():
             return config  # from before inputs were kept: its trials know them as the settings have them
-        file.write_text(json.dumps(before | {"inputs": inputs_as_kept(version, checkpoint)}, indent=1))
+        file.write_text(json.dumps(before | {"inputs": inputs_as_kept(config, version, checkpoint)}, indent=1))
     model = checkpoint.uri if checkpoint.uri.startswith("models:/") else config.model
     return config.model_copy(update={"data": str(version.location), "model": model})
 
@@ -322,9 +322,7 @@ def _as_sent(config: AnySweep) -> dict[str, Any]:
 def _tune(
     config: AnySweep, space: Mapping[str, Span], place: Location, parent: Run | None
 ) -> tuple[list[TrialOutcome], bool]:
-    # Ray Train's workers in small clusters take longer than a minute to import torch; trials keep this folder
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "600")
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # trials keep this folder
     os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "1")
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "0")
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "5")  # what a kill may lose

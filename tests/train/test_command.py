@@ -130,7 +130,7 @@ def test_a_run_goes_on_with_the_data_and_model_it_was_started_with(
     first = labelled_version(tmp_path / "data", train=4, val=2)
     model = tiny_vit(tmp_path / "vit", ("human", "ai"))
     config = settings(tmp_path, data=str(first.parent), model=str(model))
-    kept = inputs_as_kept(data_of(config, None), base_of(config, named, data_of(config, None), None))
+    kept = inputs_as_kept(config, data_of(config, None), base_of(config, named, data_of(config, None), None))
     second = newer(first, "2027-01-01T00:00:00+00:00")
     assert data_of(config, None).location.name == second.name
     version = data_of(config, kept)
@@ -158,7 +158,7 @@ def test_an_alias_of_the_registry_is_the_version_that_it_was(
     client.set_registered_model_alias("detector", "production", "1")
     version = open_version(labelled_version(tmp_path / "data", train=4, val=2))
     config = settings(tmp_path, model="models:/detector@production")
-    kept = inputs_as_kept(version, base_of(config, named, version, None))
+    kept = inputs_as_kept(config, version, base_of(config, named, version, None))
     client.set_registered_model_alias("detector", "production", "2")
     assert base_of(config, named, version, kept).uri == kept["model"] == "models:/detector/1"
     assert base_of(config, named, version, None).uri == "models:/detector/2"
@@ -332,7 +332,7 @@ def finished_run(config: TrainCommand) -> Path:
     run = Path(config.storage) / config.name
     checkpoint = ended(run / "checkpoint_1")
     listed(run, "checkpoint_1")
-    kept = inputs_as_kept(open_version(config.data), resolve(config.model))
+    kept = inputs_as_kept(config, open_version(config.data), resolve(config.model))
     (run / "settings.json").write_text(json.dumps(settings_as_kept(config) | {"inputs": kept}))
     (run / "published").write_text(config.output)
     return checkpoint / "export"
