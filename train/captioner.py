@@ -43,8 +43,7 @@ from train.augment import BlipAugment
 from train.card import Origin, write_checkpoint
 from train.cider import CiderReward
 from train.command import launch, run_command
-from train.features import Features, compute_features
-from train.loop import threads_of
+from train.features import Features, features_of_run
 from train.module import TrainedModule, TrainingError
 from train.new_captioner import NewDecoder, write_new_captioner
 from train.run_folder import absolute
@@ -526,29 +525,15 @@ def with_features(job: CaptionerJob, give_way_s: float = 0.0) -> CaptionerJob:
     """The job on tokens of the frozen tower, computed if they are not there, as ``compute_features`` does; Ray must be
     there."""
     config, key = job.config, tokens_key(job)
+
+    def place(split: str, source: Source) -> Location:
+        return Location.of(config.cache) / f"captioner-{split}-{key}-{sum(source.groups)}"
+
+    train, val = job.train_pictures(Variants(BlipAugment())), job.val_pictures()
+    # the first variant is the photo itself: more of them are added to what is there
+    wanted = [(train, place("train", train), config.variants), (val, place("val", val), 1)]
     encoder = TowerTokens(job.checkpoint, config.features == "bf16")
-    found = []
-    sources = [
-        ("train", job.train_pictures(Variants(BlipAugment())), config.variants),
-        ("val", job.val_pictures(), 1),
-    ]
-    for split, source, variants in sources:
-        # the first variant is the photo itself: more of them are added to what is there
-        place = Location.of(config.cache) / f"captioner-{split}-{key}-{sum(source.groups)}"
-        found.append(
-            compute_features(
-                source,
-                encoder,
-                place,
-                variants,
-                workers=config.num_workers,
-                least=config.min_workers,
-                threads=threads_of(config),
-                gpus=config.gpus_per_worker,
-                deadline=job.deadline,
-                give_way_s=give_way_s,
-            )
-        )
+    found = features_of_run(config, encoder, wanted, job.deadline, give_way_s)
     return replace(job, features=(found[0], found[1]))
 
 

@@ -39,8 +39,7 @@ from train.calibration import balanced_weights, calibrate, choose_thresholds, si
 from train.card import write_checkpoint
 from train.command import launch, run_command
 from train.damage import Damage, Tier
-from train.features import Features, compute_features
-from train.loop import threads_of
+from train.features import Features, features_of_run
 from train.module import NonFinite, Optimisation, TrainedModule, TrainingError
 from train.run_folder import absolute
 from train.settings import TrainCommand
@@ -593,36 +592,24 @@ def with_features(job: DetectorJob, give_way_s: float = 0.0) -> DetectorJob:
     """The job on features of the frozen tower, computed if they are not there, as ``compute_features`` does; Ray must
     be there."""
     config, checkpoint = job.config, resolve(job.checkpoint)
-    augment = RandomDamage(config.damage, config.variants) if config.augment else Deliver()
-    encoder = HeadInputs(job.checkpoint, job.labels)
     key = [checkpoint.revision, job.version.manifest.version, job.views.model_dump(mode="json")]
-    found = []
-    sources: list[tuple[str, Source, int]] = [
-        ("train", Pictures.of(job.version, "train", job.views, augment), config.variants if config.augment else 1),
-        ("val", InTiers(Pictures.of(job.version, "val", job.views), tuple(config.calibration_tiers)), 1),
+
+    def place(split: str, *depends_on: Any) -> Location:
+        digest = hashlib.sha256(json.dumps([key, [split, *depends_on]]).encode()).hexdigest()[:16]
+        return Location.of(config.cache) / f"detector-{split}-{digest}"
+
+    augment = RandomDamage(config.damage, config.variants) if config.augment else Deliver()
+    train: Source = Pictures.of(job.version, "train", job.views, augment)
+    val: Source = InTiers(Pictures.of(job.version, "val", job.views), tuple(config.calibration_tiers))
+    wanted = [
+        (
+            train,
+            place("train", config.damage.model_dump() if config.augment else None),
+            config.variants if config.augment else 1,
+        ),
+        (val, place("val", config.calibration_tiers), 1),
     ]
-    for split, source, variants in sources:
-        what = (
-            [split, config.damage.model_dump() if config.augment else None]
-            if split == "train"
-            else [split, config.calibration_tiers]
-        )
-        digest = hashlib.sha256(json.dumps([key, what]).encode()).hexdigest()[:16]
-        place = Location.of(config.cache) / f"detector-{split}-{digest}"
-        found.append(
-            compute_features(
-                source,
-                encoder,
-                place,
-                variants,
-                workers=config.num_workers,
-                least=config.min_workers,
-                threads=threads_of(config),
-                gpus=config.gpus_per_worker,
-                deadline=job.deadline,
-                give_way_s=give_way_s,
-            )
-        )
+    found = features_of_run(config, HeadInputs(job.checkpoint, job.labels), wanted, job.deadline, give_way_s)
     return with_statistics(replace(job, features=(found[0], found[1])))
 
 

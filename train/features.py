@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -26,6 +26,7 @@ import pyarrow as pa
 from data.errors import DataError
 from data.locations import Location
 from train.giving_way import Ask, GiveWay, Resource, wait_for_room, waiting_replicas
+from train.loop import LoopConfig, threads_of
 from train.order import by_group
 from train.stream import Batch, Source
 
@@ -170,6 +171,36 @@ def compute_features(
                 print("serving did not take the room: features keep what they have from now on", flush=True)
                 give_way_s = 0.0
     return features
+
+
+def features_of_run(
+    config: LoopConfig,
+    encoder: EncoderSpec,
+    wanted: Iterable[tuple[Source, Location, int]],
+    deadline: float = float("inf"),
+    give_way_s: float = 0.0,
+) -> tuple[Features, ...]:
+    """Features of each source, at its place and in so many variants, encoded as the run trains: by as many processes,
+    each with a worker's threads and GPUs. Ray must be there.
+
+    Raises:
+        OutOfTime, DataError: as ``compute_features``.
+    """
+    return tuple(
+        compute_features(
+            source,
+            encoder,
+            place,
+            variants,
+            workers=config.num_workers,
+            least=config.min_workers,
+            threads=threads_of(config),
+            gpus=config.gpus_per_worker,
+            deadline=deadline,
+            give_way_s=give_way_s,
+        )
+        for source, place, variants in wanted
+    )
 
 
 def _reserved(share: float) -> dict[str, Any]:

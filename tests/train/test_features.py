@@ -227,7 +227,7 @@ def test_a_frozen_tower_has_the_threads_and_the_share_of_gpus_of_a_training_work
     version: Path, photos: Path, vit: Path, blip: Path, monkeypatch: pytest.MonkeyPatch, trainer: Any, told: int
 ) -> None:
     passed: list[dict[str, Any]] = []
-    monkeypatch.setattr(trainer, "compute_features", lambda *_, **options: passed.append(options))
+    monkeypatch.setattr(features, "compute_features", lambda *_, **options: passed.append(options))
     monkeypatch.setattr("os.cpu_count", lambda: 16)
     is_detector = trainer is detector
     settings: dict[str, Any] = {
