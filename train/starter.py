@@ -34,16 +34,16 @@ LANGUAGE = """
     --model new --new.dropout 0.1 --epochs 1 --batch-size 32 --learning-rate 1e-3 --weight-decay 0.05 --warmup 0.1
     --seed 20260101
     """
-#: Then it learns to write what photos show, by the likelihood of human captions. The tower computes in float32: a CPU
-#: without bf16 units takes many times as long in bf16, and this is to be made again anywhere.
+#: Then it learns to write what photos show, by the likelihood of human captions: each photo as it is and in two
+#: augmented versions, in turn.
 CAPTIONER = """
-    --freeze tower --features 32 --epochs 4 --batch-size 16 --learning-rate 6e-4 --weight-decay 0.05
-    --warmup 0.14 --label-smoothing 0.1 --dropout 0.15 --keep-patches 0.4 --length-penalty 0.5 --prompt= --seed 20260101
+    --freeze tower --variants 3 --epochs 6 --batch-size 16 --learning-rate 6e-4 --weight-decay 0.05 --warmup 0.14
+    --label-smoothing 0.1 --dropout 0.15 --keep-patches 0.4 --length-penalty 0.5 --prompt= --seed 20260101
     """
 #: Last, by the CIDEr of captions that it draws, less what they score against photos that are alike: without that
 #: captions become alike as well. The weights' average is kept: single steps scatter (benchmarks/TRIED.md).
 CIDER = """
-    --objective cider --temperature 0.5 --distinct 0.5 --freeze tower --features 32 --epochs 4 --batch-size 16
+    --objective cider --temperature 0.5 --distinct 0.25 --freeze tower --variants 3 --epochs 4 --batch-size 16
     --learning-rate 1e-4 --weight-decay 0.05 --ema 0.998 --keep-patches 0.4 --prompt= --seed 20260101
     """
 
@@ -64,7 +64,8 @@ class Starter(BaseModel):
     threads: int = Field(2, ge=1)
     precision: Literal["32-true", "bf16-mixed"] = Field(
         "32-true",
-        description="of the decoder's training; bf16-mixed takes 0.6 of the time where a CPU has units for it",
+        description="in which the captioner's tower computes and its decoder trains; bf16-mixed takes 0.6 of the time "
+        "where a CPU has units for it, and many times as long elsewhere",
     )
 
     @model_validator(mode="after")
@@ -106,6 +107,7 @@ def steps(config: Starter) -> Iterator[list[str]]:
         data = str(prepared / "flickr30k")
         writer, describer, decoder = (str(models / name) for name in ("writer", "describer", "captioner"))
         own = ["--data", data, *common, "--precision", config.precision]
+        tokens = [*features, "--features", "bf16" if config.precision == "bf16-mixed" else "32"]
         yield _prepare("flickr30k", config.captioned, prepared)
         yield ["train.language", "--texts", config.texts, "--output", writer, *shlex.split(LANGUAGE), *own]
         for base, made, recipe in ((writer, describer, CAPTIONER), (describer, decoder, CIDER)):
@@ -113,7 +115,7 @@ def steps(config: Starter) -> Iterator[list[str]]:
                 *("train.captioner", "--name", Path(made).name, "--model", base, "--output", made),
                 *shlex.split(recipe),
                 *own,
-                *features,
+                *tokens,
             ]
         yield [
             *("train.evaluate", "captioner", "--data", data, "--checkpoint", decoder, "--against", ""),
