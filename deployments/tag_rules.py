@@ -2,12 +2,13 @@
 
 In: the model's answer (a JSON array, possibly cut off) and the caption it was asked about. Out: 3 to 10 tags.
 
-Who does what, honestly. The model proposes; the engine's grammar already forces an array of one- and two-word strings.
-The rules drop what the caption neither says nor plainly implies (which includes everything that leaks from the
-prompt's examples), bring words to one form (``dogs`` -> ``dog``), and then complete the list from the caption itself:
-nouns that the model left out, then the search words that those nouns imply by WordNet (a puppy is a dog and an
-animal). With a 135 M model the completion carries a good part of the result, with a 7 B model it should carry less;
-``benchmarks/tagger_quality.py`` measures the model's share.
+Who does what, honestly. The model proposes; the engine's grammar already forces an array of one- and two-word
+strings. The rules drop what the caption neither says nor plainly implies (which includes everything that leaks from
+the prompt's examples), bring words to one form (``dogs`` -> ``dog``), and then complete the list from the caption
+itself: nouns that the model left out, then the search words that those nouns imply by WordNet (a puppy is a dog and
+an animal). No tag says where people come from or what their skin is like. With a 135 M model the completion carries a
+good part of the result, with a 7 B model it should carry less; ``benchmarks/tagger_quality.py`` measures the model's
+share.
 
 Knows no engine, no prompt and no HTTP; no language package is needed at serve time, only ``tag_lexicon.json``.
 """
@@ -41,6 +42,12 @@ _STOP = frozenset(
     picture image view tag tags caption together
     """.split()  # noqa: SIM905
 )
+#: What a caption says of where people come from or what their skin is like. It is a guess, and not what people are to
+#: be found by; a colour says it too, beside a word for people.
+_ORIGINS = frozenset(
+    ("african", "arab", "asian", "caucasian", "ethnic", "hispanic", "latina", "latino", "oriental", "skin", "skinned")
+)
+_COLOURS = frozenset(("black", "brown", "dark", "light", "white"))
 #: Endings after which a plural takes `es`: dishes, but not gates.
 _HISSES = ("s", "x", "z", "ch", "sh", "o")
 _WORD = re.compile(r"[a-z0-9]+")
@@ -163,8 +170,15 @@ def _adjacent(part: list[str], whole: list[str]) -> bool:
 
 def _add(tags: dict[tuple[str, ...], str], tag: str) -> None:
     words = tag.split()
+    if _of_origin(words):
+        return
     if len(tags) < MAX_TAGS and 2 <= len(tag) <= MAX_TAG_LETTERS and words[0] not in _STOP - set(_LAST_RESORT):
         tags.setdefault(tuple(_root(word) for word in words), tag)
+
+
+def _of_origin(words: list[str]) -> bool:
+    means = {meant for word in map(lemma, words) for meant in (word, *_lexicon().implied.get(word, ()))}
+    return not _ORIGINS.isdisjoint(words) or not (_COLOURS.isdisjoint(words) or means.isdisjoint(("person", "people")))
 
 
 def _content(caption: str) -> list[str]:

@@ -68,6 +68,23 @@ def test_a_colour_does_not_imply_a_fruit() -> None:
     assert "fruit" not in clean_tags("", "a man in an orange shirt")
 
 
+@pytest.mark.parametrize(
+    ("raw", "caption", "tags"),
+    [
+        (
+            '["man", "dark skinned", "red carpet"]',
+            "a dark skinned man is sitting on a red carpet",
+            ["man", "red carpet", "carpet", "person"],
+        ),
+        ('["asian girl", "store"]', "two asian girls stand in front of a store", ["store", "girl", "person"]),
+        ('["black people", "white coat"]', "black people in white coats", ["white coat", "people", "coat", "clothing"]),
+        ('["black dog"]', "a black dog and a white swan", ["black dog", "dog", "swan", "animal", "bird"]),
+    ],
+)
+def test_nobody_is_to_be_found_by_where_they_come_from_or_their_skin(raw: str, caption: str, tags: list[str]) -> None:
+    assert clean_tags(raw, caption) == tags
+
+
 def test_the_lexicon_is_small_and_states_its_licence() -> None:
     assert LEXICON_FILE.stat().st_size < 300_000
     assert "Princeton University" in json.loads(LEXICON_FILE.read_text())["licence"]
