@@ -15,6 +15,7 @@ Knows no engine, no prompt and no HTTP; no language package is needed at serve t
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import unicodedata
@@ -43,7 +44,7 @@ _STOP = frozenset(
     """.split()  # noqa: SIM905
 )
 #: What a caption says of where people come from or what their skin is like. It is a guess, and not what people are to
-#: be found by; a colour says it too, beside a word for people.
+#: be found by; a colour before a word for people says it too.
 _ORIGINS = frozenset(
     ("african", "arab", "asian", "caucasian", "ethnic", "hispanic", "latina", "latino", "oriental", "skin", "skinned")
 )
@@ -177,8 +178,14 @@ def _add(tags: dict[tuple[str, ...], str], tag: str) -> None:
 
 
 def _of_origin(words: list[str]) -> bool:
-    means = {meant for word in map(lemma, words) for meant in (word, *_lexicon().implied.get(word, ()))}
-    return not _ORIGINS.isdisjoint(words) or not (_COLOURS.isdisjoint(words) or means.isdisjoint(("person", "people")))
+    return not _ORIGINS.isdisjoint(words) or any(
+        colour in _COLOURS and _of_people(word) for colour, word in itertools.pairwise(words)
+    )
+
+
+def _of_people(word: str) -> bool:
+    noun = lemma(word)
+    return not {noun, *_lexicon().implied.get(noun, ())}.isdisjoint(("person", "people"))
 
 
 def _content(caption: str) -> list[str]:
