@@ -171,9 +171,8 @@ def _adjacent(part: list[str], whole: list[str]) -> bool:
 
 def _add(tags: dict[tuple[str, ...], str], tag: str) -> None:
     words = tag.split()
-    if _of_origin(words):
-        return
-    if len(tags) < MAX_TAGS and 2 <= len(tag) <= MAX_TAG_LETTERS and words[0] not in _STOP - set(_LAST_RESORT):
+    fits = len(tags) < MAX_TAGS and 2 <= len(tag) <= MAX_TAG_LETTERS
+    if fits and words[0] not in _STOP - set(_LAST_RESORT) and not _of_origin(words):
         tags.setdefault(tuple(_root(word) for word in words), tag)
 
 

@@ -526,15 +526,14 @@ def with_features(job: CaptionerJob, give_way_s: float = 0.0) -> CaptionerJob:
     there."""
     config, key = job.config, tokens_key(job)
 
-    def place(split: str, source: Source) -> Location:
-        return Location.of(config.cache) / f"captioner-{split}-{key}-{sum(source.groups)}"
+    def placed(split: str, source: Source, variants: int) -> tuple[Source, Location, int]:
+        return source, Location.of(config.cache) / f"captioner-{split}-{key}-{sum(source.groups)}", variants
 
-    train, val = job.train_pictures(Variants(BlipAugment())), job.val_pictures()
-    # the first variant is the photo itself: more of them are added to what is there
-    wanted = [(train, place("train", train), config.variants), (val, place("val", val), 1)]
     encoder = TowerTokens(job.checkpoint, config.features == "bf16")
-    found = features_of_run(config, encoder, wanted, job.deadline, give_way_s)
-    return replace(job, features=(found[0], found[1]))
+    # the first variant is the photo itself: more of them are added to what is there
+    train = placed("train", job.train_pictures(Variants(BlipAugment())), config.variants)
+    val = placed("val", job.val_pictures(), 1)
+    return replace(job, features=features_of_run(config, encoder, train, val, job.deadline, give_way_s))
 
 
 def train(config: CaptionerTraining, callbacks: tuple[Any, ...] = (), parent: str | None = None) -> Any:

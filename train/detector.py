@@ -599,18 +599,19 @@ def with_features(job: DetectorJob, give_way_s: float = 0.0) -> DetectorJob:
         return Location.of(config.cache) / f"detector-{split}-{digest}"
 
     augment = RandomDamage(config.damage, config.variants) if config.augment else Deliver()
-    train: Source = Pictures.of(job.version, "train", job.views, augment)
-    val: Source = InTiers(Pictures.of(job.version, "val", job.views), tuple(config.calibration_tiers))
-    wanted = [
-        (
-            train,
-            place("train", config.damage.model_dump() if config.augment else None),
-            config.variants if config.augment else 1,
-        ),
-        (val, place("val", config.calibration_tiers), 1),
-    ]
-    found = features_of_run(config, HeadInputs(job.checkpoint, job.labels), wanted, job.deadline, give_way_s)
-    return with_statistics(replace(job, features=(found[0], found[1])))
+    train = (
+        Pictures.of(job.version, "train", job.views, augment),
+        place("train", config.damage.model_dump() if config.augment else None),
+        config.variants if config.augment else 1,
+    )
+    val = (
+        InTiers(Pictures.of(job.version, "val", job.views), tuple(config.calibration_tiers)),
+        place("val", config.calibration_tiers),
+        1,
+    )
+    encoder = HeadInputs(job.checkpoint, job.labels)
+    found = features_of_run(config, encoder, train, val, job.deadline, give_way_s)
+    return with_statistics(replace(job, features=found))
 
 
 def with_statistics(job: DetectorJob) -> DetectorJob:

@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -176,18 +176,20 @@ def compute_features(
 def features_of_run(
     config: LoopConfig,
     encoder: EncoderSpec,
-    wanted: Iterable[tuple[Source, Location, int]],
-    deadline: float = float("inf"),
-    give_way_s: float = 0.0,
-) -> tuple[Features, ...]:
-    """Features of each source, at its place and in so many variants, encoded as the run trains: by as many processes,
-    each with a worker's threads and GPUs. Ray must be there.
+    train: tuple[Source, Location, int],
+    val: tuple[Source, Location, int],
+    deadline: float,
+    give_way_s: float,
+) -> tuple[Features, Features]:
+    """Features of a run's two sources, each at its place and in so many variants, encoded as the run trains: by as many
+    processes, each with a worker's threads and GPUs. Ray must be there.
 
     Raises:
         OutOfTime, DataError: as ``compute_features``.
     """
-    return tuple(
-        compute_features(
+
+    def computed(source: Source, place: Location, variants: int) -> Features:
+        return compute_features(
             source,
             encoder,
             place,
@@ -199,8 +201,8 @@ def features_of_run(
             deadline=deadline,
             give_way_s=give_way_s,
         )
-        for source, place, variants in wanted
-    )
+
+    return computed(*train), computed(*val)
 
 
 def _reserved(share: float) -> dict[str, Any]:
