@@ -273,7 +273,7 @@ def processes(port: int, beside: bool = True) -> list[psutil.Process]:
     for process in list(found):
         with contextlib.suppress(psutil.Error):
             for child in process.children(recursive=True):
-                if child.pid not in known and child.status() != psutil.STATUS_ZOMBIE:
+                if child.pid not in known and runs(child):
                     known.add(child.pid)
                     found.append(child)
     return found
