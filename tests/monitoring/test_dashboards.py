@@ -13,7 +13,9 @@ import ray
 import yaml
 
 from deployments.metrics import METRICS
-from monitoring.dashboards import BOARDS, FOLDER, main, render
+from monitoring.dashboards import BOARDS
+from monitoring.dashboards.__main__ import FOLDER, main
+from monitoring.dashboards.board import render
 from tests.monitoring.expressions import ELSEWHERE, TRAINING, alerts, names, needed, panels
 
 
