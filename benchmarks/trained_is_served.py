@@ -44,10 +44,11 @@ from deployments.views import ViewSpec, render
 from train import captioner, detector, evaluate, registry
 from train.captioner import CaptionerModule, CaptionerTraining
 from train.detector import DetectorTraining
-from train.loop import Outcome, load_weights
+from train.job import Outcome
 from train.new_captioner import build_tokenizer
 from train.settings import TrainCommand
 from train.statistics import described
+from train.watch import load_weights
 from train.words import Vocabulary
 
 Kind = Literal["captioner", "detector"]

@@ -33,7 +33,8 @@ from benchmarks.report import RESULTS, provenance, write_result
 from data.session import RaySettings, ray_session
 from data.versions import open_version
 from train.detector import DetectorTraining, prepare_job, train
-from train.loop import Outcome, fit_locally
+from train.job import Outcome
+from train.loop import fit_locally
 
 ROOT = Path(__file__).parent.parent
 #: Of the rate of the loop without Ray.

@@ -31,7 +31,8 @@ from data.versions import DataVersion
 from deployments.checkpoints import Checkpoint, CheckpointError, mlflow_uri
 from train.features import OutOfTime
 from train.giving_way import Resource, wait_for_room
-from train.loop import Job, Outcome, quieten, share_of_batch, work
+from train.job import Job, Outcome, share_of_batch
+from train.loop import quieten, work
 from train.module import TrainingError
 from train.publication import check_output, is_published, publish
 from train.registry import meant

@@ -26,7 +26,7 @@ import pyarrow as pa
 from data.errors import DataError
 from data.locations import Location
 from train.giving_way import Ask, GiveWay, Resource, wait_for_room, waiting_replicas
-from train.loop import LoopConfig, threads_of
+from train.job import LoopConfig, threads_of
 from train.order import by_group
 from train.stream import Batch, Source
 

@@ -16,417 +16,30 @@ Knows no task, no command line and no MLflow server but the run it is given.
 
 from __future__ import annotations
 
-import copy
-import fcntl
 import json
 import logging
-import os
-import re
-import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from pydantic import ConfigDict, Field
-from safetensors.torch import load_file, save_file
 
-from data.versions import DataVersion
 from deployments.processor import step_back
 from train.beside import batches_beside
 from train.gauges import Gauges
 from train.giving_way import GiveWay
-from train.module import NonFinite, Optimisation, TrainedModule, TrainingError
+from train.job import Job, LoopConfig, Outcome, order_of, share_of_batch, threads_of, total_steps_of
+from train.module import NonFinite, TrainedModule
 from train.order import Order
-from train.strategies import StrategyName, local_strategy, ray_strategy
-from train.stream import PassOnce, Shard, Source, local_batches, ray_batches
-from train.tracking import Run, RunReference, attach
-
-#: Losses are compared and the clock is looked at about this often.
-_SYNC_S, _MOST_STEPS_BETWEEN = 2.0, 50
-#: Why a run ends before its last step, to go on from there: its time is over, or serving wants what it holds.
-_ENDS = ("", "time", "way")
-
-
-class LoopConfig(Optimisation):
-    """How a run is spread, stopped and resumed."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    epochs: int = Field(5, ge=1, description="passes over the training split")
-    max_steps: int = Field(0, ge=0, description="optimiser steps at most; 0: what the epochs come to")
-    batch_size: int = Field(32, ge=1, description="pictures of an optimiser step, all workers together")
-    accumulate: int = Field(1, ge=1, description="parts that each worker's share of a batch is computed in")
-    validate_every: int = Field(0, ge=0, description="steps between validations; 0: each epoch")
-    patience: int = Field(0, ge=0, description="validations without improvement before the run ends early; 0: never")
-    num_workers: int = Field(1, ge=1, description="training workers; one for each GPU, where there are any")
-    min_workers: int = Field(
-        0, ge=0, description="go on with as few as this while nodes are missing; 0: a fixed number"
-    )
-    lanes: int = Field(
-        0,
-        ge=0,
-        description="equal shares of the data, a multiple of every possible number of workers; 0: --num-workers",
-    )
-    strategy: StrategyName = Field("ddp", description="ddp: each worker has the model; fsdp: each has a part of it")
-    precision: Literal["32-true", "bf16-mixed", "16-mixed", "bf16-true"] = Field(
-        "32-true", description="of the computation; `true` stores weights in it too"
-    )
-    gpus_per_worker: float = Field(
-        -1, ge=-1, description="-1: one where the cluster has GPUs (too few for the workers is an error), else none"
-    )
-    cpus_per_worker: float = Field(0.5, gt=0, description="that Ray reserves for a worker; the rest is for loaders")
-    threads: int = Field(0, ge=0, description="CPU threads of a worker; 0: the machine's cores over the workers")
-    loaders: int = Field(1, ge=1, description="tasks that read and decode for each worker at a time")
-    loader_cpus: float = Field(0.25, gt=0, description="CPUs that Ray reserves for a loader")
-    checkpoint_every: int = Field(
-        200, ge=1, description="steps between checkpoints; one follows each validation anyway"
-    )
-    keep: int = Field(2, ge=1, description="checkpoints that are kept for resuming")
-    max_failures: int = Field(3, ge=-1, description="deaths of workers that a run survives; -1: any number")
-    give_way_s: float = Field(
-        30.0,
-        ge=0,
-        description="on a cluster: when a replica of Serve has waited as long for what the run holds, the run stops "
-        "with a checkpoint, lets it have that, and goes on when there is room again; 0: never",
-    )
-    seed: int = 20260101
-
-    @property
-    def all_lanes(self) -> int:
-        return self.lanes or self.num_workers
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended."""
-
-    status: Literal["finished", "stopped", "failed"]
-    steps: int
-    total_steps: int
-    metrics: dict[str, float] = field(default_factory=dict)
-    losses: list[tuple[int, float]] = field(default_factory=list)
-    """(step, mean loss of all workers) of every step since the worker started."""
-    samples_per_s: float = 0.0
-    reason: str = ""
-
-
-class Job(Protocol):
-    """What a task hands to the loop; pickled into every worker."""
-
-    @property
-    def config(self) -> LoopConfig: ...
-
-    @property
-    def version(self) -> DataVersion: ...
-
-    @property
-    def deadline(self) -> float:
-        """``time.time()`` at which to stop, or infinity."""
-        ...
-
-    @property
-    def run(self) -> RunReference | None: ...
-
-    def train_source(self) -> Source: ...
-
-    def val_source(self) -> Source: ...
-
-    def in_process(self) -> bool:
-        """Whether loading is too cheap for tasks of its own."""
-        ...
-
-    def module(self, total_steps: int) -> TrainedModule: ...
-
-    def example(self, module: TrainedModule) -> dict[str, torch.Tensor]:
-        """A small batch that reaches whatever the loss reaches."""
-        ...
-
-    def export(
-        self, module: TrainedModule, model: Any, judged: dict[int, Any], folder: Path, metrics: dict[str, float]
-    ) -> dict[str, float]:
-        """Write ``model`` (the best weights, whole) as the checkpoint folder; returns the figures of its card."""
-        ...
-
-    def samples(self, module: TrainedModule) -> list[tuple[Any, str]]:
-        """A few validation pictures and what the model says of them."""
-        ...
-
-
-def order_of(config: LoopConfig, source: Source) -> Order:
-    """The order of a source's rows under these settings."""
-    return Order(source.groups, config.batch_size, config.all_lanes, source.window, config.seed)
-
-
-def total_steps_of(config: LoopConfig, order: Order) -> int:
-    steps = config.epochs * order.steps
-    return min(steps, config.max_steps) if config.max_steps else steps
-
-
-#: Takes figures, a checkpoint's folder (None on other workers than the first), and whether to wait until it is kept.
-Report = Callable[[dict[str, Any], Path | None, bool], None]
-
-
-class Watch(pl.Callback):
-    """Losses, clock, best weights and checkpoints of a run.
-
-    Args:
-        scratch: a folder of this process.
-        deadline: ``time.time()`` at which to stop.
-        report: hands a checkpoint to whoever keeps them; None keeps none.
-        run: the MLflow run, on the first worker.
-        gauges: what operators see, on the first worker.
-        give_way: whether serving wants what the run holds, on the first worker.
-        loaded: told when nothing of the checkpoint that the run goes on from is read any more.
-    """
-
-    def __init__(
-        self,
-        config: LoopConfig,
-        steps_per_epoch: int,
-        scratch: Path,
-        deadline: float = float("inf"),
-        report: Report | None = None,
-        run: Run | None = None,
-        say: Callable[[str], None] = lambda line: print(line, flush=True),
-        gauges: Gauges | None = None,
-        give_way: GiveWay | None = None,
-        loaded: Callable[[], None] = lambda: None,
-    ) -> None:
-        self.loaded = loaded
-        self.gauges, self.give_way = gauges, give_way
-        self.config, self.steps_per_epoch, self.scratch = config, steps_per_epoch, scratch
-        self.deadline, self.report, self.run, self.say = deadline, report, run, say
-        self.best, self.bad, self.best_metrics = -float("inf"), 0, dict[str, float]()
-        self.validations = 0
-        self.losses: list[tuple[int, float]] = []
-        self.stopped = ""
-        self._pending: list[tuple[int, torch.Tensor]] = []
-        self._parts: list[torch.Tensor] = []
-        self.step, self._saved, self._due, self._interval = 0, 0, False, 1
-        self._said = self._paused = 0.0
-        self._epoch: dict[str, Any] = {}
-        self.began, self.ended, self.began_step = 0.0, 0.0, 0
-
-    # ------------------------------------------------------------------------------------------------- every step
-
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self.loaded()
-        self.step = self._saved = self.began_step = trainer.global_step
-        self.began = self._synced = time.monotonic()
-
-    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._due:
-            self._save(trainer, module)
-        self._epoch = copy.deepcopy(trainer.fit_loop.epoch_progress.state_dict())
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self._parts.append(outputs["loss"].detach().float())
-        if trainer.global_step == self.step:
-            return  # a part of a step
-        self.step = trainer.global_step
-        if not self.losses and not self._pending:
-            # the first step waits for loaders and allocates: speed is that of the others
-            self.began, self.began_step = time.monotonic(), self.step
-        self.ended = time.monotonic()
-        self._pending.append((self.step, torch.stack(self._parts).sum()))  # Lightning has divided each part
-        self._parts = []
-        if len(self._pending) >= self._interval or self.step == trainer.max_steps:
-            self._sync(trainer, module)
-        if self.step % self.config.checkpoint_every == 0:
-            self._due = True
-        if self.step == trainer.max_steps:
-            trainer.val_check_batch = 1  # whatever its interval, a run ends with a validation
-
-    def _sync(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Mean losses over the workers, and the first worker's clock: all of them stop at the same step."""
-        if not self._pending:
-            return
-        now = time.monotonic()
-        each = (now - self._synced) / len(self._pending)
-        self._synced = now
-        interval = int(np.clip(_SYNC_S / max(each, 1e-6), 1, _MOST_STEPS_BETWEEN))
-        first = trainer.is_global_zero
-        shared = torch.stack(
-            [value for _, value in self._pending]
-            + [
-                torch.tensor(value, device=module.device)
-                for value in (float(first and self._ends()), float(first and interval))
-            ]
-        )
-        world = trainer.world_size
-        if world > 1:
-            torch.distributed.all_reduce(shared)
-        values = shared.tolist()
-        steps, self._pending = [step for step, _ in self._pending], []
-        self._interval = max(1, int(values[-1]))
-        means = [value / world for value in values[:-2]]
-        for step, mean in zip(steps, means, strict=True):
-            self.losses.append((step, mean))
-            if not np.isfinite(mean):
-                raise NonFinite(
-                    f"the loss is {mean} at step {step}: lower --learning-rate (now "
-                    f"{self.config.learning_rate:g}), raise "
-                    "--warmup, keep --gradient-clip above 0, or use --precision bf16-mixed instead of 16-mixed"
-                )
-        # after the last step there is nothing to go on with: the run ends as it would have
-        if values[-2] and not trainer.should_stop and steps[-1] < trainer.max_steps:
-            self.stopped = _ENDS[int(values[-2])]
-            trainer.should_stop = True
-            if steps[-1] % (self.config.validate_every or self.steps_per_epoch):
-                trainer.limit_val_batches = 0  # Lightning would validate before it stops
-        if first:
-            self._tell(trainer, steps, means)
-
-    def _ends(self) -> int:
-        """Which of ``_ENDS`` has come, by the first worker's clock and what it has been told."""
-        if time.time() > self.deadline:
-            return _ENDS.index("time")
-        return _ENDS.index("way") if self.give_way is not None and self.give_way.to else 0
-
-    def _tell(self, trainer: pl.Trainer, steps: list[int], means: list[float]) -> None:
-        step, total = steps[-1], int(trainer.max_steps)
-        rate = trainer.optimizers[0].param_groups[-1]["lr"]
-        speed = (step - self.began_step) / max(1e-9, self.ended - self.began)
-        if self.gauges is not None:
-            self.gauges.tell(step, means[-1], speed * self.config.batch_size)
-        if self.run is not None:
-            for each, mean in zip(steps, means, strict=True):
-                if each % 10 == 0 or each in (1, total):
-                    epoch = each / self.steps_per_epoch
-                    self.run.metrics({"train_loss": mean, "learning_rate": rate, "epoch": epoch}, each)
-            if speed:
-                self.run.metrics({"samples_per_s": speed * self.config.batch_size}, step)
-        if time.monotonic() - self._said > 10 or step == total or not self._said:
-            self._said = time.monotonic()
-            pace = f", {speed * self.config.batch_size:.1f} pictures/s" if speed else ""
-            left = f", {(total - step) / speed / 60:.0f} min left" if speed else ""
-            self.say(
-                f"step {step}/{total}, epoch {step / self.steps_per_epoch:.2f}, loss {means[-1]:.4f}, rate {rate:.2e}"
-                f"{pace}{left}"
-            )
-
-    # -------------------------------------------------------------------------------------------------- validation
-
-    def on_validation_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._sync(trainer, module)
-        self._paused = time.monotonic()
-
-    def on_validation_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        assert isinstance(module, TrainedModule)
-        value = module.results[module.metric]
-        self.validations += 1
-        self.bad = 0 if value > self.best else self.bad + 1
-        if value > self.best:
-            self.best, self.best_metrics = value, dict(module.results)
-            if trainer.is_global_zero:
-                assert module._judge is not None
-                save_weights(module._judge, self.scratch / "best.safetensors")
-                (self.scratch / "judged.json").write_text(json.dumps(list(module.judged.items())))
-        self._due = True
-        if self._is_out_of_patience():
-            self.stopped = "patience"
-            trainer.should_stop = True
-        if trainer.is_global_zero:
-            figures = ", ".join(f"{name} {value:.4f}" for name, value in module.results.items())
-            self.say(f"step {self.step}: {figures}{'' if self.bad else ' (best so far)'}")
-            if self.run is not None:
-                self.run.metrics(module.results, self.step)
-        # speed is that of training
-        self._synced = time.monotonic()
-        self.began += self._synced - self._paused
-        self.ended += self._synced - self._paused
-
-    # ------------------------------------------------------------------------------------------------- checkpoints
-
-    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        self._sync(trainer, module)
-        if self.step > self._saved or self._due:
-            self._save(trainer, module, between=False)
-
-    def _save(self, trainer: pl.Trainer, module: pl.LightningModule, between: bool = True) -> None:
-        """A checkpoint of whole steps. Before a batch starts, Lightning counts it as begun already."""
-        self._sync(trainer, module)
-        self._due, self._saved = False, self.step
-        if self.report is None:
-            return
-        # not in the scratch folder: whatever ends the run, this may still be on its way to where checkpoints are kept
-        folder = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=self.scratch.parent))
-        loop = trainer.fit_loop
-        batches, epochs = loop.epoch_loop.batch_progress, loop.epoch_progress
-        kept = copy.deepcopy(epochs.state_dict())
-        if between:
-            batches.total.ready -= 1
-            batches.current.ready -= 1
-        else:
-            epochs.load_state_dict(self._epoch)  # the one long pass is not over
-        trainer.save_checkpoint(folder / "last.ckpt")
-        epochs.load_state_dict(kept)
-        if between:
-            batches.total.ready += 1
-            batches.current.ready += 1
-        if trainer.is_global_zero:
-            for name in ("best.safetensors", "judged.json"):
-                if (self.scratch / name).is_file():
-                    shutil.copy(self.scratch / name, folder / name)
-            (folder / "progress.json").write_text(json.dumps(self.progress()))
-        if not trainer.is_global_zero:
-            shutil.rmtree(folder)
-        self.report(self.progress(), folder if trainer.is_global_zero else None, not between)
-
-    def progress(self) -> dict[str, Any]:
-        """Where the run stands."""
-        return {
-            "step": self.step,
-            "best": self.best,
-            "bad": self.bad,
-            "validations": self.validations,
-            **self.best_metrics,
-        }
-
-    def restore(self, folder: Path, first: bool = True) -> int:
-        """Go on from a checkpoint's counts and, on the first worker, its best weights; returns the step that it was
-        taken after."""
-        progress = json.loads((folder / "progress.json").read_text())
-        self.step = self.began_step = int(progress.pop("step"))
-        self.best, self.bad = progress.pop("best"), progress.pop("bad")
-        self.validations = progress.pop("validations", 0)  # runs of earlier releases did not count them
-        self.best_metrics = progress
-        for name in ("best.safetensors", "judged.json"):
-            if first and (folder / name).is_file():
-                shutil.copy(folder / name, self.scratch / name)
-        if self._is_out_of_patience():
-            self.stopped = "patience"
-        return self.step
-
-    def _is_out_of_patience(self) -> bool:
-        return 0 < self.config.patience <= self.bad
-
-
-def save_weights(model: torch.nn.Module, path: Path) -> None:
-    """A model's weights, tied ones once."""
-    seen: dict[int, str] = {}
-    weights = {}
-    for name, value in model.state_dict().items():
-        if value.data_ptr() not in seen or not value.numel():
-            seen[value.data_ptr()] = name
-            weights[name] = value.detach().cpu().contiguous()
-    partial = path.with_suffix(".part")
-    save_file(weights, partial, metadata={"format": "pt"})
-    partial.replace(path)
-
-
-def load_weights(model: torch.nn.Module, path: Path) -> None:
-    """What ``save_weights`` wrote; tied weights come along."""
-    model.load_state_dict(load_file(path), strict=False)
+from train.scratch import scratch_of
+from train.strategies import local_strategy, ray_strategy
+from train.stream import PassOnce, Shard, local_batches, ray_batches
+from train.tracking import attach
+from train.watch import ENDS, Report, Watch, load_weights
 
 
 class Loader:
@@ -479,20 +92,6 @@ def quieten() -> None:
         logging.getLogger(chatty).setLevel(logging.ERROR)
 
 
-def threads_of(config: LoopConfig) -> int:
-    return config.threads or max(1, (os.cpu_count() or 1) // config.num_workers)
-
-
-def share_of_batch(config: LoopConfig, world: int) -> int:
-    """Rows that a worker's model sees at once."""
-    if config.batch_size % (world * config.accumulate):
-        raise TrainingError(
-            f"--batch-size {config.batch_size} does not divide by {world} workers times --accumulate "
-            f"{config.accumulate}"
-        )
-    return config.batch_size // world // config.accumulate
-
-
 def train_steps(
     job: Job, watch: Watch, strategy: Any, plugins: list[Any], rank: int, world: int, resume: Path | None, streams: str
 ) -> TrainedModule:
@@ -539,7 +138,7 @@ def outcome_of(config: LoopConfig, watch: Watch, total_steps: int) -> Outcome:
     """How training went."""
     done = watch.step - watch.began_step
     return Outcome(
-        "stopped" if watch.stopped in _ENDS[1:] else "finished",
+        "stopped" if watch.stopped in ENDS[1:] else "finished",
         watch.step,
         total_steps,
         watch.best_metrics,
@@ -547,44 +146,6 @@ def outcome_of(config: LoopConfig, watch: Watch, total_steps: int) -> Outcome:
         config.batch_size * done / (watch.ended - watch.began) if done else 0.0,
         watch.stopped,
     )
-
-
-@contextmanager
-def scratch_of(run: str, rank: int) -> Iterator[Path]:
-    """A folder of this process for the length of the block; around it lies one for checkpoints, which may be on their
-    way longer. What a killed worker of this run and rank left on this machine is removed: a lock tells it from what is
-    in use, which the kernel gives back when the process ends."""
-    prefix = f"training-{re.sub(r'[^A-Za-z0-9_.-]', '_', run)}-rank{rank}-"
-    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
-        with suppress(OSError):
-            descriptor = _locked(left)
-            shutil.rmtree(left, ignore_errors=True)
-            os.close(descriptor)
-    fresh = Path(tempfile.mkdtemp(prefix="new-"))
-    with suppress(OSError):  # where a file system has no locks nothing is removed either
-        _locked(fresh)
-    around = fresh.rename(fresh.with_name(f"{prefix}{fresh.name.removeprefix('new-')}"))  # locked before it is found
-    try:
-        with tempfile.TemporaryDirectory(dir=around) as scratch:
-            yield Path(scratch)
-    finally:
-        with suppress(OSError):  # a checkpoint is on its way
-            around.rmdir()
-
-
-def _locked(folder: Path) -> int:
-    """A descriptor that keeps a folder locked while it is open.
-
-    Raises:
-        OSError: another process has it, or its file system has no locks.
-    """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
 
 
 def work(settings: dict[str, Any]) -> dict[str, Any]:

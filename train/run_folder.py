@@ -21,7 +21,7 @@ from data.errors import DataError
 from data.locations import Location
 from data.versions import DataVersion, open_version
 from deployments.checkpoints import Checkpoint, CheckpointError, pinned, resolve
-from train.loop import Outcome
+from train.job import Outcome
 from train.module import TrainingError
 from train.publication import digest_of
 from train.settings import Command, TrainCommand

@@ -12,7 +12,7 @@ from typing import TypeVar
 from pydantic import ConfigDict, Field, field_validator
 
 from data.session import RaySettings
-from train.loop import LoopConfig
+from train.job import LoopConfig
 from train.tracking import TrackingConfig
 
 _DURATION = re.compile(r"^(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m(?:in)?)?(?:(\d+(?:\.\d+)?)s?)?$")

@@ -27,7 +27,7 @@ from train.detector import DetectorTraining, prepare_job, with_features
 from train.detector import train as train_detector
 from train.evaluate import DetectorEvaluation, evaluate
 from train.features import OutOfTime
-from train.loop import Outcome
+from train.job import Outcome
 from train.module import TrainingError
 from train.publication import check_output, publish
 from train.run_folder import as_finished, base_of, data_of, finished_in, inputs_as_kept, reported, settings_as_kept

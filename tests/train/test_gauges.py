@@ -12,7 +12,8 @@ from ray.util import metrics
 
 from deployments.metrics import METRICS
 from train.gauges import Gauges
-from train.loop import LoopConfig, Watch
+from train.job import LoopConfig
+from train.watch import Watch
 
 
 @pytest.fixture

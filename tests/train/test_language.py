@@ -18,8 +18,9 @@ from deployments.checkpoints import resolve
 from tests.train.small import coloured, write_version
 from train import command
 from train.captioner import load_captioner
+from train.job import Outcome
 from train.language import LanguageJob, LanguageModule, LanguageTraining, prepare_job, read_texts, train
-from train.loop import Outcome, export, fit_locally
+from train.loop import export, fit_locally
 from train.module import TrainingError
 
 #: Colours follow shapes: what photos cannot say, for the list has none.

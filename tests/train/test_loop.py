@@ -19,10 +19,13 @@ from ray.train import Checkpoint
 from data.versions import open_version
 from train.beside import batches_beside
 from train.detector import DetectorJob, DetectorTraining, prepare_job
-from train.loop import Watch, export, fit_locally, scratch_of, share_of_batch, train_steps, work
+from train.job import share_of_batch
+from train.loop import export, fit_locally, train_steps, work
 from train.module import NonFinite, TrainingError
+from train.scratch import scratch_of
 from train.strategies import local_strategy
 from train.stream import Pictures, local_batches, rebatch
+from train.watch import Watch
 
 
 @pytest.fixture
