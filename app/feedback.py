@@ -27,8 +27,8 @@ from pydantic import (
     ValidationError,
 )
 
+from app.authentication import caller_of, is_operator
 from app.idempotency import event_key
-from app.keys import caller_of, is_operator
 from app.problems import Problem, responses
 from app.store.database import StoreUnavailable
 from app.store.events import Event, KeyConflict, UnknownAnswer

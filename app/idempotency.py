@@ -34,7 +34,7 @@ def own(caller: str, key: str | None) -> str | None:
     """A sender's ``Idempotency-Key`` as nobody else can send it; None: there is none.
 
     Args:
-        caller: ``app.keys.caller_of`` the request; "" for everybody while there are no keys.
+        caller: ``app.authentication.caller_of`` the request; "" for everybody while there are no keys.
     """
     return f"{caller}\0{key}" if key and caller else key  # a header has no NUL
 

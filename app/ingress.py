@@ -29,13 +29,13 @@ from app import idempotency
 from app.access import RequestLines, Taken
 from app.admission import Admission
 from app.analysis import TASKS, Explain, Graph
+from app.authentication import RequireKey, caller_of, check_exposure, is_operator
 from app.callbacks import Callbacks, CallbackSettings
 from app.closing import Closing, Gate
 from app.config import IngressConfig, Limits
 from app.deferred import Deferral, PlaceId, Waiting, wants_to_wait
 from app.drift import DriftSampleSettings, Sampler
 from app.feedback import router
-from app.keys import RequireKey, caller_of, check_exposure, is_operator
 from app.openapi import ANALYZE_BODY, ANALYZE_RESPONSES, CALLBACKS, RESULT_RESPONSES, use_local_docs
 from app.problems import Problem, install, responses
 from app.receiving import Receiving

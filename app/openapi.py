@@ -12,8 +12,9 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse
 from starlette.staticfiles import StaticFiles
 
-from app import keys
+from app import authentication
 from app.callbacks import IDEMPOTENCY_KEY, SIGNATURE
+from app.keys import VARIABLE
 from app.problems import ProblemModel, responses
 from deployments.annotation import Annotation
 
@@ -221,7 +222,7 @@ def use_local_docs(api: FastAPI) -> None:
             schemas |= model.pop("$defs", {})
             schemas["Annotation"] = model
             schemas["ProblemModel"] = ProblemModel.model_json_schema()
-            if os.environ.get(keys.VARIABLE):
+            if os.environ.get(VARIABLE):
                 _declare_keys(document)
             else:
                 _declare_refusals(document, "host_refused", sending=("forbidden",))
@@ -238,7 +239,7 @@ def _declare_keys(document: dict[str, Any]) -> None:
         "browser": {"type": "http", "scheme": "basic", "description": "the key as password, under any user name"},
     }
     document["security"] = [{"key": []}, {"browser": []}]
-    for path in keys.OPEN & document["paths"].keys():
+    for path in authentication.OPEN & document["paths"].keys():
         for operation in document["paths"][path].values():
             operation["security"] = []
     _declare_refusals(document, "unauthorized", "forbidden", "rate_limited", "quota_exceeded")
@@ -247,6 +248,6 @@ def _declare_keys(document: dict[str, Any]) -> None:
 def _declare_refusals(document: dict[str, Any], *codes: str, sending: tuple[str, ...] = ()) -> None:
     """Say what every route but health may answer before it is asked, and what else to more than a look."""
     for path, operations in document["paths"].items():
-        for method, operation in operations.items() if path not in keys.OPEN else ():
+        for method, operation in operations.items() if path not in authentication.OPEN else ():
             for status, refusal in responses(*codes, *(() if method == "get" else sending)).items():
                 operation["responses"].setdefault(str(status), refusal)

@@ -24,9 +24,10 @@ import psutil
 from pydantic import BaseModel, ConfigDict, Field
 
 from app import callbacks, cluster
+from app.authentication import check_exposure
 from app.canary_config import CanaryError, ServeApi, deployment_of
 from app.config import CANARIES, INGRESS, AppArgs, ConfigError, read_serve_config
-from app.keys import KeyFileError, check_exposure
+from app.keys import KeyFileError
 from deployments.checkpoints import CheckpointError, resolve
 
 #: How often it is looked whether Ray lives, and what is deployed.

@@ -21,7 +21,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app import access
 from app.access import HeldBack, Lingering, RequestLines, SoundHeaders, Starting, Taken, middlewares
-from app.keys import VARIABLE, RequireKey, create
+from app.authentication import RequireKey
+from app.keys import VARIABLE, create
 from app.problems import Problem
 from app.uploads import UploadLimits, read_uploads
 from deployments.metrics import METRICS, Metrics

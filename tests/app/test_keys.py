@@ -22,24 +22,10 @@ from fastapi import FastAPI, Request
 from fastapi.routing import APIRoute
 from starlette.routing import Mount, Route
 
-from app import keys
+from app import authentication, keys
+from app.authentication import OPEN, RequireKey, check_exposure, is_operator, scope_of
 from app.closing import Gate
-from app.keys import (
-    OPEN,
-    VARIABLE,
-    Bucket,
-    KeyFileError,
-    KeyRing,
-    Quota,
-    RequireKey,
-    check_exposure,
-    create,
-    is_operator,
-    main,
-    read_keys,
-    revoke,
-    scope_of,
-)
+from app.keys import VARIABLE, Bucket, KeyFileError, KeyRing, Quota, create, main, read_keys, revoke
 from app.problems import MEDIA_TYPE, install
 from tests.app.small_app import send
 
@@ -307,7 +293,7 @@ def test_a_days_requests_are_counted_until_midnight(file: Path) -> None:
 def test_a_quota_holds_for_all_replicas_together_where_something_counts_for_them(
     file: Path, monkeypatch: pytest.MonkeyPatch, lines: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(keys, "_SHARE_S", 0.0)
+    monkeypatch.setattr(authentication, "_SHARE_S", 0.0)
     few = create(file, "few", READ, 500, 500, per_day=10)
     totals, is_away = dict[tuple[str, int], int](), False
 
@@ -338,7 +324,7 @@ def test_a_quota_holds_for_all_replicas_together_where_something_counts_for_them
 
 
 def test_a_days_last_requests_are_shared_without_another_one(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(keys, "_SHARE_S", 0.01)
+    monkeypatch.setattr(authentication, "_SHARE_S", 0.01)
     headers, told, go_on = bearer(create(file, "few", READ, 500, 500, per_day=10)), list[int](), asyncio.Event()
 
     async def share(day: int, uses: Mapping[str, int]) -> Mapping[str, int]:
