@@ -15,39 +15,34 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from pydantic import ConfigDict, Field
 from safetensors import SafetensorError
-from sklearn.metrics import f1_score, roc_auc_score
 from torch import nn
-from torch.nn import functional
 
 from data.locations import Location
-from data.versions import DatasetName, DataVersion
+from data.versions import DataVersion
 from deployments.checkpoints import Checkpoint, resolve
 from deployments.pixels import Normalisation
 from deployments.views import ViewSpec
 from train.aivshuman import family
-from train.calibration import balanced_weights, calibrate, choose_thresholds, sigmoid
+from train.calibration import calibrate, choose_thresholds, sigmoid
 from train.card import write_checkpoint
+from train.classifier import DetectorModule, HeadInputs, head_of, load_classifier, output_layer
 from train.command import launch, run_command
 from train.damage import Damage, Tier
 from train.features import Features, features_of_run
-from train.module import NonFinite, Optimisation, TrainedModule, TrainingError
+from train.labels import LABELS, Annotations, InTiers, few_of_each, read_annotations
+from train.module import TrainedModule, TrainingError
 from train.run_folder import absolute
 from train.settings import TrainCommand
-from train.stream import Batch, Deliver, Pictures, RandomDamage, Source, pictures_of
+from train.stream import Deliver, Pictures, RandomDamage, Source, pictures_of
 from train.tracking import RunReference
-
-#: Data set -> labels in the order of the logits; the second is the one that scores speak of.
-LABELS: dict[DatasetName, tuple[str, str]] = {"aivshuman": ("human", "ai"), "source": ("stock", "platform")}
 
 
 class DetectorTraining(TrainCommand):
@@ -109,60 +104,6 @@ class DetectorTraining(TrainCommand):
         return self.model or ("google/vit-base-patch16-224" if gpu else "starter:detector")
 
 
-# ------------------------------------------------------------------------------------------------------- the model
-
-
-def load_classifier(
-    checkpoint: Checkpoint, labels: tuple[str, str], new_head: bool, dropout: float | None = None
-) -> Any:
-    """The model in float32 with a logit for each label; a new head is drawn at random."""
-    from transformers import AutoConfig, AutoModelForImageClassification
-
-    from deployments import detector_model  # registers the starter's class  # noqa: F401
-
-    config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)  # nosec B615 # a folder on disk
-    config.id2label = dict(enumerate(labels))
-    config.label2id = {label: index for index, label in enumerate(labels)}
-    if dropout is not None:
-        for name in vars(config):
-            if name.endswith(("dropout", "dropout_prob", "drop_path_rate")):
-                setattr(config, name, dropout)
-    model = AutoModelForImageClassification.from_pretrained(  # nosec B615 # a folder on disk
-        checkpoint.folder,
-        config=config,
-        use_safetensors=True,
-        trust_remote_code=False,
-        dtype=torch.float32,
-        ignore_mismatched_sizes=new_head,
-    )
-    if new_head:
-        out = output_layer(model)
-        nn.init.trunc_normal_(out.weight, std=0.02)
-        if out.bias is not None:
-            nn.init.zeros_(out.bias)
-    return model
-
-
-def head_of(model: nn.Module) -> nn.Module:
-    """What comes after the tower: ``head`` or ``classifier``.
-
-    Raises:
-        TrainingError: the model has neither.
-    """
-    for name in ("head", "classifier"):
-        if isinstance(found := getattr(model, name, None), nn.Module):
-            return found
-    raise TrainingError(f"{type(model).__name__} has no part called head or classifier: use --freeze none")
-
-
-def output_layer(model: nn.Module) -> nn.Linear:
-    """The layer whose outputs are the logits."""
-    layers = [part for part in head_of(model).modules() if isinstance(part, nn.Linear)]
-    if not layers:
-        raise TrainingError(f"the head of {type(model).__name__} ends with no linear layer")
-    return layers[-1]
-
-
 def wants_new_head(config: DetectorTraining, checkpoint: Checkpoint, labels: tuple[str, str]) -> bool:
     """Whether the checkpoint's head is replaced.
 
@@ -187,183 +128,6 @@ def wants_new_head(config: DetectorTraining, checkpoint: Checkpoint, labels: tup
             "to replace its head, or the data set that it was made for"
         )
     return config.head == "new" or not fits
-
-
-class DetectorModule(TrainedModule):
-    """A classifier under training."""
-
-    metric: ClassVar[str] = "val_auc"
-
-    def __init__(
-        self,
-        model: Any,
-        normalisation: Normalisation,
-        config: Optimisation,
-        total_steps: int,
-        train: Annotations,
-        val: Annotations,
-        label_smoothing: float = 0.0,
-        penalty: float = 0.0,
-    ) -> None:
-        super().__init__(model, normalisation, config, total_steps)
-        self.train_rows, self.val_rows = train, val
-        self.label_smoothing, self.penalty = label_smoothing, penalty
-        self.calibration = 1.0, 0.0
-        """Temperature and bias by which ``export`` makes scores probabilities."""
-
-    def prepare(self, batch: Batch) -> dict[str, torch.Tensor]:
-        rows = batch["row"]
-        return self.prepare_judged(batch) | {
-            "label": torch.from_numpy(self.train_rows.labels[rows]),
-            "weight": torch.from_numpy(self.train_rows.weights[rows]).float(),
-        }
-
-    def logits(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Logits of a batch of pixels, or of features of the frozen tower."""
-        if "features" in batch:
-            return head_of(model)(batch["features"].float())
-        return model(pixel_values=self.pixels(batch["pixels"], model)).logits
-
-    def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        each = functional.cross_entropy(
-            self.logits(self.model, batch).float(),
-            batch["label"],
-            reduction="none",
-            label_smoothing=self.label_smoothing,
-        )
-        loss = (each * batch["weight"]).mean()
-        if self.penalty:
-            matrices = [value for value in head_of(self.model).parameters() if value.ndim > 1]
-            loss = loss + self.penalty * torch.stack([matrix.square().sum() for matrix in matrices]).sum()
-        return loss
-
-    def judge(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> list[list[float]]:
-        return self.logits(model, batch).float().cpu().tolist()
-
-    def score(self, judged: dict[int, list[float]]) -> dict[str, float]:
-        rows = np.array(list(judged))
-        logits = np.array(list(judged.values()), dtype=np.float64)
-        if not np.isfinite(logits).all():
-            raise NonFinite("the model answers no numbers any more: lower --learning-rate or raise --warmup")
-        labels, weights = self.val_rows.of(rows)
-        logits, labels, weights = logits[weights > 0], labels[weights > 0], weights[weights > 0]
-        scores = logits[:, 1] - logits[:, 0]
-        nll = np.logaddexp(0, np.where(labels == 1, -scores, scores))
-        called = (scores > 0).astype(int)
-        return {
-            "val_loss": float(np.average(nll, weights=weights)),
-            "val_accuracy": float((called == labels).mean()),
-            "val_f1": float(f1_score(labels, called, zero_division=0)),
-            "val_auc": float(roc_auc_score(labels, scores)),
-        }
-
-
-# --------------------------------------------------------------------------------------------------------- the data
-
-
-@dataclass(frozen=True)
-class Annotations:
-    """Labels and weights of a split's rows, 0 for those left out; row numbers beyond the split mean its pictures in
-    another tier."""
-
-    labels: np.ndarray
-    weights: np.ndarray
-    generators: tuple[str, ...]
-    ids: tuple[str, ...]
-
-    def of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        place = rows % len(self.labels)
-        return self.labels[place], self.weights[place]
-
-    def counts(self) -> Counter[str]:
-        """Pictures of each generator that are not left out."""
-        return Counter(name for name, weight in zip(self.generators, self.weights, strict=True) if weight)
-
-
-def read_annotations(
-    version: DataVersion,
-    split: Literal["train", "val"],
-    labels: tuple[str, str],
-    power: float,
-    without: Collection[str] = (),
-) -> Annotations:
-    """A split's labels, and weights of mean 1: half of the sum for each label, and within a label ``n ** power`` for a
-    source (of real pictures) or a generator with its relatives, of n pictures. ``without`` names generators and sources
-    whose pictures weigh nothing.
-
-    Raises:
-        TrainingError: nothing of a label is left.
-    """
-    table = version.table(split, ["id", "label", "source", "generator"])
-    numbers = np.array([labels.index(label) for label in table["label"].to_pylist()], dtype=np.int64)
-    generators = tuple(family(generator or "unknown") for generator in table["generator"].to_pylist())
-    sources = table["source"].to_pylist()
-    left_out = {family(name) for name in without}
-    kept = np.array([not left_out & {g, s} for g, s in zip(generators, sources, strict=True)])
-    if set(numbers[kept].tolist()) != {0, 1}:
-        raise TrainingError(f"without {', '.join(sorted(left_out))} split {split} has not both labels left")
-    strata = [
-        (label, source if generator == "photo" else generator)
-        for label, source, generator, keep in zip(numbers.tolist(), sources, generators, kept, strict=True)
-        if keep
-    ]
-    weights = np.zeros(len(numbers))
-    weights[kept] = balanced_weights(numbers[kept], strata, power) * len(numbers) / kept.sum()
-    return Annotations(numbers, weights, generators, tuple(table["id"].to_pylist()))
-
-
-@dataclass(frozen=True)
-class InTiers:
-    """A split several times over, each time in another tier of delivery: row ``tier * n + row``."""
-
-    pictures: Pictures
-    tiers: tuple[Tier, ...]
-
-    @property
-    def groups(self) -> tuple[int, ...]:
-        return self.pictures.groups * len(self.tiers)
-
-    @property
-    def window(self) -> int:
-        return self.pictures.window
-
-    def load(self, epoch: int, rows: np.ndarray) -> Iterator[Batch]:
-        count = sum(self.pictures.groups)
-        for number, tier in enumerate(self.tiers):
-            own = rows[rows // count == number]
-            if len(own):
-                delivered = replace(self.pictures, augment=Deliver(tier))
-                for block in delivered.load(epoch, own - number * count):
-                    yield {**block, "row": block["row"] + number * count}
-
-
-# ---------------------------------------------------------------------------------------------------------- the job
-
-
-@dataclass(frozen=True)
-class HeadInputs:
-    """What a classifier's head is given: the features of its frozen tower."""
-
-    model: str
-    labels: tuple[str, str]
-    bf16: bool = False
-
-    def load(self) -> Callable[[np.ndarray], np.ndarray]:
-        checkpoint = resolve(self.model)
-        model = load_classifier(checkpoint, self.labels, new_head=True).eval()
-        normalise = Normalisation.from_processor(checkpoint.folder)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        model.to(device)
-        caught: list[torch.Tensor] = []
-        head_of(model).register_forward_pre_hook(lambda _, arguments: caught.append(arguments[0]))
-
-        def encode(views: np.ndarray) -> np.ndarray:
-            pixels = normalise(views).to(device)
-            with torch.inference_mode(), torch.autocast(device, torch.bfloat16, enabled=self.bf16):
-                model(pixel_values=pixels if pixels.shape[1] > 1 else pixels[:, 0])
-            return caught.pop().float().cpu().numpy()
-
-        return encode
 
 
 @dataclass(frozen=True)
@@ -512,18 +276,6 @@ def generators_seen(rows: Annotations, checkpoint: Checkpoint, new_head: bool) -
     if before is None and (checkpoint.card.task == "detection" or not new_head):
         return None
     return sorted(own | (before or set()))
-
-
-def few_of_each(rows: Annotations, most: int) -> np.ndarray:
-    """Rows that fit thresholds: all of the first label, and of the second at most ``most`` of one generator, the first
-    by id; more would let the largest decide."""
-    seen: Counter[str] = Counter()
-    chosen = []
-    for row in sorted(range(len(rows.ids)), key=lambda row: rows.ids[row]):
-        seen[rows.generators[row]] += 1
-        if rows.labels[row] == 0 or rows.generators[row] == "photo" or seen[rows.generators[row]] <= most:
-            chosen.append(row)
-    return np.array(chosen)
 
 
 def base_of(config: DetectorTraining, _: DataVersion) -> str:

@@ -47,17 +47,9 @@ from deployments.towers import CLIP_MEAN, CLIP_PACKAGE, CLIP_STD, packaged_file
 from deployments.views import ViewSpec, render
 from train.aivshuman import family
 from train.calibration import sigmoid
+from train.classifier import HeadInputs, head_of, load_classifier
 from train.damage import TIERS, Tier, deliver
-from train.detector import (
-    DetectorJob,
-    DetectorTraining,
-    HeadInputs,
-    head_of,
-    load_classifier,
-    prepare_job,
-    with_features,
-    with_statistics,
-)
+from train.detector import DetectorJob, DetectorTraining, prepare_job, with_features, with_statistics
 from train.detector_report import TRAITS, file_traits
 from train.loop import export, fit_locally
 from train.module import TrainingError

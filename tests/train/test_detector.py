@@ -23,19 +23,9 @@ from deployments.views import render
 from tests.train.small import flags, labelled_version
 from tests.train.small_models import STRICT, small_classifier, small_detector, write_card
 from train import command
-from train.detector import (
-    LABELS,
-    DetectorJob,
-    DetectorTraining,
-    InTiers,
-    few_of_each,
-    load_classifier,
-    main,
-    output_layer,
-    prepare_job,
-    read_annotations,
-    wants_new_head,
-)
+from train.classifier import load_classifier, output_layer
+from train.detector import DetectorJob, DetectorTraining, main, prepare_job, wants_new_head
+from train.labels import LABELS, InTiers, few_of_each, read_annotations
 from train.loop import export, fit_locally
 from train.module import TrainingError
 

@@ -29,7 +29,7 @@ from tests.train.small_models import captioned_folder, labelled_folder, noise, s
 from train import registry, tracking
 from train.captioner_report import exchange, length_figures, made_up_figures, meteor, repetitive
 from train.card import data_before
-from train.detector import Annotations, generators_seen
+from train.detector import generators_seen
 from train.detector_report import (
     DAMAGES,
     THIRDS,
@@ -45,6 +45,7 @@ from train.detector_report import (
 from train.evaluate import EvaluationError, check_held_out, main
 from train.examples import Example, read_examples
 from train.generate import caption_all, tag_all
+from train.labels import Annotations
 from train.tag_quality import Judge, open_judge
 from train.tagger_report import tagger_figures
 from train.tracking import TrackingConfig

@@ -21,7 +21,9 @@ from transformers import (
 from data.versions import open_version
 from deployments.checkpoints import resolve
 from tests.train.small_models import SIDE_PX, write_processor
-from train.detector import LABELS, DetectorModule, DetectorTraining, load_classifier, prepare_job
+from train.classifier import DetectorModule, load_classifier
+from train.detector import DetectorTraining, prepare_job
+from train.labels import LABELS
 from train.module import block_depths, parameter_groups
 
 WIDTH: dict[str, Any] = {

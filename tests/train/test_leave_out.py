@@ -13,7 +13,7 @@ import pytest
 
 from data.versions import open_version
 from tests.train.small import flags, traced, write_version
-from train import detector
+from train import detector, labels
 from train.damage import TIERS
 from train.leave_out import (
     LeaveOutConfig,
@@ -103,12 +103,12 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_what_is_left_out_weighs_nothing_and_the_rest_is_balanced_again(mixed: Path) -> None:
     version = open_version(mixed)
     for without, kept in ((["two"], {"one", "photo"}), (["second"], {"one", "photo"})):
-        rows = detector.read_annotations(version, "train", ("human", "ai"), 0.5, without)
+        rows = labels.read_annotations(version, "train", ("human", "ai"), 0.5, without)
         assert set(rows.counts()) == kept and rows.weights.mean() == pytest.approx(1)
         assert rows.weights[rows.labels == 0].sum() == pytest.approx(rows.weights[rows.labels == 1].sum())
         assert all(weight == 0 for weight, name in zip(rows.weights, rows.generators, strict=True) if name == "two")
     with pytest.raises(TrainingError, match="not both labels"):
-        detector.read_annotations(version, "train", ("human", "ai"), 0.5, ["one", "two"])
+        labels.read_annotations(version, "train", ("human", "ai"), 0.5, ["one", "two"])
 
 
 def test_a_name_that_is_not_there_is_told(mixed: Path, vit: Path) -> None:
