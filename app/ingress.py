@@ -106,8 +106,7 @@ api = FastAPI(
     summary="Is a picture AI-generated, what does it show, and which tags find it again.",
     description="A verdict is a calibrated probability, not proof: never take a picture down on it alone.\n\n"
     "Every answer to a request whose headers have come bears an `X-Request-ID`: the request's own, or one that was "
-    "made. Logs and problems name it. "
-    "`traceparent` is honoured where traces are on.",
+    "made. Logs and problems name it. `traceparent` is honoured where traces are on.",
     docs_url=None,
     redoc_url=None,
     # behind a proxy that ends TLS it would lead to http://, and a picture be sent again for all to read

@@ -118,14 +118,12 @@ def wants_new_head(config: DetectorTraining, checkpoint: Checkpoint, labels: tup
     if config.head == "keep" and not fits:
         raise TrainingError(
             f"{checkpoint.uri} tells {', '.join(known[:4]) or 'nothing'} apart and the data set's labels "
-            f"are {' and '.join(labels)}: "
-            "--head new replaces its head"
+            f"are {' and '.join(labels)}: --head new replaces its head"
         )
     if config.head == "auto" and not fits and checkpoint.card.labels:
         raise TrainingError(
             f"the labels of {checkpoint.uri} are {', '.join(known)} and those of the data set "
-            f"{', '.join(labels)}: give --head new "
-            "to replace its head, or the data set that it was made for"
+            f"{', '.join(labels)}: give --head new to replace its head, or the data set that it was made for"
         )
     return config.head == "new" or not fits
 
@@ -305,8 +303,7 @@ def prepare_job(
         if found != set(labels):
             raise TrainingError(
                 f"split {split} of {version.location} has the labels {sorted(found) or 'none'}, not "
-                f"{' and '.join(labels)}: prepare it "
-                "again with pictures of both"
+                f"{' and '.join(labels)}: prepare it again with pictures of both"
             )
     names = {*manifest.sources, *manifest.generators, *map(family, manifest.generators)} - {"photo"}
     if unknown := sorted(set(config.without) - names):
