@@ -26,178 +26,27 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict
 from pydantic_settings import CliSubCommand
 
-from data import pages
 from data.locations import Location
 from data.session import RaySettings, ray_session
 from deployments.checkpoints import mlflow_uri, open_checkpoint
 from train import captioner, detector, registry, tracking
-from train.captioner import CaptionerTraining
-from train.command import check_space, check_workers, end, running
-from train.detector import DetectorTraining
+from train.command import check_space, end, running
 from train.gate import Kind
 from train.module import TrainingError
 from train.publication import check_output, is_published, publish
 from train.run_folder import as_finished, base_of, changed_settings, data_of, inputs_as_kept, reported
 from train.settings import TrainCommand
+from train.sweep_page import TrialOutcome, counts_of, render_page
+from train.sweep_settings import AnySweep, CaptionerSweep, DetectorSweep, Span, kind_of, read_space, trial_config
 from train.tracking import FAILURE_TAG, Run
 
-_TEMPLATES = Path(__file__).parent / "pages"
 #: What a trial reports and is judged by: the best value so far of the trainer's own validation figure.
 METRIC = "best"
 #: Written last, beside the sweep's state: all trials.
 _DONE = "trials.json"
-
-
-class Span(BaseModel):
-    """The values of one setting: between two borders, or one of several."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    low: float | None = None
-    high: float | None = None
-    log: bool = Field(False, description="even in the logarithm")
-    whole: bool = Field(False, description="whole numbers only")
-    values: list[Any] = Field([], description="one of these")
-
-    @model_validator(mode="after")
-    def _is_one_of_two(self) -> Span:
-        between = self.low is not None and self.high is not None and self.low < self.high
-        if between == bool(self.values) or (self.values and (self.low, self.high) != (None, None)):
-            raise ValueError("give low and high (low < high), or values")
-        if self.log and not (self.low or 0) > 0:
-            raise ValueError("log needs low above 0")
-        return self
-
-    def domain(self) -> Any:
-        """As Ray Tune has it."""
-        from ray import tune
-
-        if self.values:
-            return tune.choice(self.values)
-        low, high = self.low or 0.0, self.high or 0.0
-        if self.whole:
-            return (tune.lograndint if self.log else tune.randint)(int(low), int(high) + 1)
-        return (tune.loguniform if self.log else tune.uniform)(low, high)
-
-
-#: Where there is no file with a space.
-SPACES: dict[Kind, dict[str, Span]] = {
-    "detector": {
-        "learning_rate": Span(low=1e-5, high=1e-2, log=True),
-        "weight_decay": Span(low=0.001, high=0.1, log=True),
-        "label_smoothing": Span(values=[0.0, 0.05, 0.1]),
-        "balance": Span(low=0.0, high=1.0),
-    },
-    "captioner": {
-        "learning_rate": Span(low=1e-5, high=1e-3, log=True),
-        "weight_decay": Span(low=0.001, high=0.1, log=True),
-        "label_smoothing": Span(values=[0.0, 0.1]),
-    },
-}
-
-
-class SweepSettings(TrainCommand):
-    """What a sweep adds to a trainer's settings."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    trials: int = Field(8, ge=1, description="how many settings are tried")
-    concurrent: int = Field(1, ge=1, description="trials at a time; each takes the workers of one run")
-    space: Path | None = Field(
-        None, description="YAML: setting -> {low, high, log, whole} or {values}; damage.blur names an inner one"
-    )
-    grace: int = Field(1, ge=1, description="validations of a trial before it may be stopped")
-    reduction: float = Field(2.0, gt=1, description="of the trials that come to a rung, one in so many goes on")
-    register_best: bool = Field(
-        True, description="make the best trial's checkpoint a candidate of the registry, if it has models of its task"
-    )
-
-
-class DetectorSweep(DetectorTraining, SweepSettings):
-    """Sweep over the detector's trainer."""
-
-    name: str = Field("detector-sweep", description="name of the sweep; the same name goes on with it")
-
-
-class CaptionerSweep(CaptionerTraining, SweepSettings):
-    """Sweep over the captioner's trainer."""
-
-    name: str = Field("captioner-sweep", description="name of the sweep; the same name goes on with it")
-
-
-AnySweep = DetectorSweep | CaptionerSweep
-
-
-class TrialOutcome(BaseModel):
-    """What became of one trial."""
-
-    id: str
-    parameters: dict[str, Any]
-    status: str = Field(description="`finished`, `stopped early`, `failed` or `unfinished`")
-    best: float | None
-    curve: list[tuple[int, float]] = Field(description="(step, best value so far)")
-    reason: str = ""
-
-
-def kind_of(config: AnySweep) -> Kind:
-    """Which trainer."""
-    return "detector" if isinstance(config, DetectorSweep) else "captioner"
-
-
-def read_space(config: AnySweep) -> dict[str, Span]:
-    """The space, every name of it a setting of the trainer.
-
-    Raises:
-        TrainingError: the file is missing or not understood, or names something else; or its first values or another
-            of a list are none that workers can divide.
-    """
-    space = SPACES[kind_of(config)]
-    if config.space is not None:
-        try:
-            found = yaml.safe_load(config.space.read_text())
-            space = {str(name): Span.model_validate(span) for name, span in dict(found).items()}
-        except (OSError, yaml.YAMLError, ValidationError, TypeError, ValueError) as error:
-            raise TrainingError(f"--space {config.space} cannot be used: {error}") from error
-    first = {name: (span.values or [span.low])[0] for name, span in space.items()}
-    check_workers(trial_config(config, first, "check", None))
-    for name, span in space.items():
-        for value in span.values:
-            check_workers(trial_config(config, first | {name: value}, "check", None))
-    return space
-
-
-def trial_config(config: AnySweep, parameters: Mapping[str, Any], id_: str, parent: str | None) -> TrainCommand:
-    """The trainer's settings of one trial.
-
-    Raises:
-        TrainingError: the parameters are no settings of the trainer.
-    """
-    trainer: type[TrainCommand] = DetectorTraining if isinstance(config, DetectorSweep) else CaptionerTraining
-    settings = {name: value for name, value in config.model_dump().items() if name in trainer.model_fields}
-    place = Location.of(config.storage) / config.name
-    settings |= {
-        "storage": str(place / "runs"),
-        "name": id_,
-        "output": str(place / "models" / id_),
-        "time_limit": "",
-        "tracking": config.tracking.resolved().model_dump() if parent else config.tracking.model_dump(),
-    }
-    for name, value in parameters.items():
-        *outer, last = name.split(".")
-        part = settings
-        for step in outer:
-            part = part.get(step) or {}
-        if last not in part:
-            raise TrainingError(f"the space varies {name!r}, which is no setting of the trainer; see its --help")
-        part[last] = value
-    try:
-        return trainer.model_validate(settings)
-    except ValidationError as error:
-        raise TrainingError(f"the space has values that the trainer does not take: {error}") from error
 
 
 def run_trial(parameters: dict[str, Any], sweep: dict[str, Any], kind: Kind, parent: str | None) -> None:
@@ -478,7 +327,7 @@ def _conclude(config: AnySweep, trials: list[TrialOutcome], place: Location, par
         _close_children(parent)
         parent.text("sweep.html", page)
         parent.text("trials.json", json.dumps([trial.model_dump() for trial in trials], indent=1))
-        parent.metrics({f"trials_{status.replace(' ', '_')}": count for status, count in _counts(trials).items()})
+        parent.metrics({f"trials_{status.replace(' ', '_')}": count for status, count in counts_of(trials).items()})
     if best is None:
         reasons = "; ".join(sorted({trial.reason for trial in trials if trial.reason})) or "all were stopped early"
         raise TrainingError(
@@ -531,66 +380,6 @@ def _close_children(parent: Run) -> None:
         parent.client.set_terminated(child.info.run_id, "KILLED")
 
 
-def _counts(trials: list[TrialOutcome]) -> dict[str, int]:
-    counts = dict.fromkeys(("finished", "stopped early", "failed", "unfinished"), 0)
-    for trial in trials:
-        counts[trial.status] += 1
-    return counts
-
-
-def render_page(config: AnySweep, trials: list[TrialOutcome]) -> str:
-    """Every trial: its curve, its settings, what became of it."""
-    ranked = sorted(trials, key=lambda trial: (trial.status != "finished", -(trial.best or -math.inf)))
-    curves = {
-        f"{rank}": ([step for step, _ in trial.curve], [value for _, value in trial.curve])
-        for rank, trial in enumerate(ranked, 1)
-        if trial.curve
-    }
-    varied = list(dict.fromkeys(name for trial in ranked for name in trial.parameters))
-
-    def against(name: str) -> Any:
-        points = [(trial.parameters[name], trial.best, trial.status) for trial in ranked if trial.best is not None]
-
-        def draw(axes: Any) -> None:
-            for rank, status in enumerate(("finished", "stopped early", "failed")):
-                chosen = [(value, best) for value, best, each in points if each == status]
-                if chosen:
-                    axes.scatter(
-                        [value for value, _ in chosen],
-                        [best for _, best in chosen],
-                        color=pages.SERIES[rank],
-                        label=status,
-                        s=22,
-                    )
-            numbers = [value for value, *_ in points if isinstance(value, (int, float)) and value > 0]
-            if len(numbers) == len(points) and numbers and max(numbers) > 30 * min(numbers):
-                axes.set_xscale("log")
-            axes.set(xlabel=name, ylabel="best validation figure")
-            axes.legend(fontsize=8)
-
-        return pages.chart(name, draw, f"Best validation figure by {name}", 4.6, 3.0) if points else pages.nothing(name)
-
-    return pages.render(
-        "sweep.html",
-        folder=_TEMPLATES,
-        name=config.name,
-        kind=kind_of(config),
-        trials=ranked,
-        counts=_counts(trials),
-        varied=varied,
-        curves=pages.line_chart(
-            "Best validation figure so far, by trial (numbers: rank below)",
-            curves,
-            "optimiser step",
-            "best so far",
-            from_zero=False,
-            width=9.0,
-            height=3.8,
-        ),
-        charts=[against(name) for name in varied],
-    )
-
-
 def _check_same(config: AnySweep, space: Mapping[str, Span], place: Location) -> None:
     """A sweep goes on only with the settings that it was started with. Before its first trial nothing depends on them:
     a start that failed by its data or model is corrected under the same name."""
@@ -629,7 +418,7 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {error}")
     except Exception as error:
         end(error)
-    counts = ", ".join(f"{count} {status}" for status, count in _counts(trials).items() if count)
+    counts = ", ".join(f"{count} {status}" for status, count in counts_of(trials).items() if count)
     if done:
         print(f"{len(trials)} trials: {counts}; best checkpoint in {config.output}")
     else:

@@ -32,7 +32,8 @@ from train.module import TrainingError
 from train.publication import check_output, publish
 from train.run_folder import as_finished, base_of, data_of, finished_in, inputs_as_kept, reported, settings_as_kept
 from train.settings import TrainCommand
-from train.sweep import DetectorSweep, sweep
+from train.sweep import sweep
+from train.sweep_settings import DetectorSweep
 from train.tracking import FAILURE_TAG, Run, TrackingConfig, connect
 
 

@@ -26,20 +26,9 @@ from tests.train.small import labelled_version, tiny_vit
 from tests.train.small_models import small_detector
 from train import registry, tracking
 from train.module import TrainingError
-from train.sweep import (
-    DetectorSweep,
-    Span,
-    TrialOutcome,
-    _check_same,
-    _with_inputs,
-    _worth_another_try,
-    main,
-    read_space,
-    render_page,
-    scheduler,
-    sweep,
-    trial_config,
-)
+from train.sweep import _check_same, _with_inputs, _worth_another_try, main, scheduler, sweep
+from train.sweep_page import TrialOutcome, render_page
+from train.sweep_settings import DetectorSweep, Span, read_space, trial_config
 from train.tracking import TrackingConfig
 
 
