@@ -32,9 +32,9 @@ from data.captions import clean_caption, score_captions
 from deployments.captioner import CaptionerModel
 from deployments.checkpoints import Checkpoint
 from deployments.images import ADMITTED, decode
-from train.detector_report import Body, Picture
 from train.examples import Example
 from train.generate import caption_all, tag_all, view_of
+from train.report import Body, Picture
 from train.retrieval import difference, retrieval
 from train.statistics import Interval, described
 from train.tag_quality import WORDNET, Judge, measure_tags, open_judge, share

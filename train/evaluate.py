@@ -36,11 +36,12 @@ from data.errors import DataError
 from deployments.checkpoints import Checkpoint, CheckpointError, cache_root, resolve
 from train import captioner_report, detector_report, registry, tagger_report, tracking
 from train.captioner_report import CaptionerSettings
-from train.detector_report import Body, DetectorSettings
+from train.detector_report import DetectorSettings
 from train.evaluation_page import render_page
 from train.examples import ExampleSet, read_examples
 from train.gate import RULES, GateError, Judged, Judgement, judge, read_rules
 from train.registry import REPORT, TASKS
+from train.report import Body
 from train.tagger_report import TaggerSettings
 from train.tracking import DatasetInput, TrackingConfig, TrackingError
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data import pages
-from train.detector_report import Picture
+from train.report import Picture
 
 if TYPE_CHECKING:
     from markupsafe import Markup

@@ -50,7 +50,7 @@ from train.calibration import sigmoid
 from train.classifier import HeadInputs, head_of, load_classifier
 from train.damage import TIERS, Tier, deliver
 from train.detector import DetectorJob, DetectorTraining, prepare_job, with_features, with_statistics
-from train.detector_report import TRAITS, file_traits
+from train.leakage import TRAITS, file_traits
 from train.loop import export, fit_locally
 from train.module import TrainingError
 from train.statistics import Interval, auc, by_generator, verdict_figures

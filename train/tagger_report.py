@@ -19,9 +19,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from deployments.checkpoints import Checkpoint
-from train.detector_report import Body
 from train.examples import Example
 from train.generate import caption_all, tag_all
+from train.report import Body
 from train.retrieval import retrieval
 from train.tag_quality import WORDNET, Judge, measure_tags, open_judge
 

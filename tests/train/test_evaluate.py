@@ -30,22 +30,13 @@ from train import registry, tracking
 from train.captioner_report import exchange, length_figures, made_up_figures, meteor, repetitive
 from train.card import data_before
 from train.detector import generators_seen
-from train.detector_report import (
-    DAMAGES,
-    THIRDS,
-    TRAITS,
-    Body,
-    file_traits,
-    generator_figures,
-    has_people,
-    score,
-    source_leakage,
-    trained_on,
-)
+from train.detector_report import DAMAGES, THIRDS, generator_figures, has_people, score, trained_on
 from train.evaluate import EvaluationError, check_held_out, main
 from train.examples import Example, read_examples
 from train.generate import caption_all, tag_all
 from train.labels import Annotations
+from train.leakage import TRAITS, file_traits, source_leakage
+from train.report import Body
 from train.tag_quality import Judge, open_judge
 from train.tagger_report import tagger_figures
 from train.tracking import TrackingConfig
