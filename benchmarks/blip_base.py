@@ -22,7 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from benchmarks.report import write_result
 from data.session import RaySettings, ray_session
-from train.captioner import CaptionerTraining, train
+from train.captioner import train
+from train.captioning import CaptionerTraining
 
 
 class Architecture(BaseModel):

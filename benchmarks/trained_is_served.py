@@ -42,7 +42,7 @@ from deployments.detector import Detector, DetectorModel
 from deployments.images import decode
 from deployments.views import ViewSpec, render
 from train import captioner, detector, evaluate, registry
-from train.captioner import CaptionerModule, CaptionerTraining
+from train.captioning import CaptionerModule, CaptionerTraining
 from train.detector import DetectorTraining
 from train.job import Outcome
 from train.new_captioner import build_tokenizer

@@ -39,7 +39,8 @@ from deployments.captioner import GENERATION
 from deployments.checkpoints import Checkpoint, resolve
 from deployments.pixels import Normalisation
 from deployments.views import ViewSpec
-from train.captioner import check_captions, load_captioner, new_checkpoint, trainable, write_captioner
+from train.captioner import check_captions, new_checkpoint, trainable, write_captioner
+from train.captioning import load_captioner
 from train.command import launch, run_command
 from train.module import TrainedModule, TrainingError
 from train.run_folder import absolute

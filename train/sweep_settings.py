@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from data.locations import Location
-from train.captioner import CaptionerTraining
+from train.captioning import CaptionerTraining
 from train.command import check_workers
 from train.detector import DetectorTraining
 from train.gate import Kind

@@ -20,19 +20,8 @@ from data.versions import open_version
 from deployments.captioner_model import assemble_captioner
 from deployments.checkpoints import resolve
 from tests.train.small import coloured, labelled_version
-from train.captioner import (
-    PROMPT,
-    CaptionerJob,
-    CaptionerModule,
-    CaptionerTraining,
-    TowerTokens,
-    generation_of,
-    load_captioner,
-    prepare_job,
-    prompt_of,
-    some_patches,
-    tokens_key,
-)
+from train.captioner import PROMPT, CaptionerJob, generation_of, prepare_job, prompt_of, tokens_key
+from train.captioning import CaptionerModule, CaptionerTraining, TowerTokens, load_captioner, some_patches
 from train.extract import ExtractConfig, extract
 from train.features import Encode, Features
 from train.loop import fit_locally

@@ -13,7 +13,7 @@ from benchmarks.training import Driver
 from data.session import RaySettings, ray_session
 from tests.train.small import labelled_version, tiny_vit
 from train import captioner, detector
-from train.captioner import CaptionerTraining
+from train.captioning import CaptionerTraining
 from train.detector import DetectorTraining
 
 pytestmark = pytest.mark.proof

@@ -22,7 +22,7 @@ from data.errors import DataError
 from data.locations import Location
 from data.session import RaySettings, ray_session
 from data.versions import open_version
-from train import captioner, detector, features, giving_way
+from train import captioner, captioning, detector, features, giving_way
 from train.features import compute_features
 from train.giving_way import Resource
 from train.stream import Batch
@@ -240,7 +240,7 @@ def test_a_frozen_tower_has_the_threads_and_the_share_of_gpus_of_a_training_work
         "gpus_per_worker": 2,
         "threads": told,
     }
-    config = (detector.DetectorTraining if is_detector else captioner.CaptionerTraining).model_validate(settings)
+    config = (detector.DetectorTraining if is_detector else captioning.CaptionerTraining).model_validate(settings)
     monkeypatch.setattr(detector, "with_statistics", lambda job: job)
     trainer.with_features(trainer.prepare_job(config, open_version(settings["data"]))[0])
     assert [each["threads"] for each in passed] == [told or 8] * 2

@@ -17,7 +17,7 @@ from data.versions import open_version
 from deployments.checkpoints import resolve
 from tests.train.small import coloured, write_version
 from train import command
-from train.captioner import load_captioner
+from train.captioning import load_captioner
 from train.job import Outcome
 from train.language import LanguageJob, LanguageModule, LanguageTraining, prepare_job, read_texts, train
 from train.loop import export, fit_locally
