@@ -53,7 +53,7 @@ class EnginesConfig(BaseModel):
 def measure(config: EnginesConfig) -> dict[str, Any]:
     """The chosen parts, in the process that this is called in."""
     torch.set_num_threads(config.threads)
-    model = DetectorModel(resolve(config.checkpoint), engine=False)
+    model = DetectorModel(resolve(config.checkpoint), engine=False, precision=torch.float32)
     parts = config.parts.split(",")
     wanted = config.count if "parity" in parts else config.batch_size * config.batches
     batches = batches_of(model, read_views(model, config.photos, wanted), config.batch_size)

@@ -20,7 +20,7 @@ from transformers import AutoModelForImageClassification
 from deployments.checkpoints import Checkpoint, CheckpointError, Thresholds
 from deployments.detector_model import ClipBlocksConfig
 from deployments.drift_statistic import Reference, read_reference
-from deployments.engines import open_engine
+from deployments.engines import Engine, EngineEntry, last_layer, open_engine, pytorch_engine
 from deployments.pixels import Normalisation, check_views
 from deployments.replica import DeadlineExceeded, NotFinite, Replica, alive
 from deployments.views import ViewSpec
@@ -36,12 +36,6 @@ def verdict(ai_probability: float, thresholds: Thresholds) -> Verdict:
     if ai_probability >= thresholds.ai_above:
         return "ai"
     return "human" if ai_probability < thresholds.human_below else "uncertain"
-
-
-def last_layer(network: torch.nn.Module, labels: int) -> torch.nn.Module | None:
-    """The linear layer that makes the logits; None: there is none."""
-    linear = [module for module in network.modules() if isinstance(module, torch.nn.Linear)]
-    return next((layer for layer in reversed(linear) if layer.out_features == labels), None)
 
 
 @contextlib.contextmanager
@@ -68,19 +62,26 @@ class DetectorModel:
     """A detector loaded for inference.
 
     Args:
-        engine: use the fastest engine that the card admits for this device; PyTorch otherwise. Heat maps are PyTorch's
-            in any case.
+        engine: use the fastest engine that the card admits for this device; without one PyTorch, in bfloat16 on a GPU
+            and in float32 elsewhere. Heat maps are PyTorch's in any case.
+        precision: PyTorch's, in place of that.
         positive: the label whose probability is asked for; what is served tells `ai` from the rest, evaluation asks a
             classifier of sources for `platform`.
     """
 
-    def __init__(self, checkpoint: Checkpoint, engine: bool = True, positive: str = "ai") -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        engine: bool = True,
+        positive: str = "ai",
+        precision: torch.dtype | None = None,
+    ) -> None:
         self.checkpoint = checkpoint
         card = checkpoint.card
         self.views = ViewSpec.from_processor(checkpoint.folder)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self._normalise = Normalisation.from_processor(checkpoint.folder)
-        dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
+        dtype = precision or (torch.bfloat16 if self.device == "cuda" else torch.float32)
         # in float32, and converted afterwards: loading sets the default type of the whole process, in which another
         # revision may be computing
         self._model = AutoModelForImageClassification.from_pretrained(  # nosec B615 # a folder on disk
@@ -95,8 +96,16 @@ class DetectorModel:
         self._ai = names.index(positive)
         self.last_layer = last_layer(self._model, len(names))
         self.reference: Reference | None = read_reference(checkpoint.folder)
-        self.engine = open_engine(checkpoint, self.device) if engine else None
+        self.engine = open_engine(checkpoint, self.device, self._as_admitted) if engine else None
         self.in_parts = self.device == "cpu" and self.engine is None  # an engine has threads of its own
+
+    def _as_admitted(self, entry: EngineEntry) -> Engine:
+        return self.by_pytorch(entry.precision, entry.compiled)
+
+    def by_pytorch(self, precision: str, compiled: bool) -> Engine:
+        """PyTorch as an engine of this network."""
+        example = self.normalised(np.zeros((2, *self.views.shape), dtype=np.uint8))
+        return pytorch_engine(self._model, self.last_layer, precision, self.device, compiled, example)
 
     @property
     def network(self) -> Any:
@@ -105,22 +114,26 @@ class DetectorModel:
 
     def pixels(self, views: np.ndarray) -> torch.Tensor:
         """What the network reads of uint8 views: normalised, without the axis of views where there is one only."""
+        return torch.from_numpy(self.normalised(views)).to(self.device, self._model.dtype)
+
+    def normalised(self, views: np.ndarray) -> np.ndarray:
+        """The same as an engine reads it: float32, contiguous, in the machine's memory."""
         check_views(views, (len(views), *self.views.shape))
-        pixels = self._normalise(views).to(self.device, self._model.dtype)
-        return pixels if len(self.views.views) > 1 else pixels[:, 0]
+        pixels = self._normalise(views).numpy()
+        return np.ascontiguousarray(pixels if len(self.views.views) > 1 else pixels[:, 0])
 
     @torch.inference_mode()
     def logits(self, views: np.ndarray) -> np.ndarray:
         """Uncalibrated logits, float32 ``(n, labels)``, of uint8 views ``(n, V, S, S, 3)``."""
         if self.engine is not None:
-            return self.engine[1](np.ascontiguousarray(self.pixels(views).numpy()))
+            return self.engine[1](self.normalised(views))
         return self._model(pixel_values=self.pixels(views)).logits.float().cpu().numpy()
 
     @torch.inference_mode()
     def outputs(self, views: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
         """As ``logits``, and what the last layer was given, float32 ``(n, D)``, where that can be had."""
         if self.engine is not None:
-            return self.engine[1].outputs(np.ascontiguousarray(self.pixels(views).numpy()))
+            return self.engine[1].outputs(self.normalised(views))
         with reading(self.last_layer) as read:
             logits = self._model(pixel_values=self.pixels(views)).logits.float().cpu().numpy()
         return logits, read[0].flatten(1).float().cpu().numpy() if read else None

@@ -1,12 +1,14 @@
-"""Export a detector for faster serving: the same network for OpenVINO and ONNX Runtime, admitted by a parity gate.
+"""Export a detector for faster serving: other ways to compute the same network, admitted by a parity gate.
 
-In: a checkpoint, and pictures on which to compare. Out: the checkpoint's folder again with the engine files that pass
-in it, listed in its card; ``deployments.engines`` takes the fastest that is valid for a replica's device. What does not
-pass is left out, and the table says why. Parity: the largest difference of the calibrated probability from PyTorch's
-in float32. Speed is measured in turn with PyTorch's, batch after batch, as a replica computes: with its allocator, and
-PyTorch in as many parts of a batch as there are threads.
+In: a checkpoint, and pictures on which to compare. Out: the checkpoint's folder again with a card that lists what
+passes, and the files of it; ``deployments.engines`` takes the fastest that is valid for a replica's device. What does
+not pass is left out, and the table says why. Parity: the largest difference of the calibrated probability from plain
+PyTorch's in float32. Speed is measured in turn with that, batch after batch, as a replica computes: with its allocator,
+and on a CPU plain PyTorch in as many parts of a batch as there are threads.
 
-On GPUs nothing is exported: there PyTorch serves in bfloat16. Knows no MLflow and no Ray.
+On a CPU: OpenVINO and ONNX Runtime, from one ONNX file. On a GPU: PyTorch in bfloat16, and by ``torch.compile``; a
+detector that was exported there is served in float32 where bfloat16 did not pass. What an earlier export admitted for
+the other device stays in the card, with its files. Knows no MLflow and no Ray.
 
     python -m train.export --checkpoint starter:detector --photos DIR --output FOLDER
 """
@@ -28,13 +30,27 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from deployments.checkpoints import Checkpoint, CheckpointError, publish, resolve, scratch_folder
 from deployments.detector import DetectorModel, reading, verdict
-from deployments.engines import EngineFile, Logits, load_engine
+from deployments.engines import EngineEntry, Logits, load_engine
 from deployments.images import ImageError, decode
 from deployments.memory import ALLOCATOR, process_with
 from deployments.processor import processor_flags
 from deployments.views import render
 
-Candidate = Literal["openvino-float32", "openvino-bfloat16", "openvino-int8", "onnxruntime-float32", "onnxruntime-int8"]
+Candidate = Literal[
+    "openvino-float32",
+    "openvino-bfloat16",
+    "openvino-int8",
+    "onnxruntime-float32",
+    "onnxruntime-int8",
+    "pytorch-bfloat16",
+    "pytorch-float32-compiled",
+    "pytorch-bfloat16-compiled",
+]
+#: What is tried where nothing else is asked for.
+_USUAL: dict[str, list[Candidate]] = {
+    "cpu": ["openvino-float32", "openvino-bfloat16", "onnxruntime-float32", "onnxruntime-int8"],
+    "cuda": ["pytorch-bfloat16", "pytorch-float32-compiled", "pytorch-bfloat16-compiled"],
+}
 #: Processors without these emulate bfloat16, more slowly than they compute float32.
 _BFLOAT16 = ["avx512_bf16", "amx_bf16", "bf16"]
 
@@ -48,8 +64,8 @@ class ExportConfig(BaseModel):
     photos: Path = Field(description="folder of pictures on which engines are compared, searched recursively")
     output: Path = Field(description="folder that is written: the checkpoint with its engine files; must not exist")
     engines: list[Candidate] = Field(
-        ["openvino-float32", "openvino-bfloat16", "onnxruntime-float32", "onnxruntime-int8"],
-        description="what is tried",
+        [],
+        description="what is tried; unset: on a CPU OpenVINO and ONNX Runtime, on a GPU bfloat16 and torch.compile",
     )
     count: int = Field(200, ge=2, description="pictures compared")
     batch_size: int = Field(8, ge=1)
@@ -137,9 +153,7 @@ def read_views(model: DetectorModel, folder: Path, count: int) -> np.ndarray:
 
 def batches_of(model: DetectorModel, views: np.ndarray, size: int) -> list[np.ndarray]:
     """What every engine reads: normalised float32 pixels."""
-    return [
-        np.ascontiguousarray(model.pixels(views[first : first + size]).numpy()) for first in range(0, len(views), size)
-    ]
+    return [model.normalised(views[first : first + size]) for first in range(0, len(views), size)]
 
 
 def parity(
@@ -184,47 +198,65 @@ def speed(runners: Mapping[str, Logits], batches: Sequence[np.ndarray], rounds: 
 
 
 def torch_runner(model: DetectorModel, dtype: torch.dtype = torch.float32, threads: int = 2) -> Logits:
-    """PyTorch, eager, in a number format, a batch in a part for each thread; weights of float32 are the model's own."""
+    """PyTorch, eager, in a number format; on a CPU a batch in a part for each thread. Weights of float32 are the
+    model's own."""
     network: Any = model.network
     if dtype is not torch.float32:
         import copy
 
         network = copy.deepcopy(network).to(dtype)
-    workers = ThreadPoolExecutor(threads, "part", torch.set_num_threads, (1,))
+    in_parts = model.device == "cpu"
+    workers = ThreadPoolExecutor(threads if in_parts else 1, "part", torch.set_num_threads, (1,))
 
     @torch.inference_mode()
     def part(pixels: np.ndarray) -> np.ndarray:
-        return network(pixel_values=torch.from_numpy(pixels).to(dtype)).logits.float().numpy()
+        given = torch.from_numpy(pixels).to(model.device, dtype)
+        return network(pixel_values=given).logits.float().cpu().numpy()
 
     def run(pixels: np.ndarray) -> np.ndarray:
-        return np.concatenate(list(workers.map(part, np.array_split(pixels, min(threads, len(pixels))))))
+        parts = min(threads, len(pixels)) if in_parts else 1
+        return np.concatenate(list(workers.map(part, np.array_split(pixels, parts))))
 
     return run
 
 
 def candidates(
-    model: DetectorModel, wanted: list[Candidate], folder: Path, threads: int
-) -> dict[str, tuple[Path, Logits]]:
-    """The wanted engines, loaded from files written to ``folder``; one that cannot be loaded is said and left out."""
-    plain, small = folder / "detector.onnx", folder / "detector.int8.onnx"
-    export_onnx(model, plain)
-    if any(name.endswith("int8") for name in wanted):
-        quantise(plain, small)
-    found: dict[str, tuple[Path, Logits]] = {}
+    model: DetectorModel, wanted: Sequence[Candidate], folder: Path, threads: int
+) -> dict[str, tuple[str, Logits]]:
+    """The wanted engines: each one's file in ``folder`` (none: "") and what runs it. What cannot be had here is said
+    and left out."""
+    found: dict[str, tuple[str, Logits]] = {}
     for name in wanted:
-        engine, precision = name.split("-")
-        if precision == "bfloat16" and not processor_flags() & set(_BFLOAT16):
-            # OpenVINO would quietly compute in float32, and what was measured would be true of no other machine
-            print(f"{name}: this processor has no bfloat16", flush=True)
-            continue
-        file = small if precision == "int8" else plain
+        engine, precision, *compiled = name.split("-")
         try:
-            found[name] = file, load_engine(file, engine, precision, threads)
-        except Exception as error:  # of a C++ runtime, or the package is not installed
-            print(
-                f"{name}: not available here ({type(error).__name__}: {str(error).splitlines()[0][:160]})", flush=True
-            )
+            if engine == "pytorch":
+                found[name] = "", model.by_pytorch(precision, bool(compiled))
+                continue
+            if model.device != "cpu":
+                print(f"{name}: is for CPUs: export where there is no GPU", flush=True)
+                continue
+            if precision == "bfloat16" and not processor_flags() & set(_BFLOAT16):
+                # OpenVINO would quietly compute in float32, and what was measured would be true of no other machine
+                print(f"{name}: this processor has no bfloat16", flush=True)
+                continue
+            file = _onnx(model, folder, small=precision == "int8")
+            found[name] = file.name, load_engine(file, engine, precision, threads)
+        except CheckpointError:
+            raise
+        except Exception as error:  # of a C++ runtime or a compiler, or the package is not installed
+            told = (str(error).splitlines() or [""])[0][:160]
+            print(f"{name}: not available here ({type(error).__name__}: {told})", flush=True)
     return found
+
+
+def _onnx(model: DetectorModel, folder: Path, small: bool) -> Path:
+    """The network's file in a folder, in float32 or int8, written where it is not there yet."""
+    plain, eight = folder / "detector.onnx", folder / "detector.int8.onnx"
+    if not plain.exists():
+        export_onnx(model, plain)
+    if small and not eight.exists():
+        quantise(plain, eight)
+    return eight if small else plain
 
 
 def export(config: ExportConfig) -> dict[str, dict[str, Any]]:
@@ -243,16 +275,12 @@ def export_here(config: ExportConfig) -> dict[str, dict[str, Any]]:
         raise CheckpointError(f"{config.output} is there already: name another --output, or remove it")
     checkpoint: Checkpoint = resolve(config.checkpoint)
     torch.set_num_threads(config.threads)
-    model = DetectorModel(checkpoint, engine=False)
-    if model.device != "cpu":
-        raise CheckpointError("engines are exported for CPUs; on this machine the detector runs on a GPU in bfloat16")
+    model = DetectorModel(checkpoint, engine=False, precision=torch.float32)
     views = read_views(model, config.photos, config.count)
     build = scratch_folder(config.output)
     try:
-        for path in checkpoint.folder.iterdir():
-            if path.is_file() and not path.name.startswith(".") and not path.name.endswith(".onnx"):
-                shutil.copyfile(path, build / path.name)
-        found = candidates(model, config.engines, build, config.threads)
+        kept = _copied(checkpoint, build, model.device)
+        found = candidates(model, config.engines or _USUAL[model.device], build, config.threads)
         runners = {"pytorch-float32": torch_runner(model, threads=config.threads)}
         runners |= {name: run for name, (_, run) in found.items()}
         batches = batches_of(model, views, config.batch_size)
@@ -260,34 +288,21 @@ def export_here(config: ExportConfig) -> dict[str, dict[str, Any]]:
         measured: dict[str, dict[str, Any]] = {
             name: {**row, **rates[name]} for name, row in parity(model, runners, batches).items()
         }
-        base = measured["pytorch-float32"]["pictures_per_s"]
-        admitted = []
-        for name, (file, _) in found.items():
-            figures = measured[name]
-            figures["speed"] = figures["pictures_per_s"] / base
-            agrees = figures["max_difference"] <= config.most_difference
-            figures["admitted"] = agrees and figures["speed"] >= config.least_speed
-            figures["why"] = (
-                "" if figures["admitted"] else "differs too much" if not agrees else "not faster than PyTorch"
-            )
-            if figures["admitted"]:
-                engine, precision = name.split("-")
-                admitted.append(
-                    EngineFile(
-                        engine=engine,  # type: ignore[arg-type]
-                        precision=precision,  # type: ignore[arg-type]
-                        file=file.name,
-                        needs=_BFLOAT16 if precision == "bfloat16" else _int8_needs(precision),
-                        pictures=len(views),
-                        max_difference=figures["max_difference"],
-                        speed=round(figures["speed"], 3),
-                    )
-                )
+        admitted = [
+            _entry(name, file, model.device, len(views), measured[name])
+            for name, (file, _) in found.items()
+            if _judged(measured[name], measured["pytorch-float32"]["pictures_per_s"], config)
+        ]
+        if model.device == "cuda":
+            # plain PyTorch would be served in bfloat16 there, whatever the gate says of it
+            plain = {"max_difference": 0.0, "speed": 1.0}
+            admitted.append(_entry("pytorch-float32", "", "cuda", len(views), plain))
+        named = {each.file for each in [*admitted, *kept]}
         for file in build.glob("*.onnx"):
-            if file.name not in {each.file for each in admitted}:
+            if file.name not in named:
                 file.unlink()
         card = json.loads((build / "card.json").read_text()) if (build / "card.json").is_file() else {}
-        card["engines"] = [each.model_dump() for each in admitted]
+        card["engines"] = [each.model_dump() for each in [*kept, *admitted]]
         (build / "card.json").write_text(json.dumps(card, indent=2) + "\n")
         build.chmod(0o755)
         publish(build, config.output)
@@ -296,10 +311,48 @@ def export_here(config: ExportConfig) -> dict[str, dict[str, Any]]:
     return measured
 
 
-def _int8_needs(precision: str) -> list[str]:
-    """Dynamic int8 was timed on this processor; one with other instructions may be slower than float32."""
+def _copied(checkpoint: Checkpoint, build: Path, device: str) -> list[EngineEntry]:
+    """Copy a checkpoint without what an export to ``device`` makes again; returns the entries that stay."""
+    kept = [
+        EngineEntry.model_validate(entry) for entry in checkpoint.card.engines if entry.get("device", "cpu") != device
+    ]
+    files = {each.file for each in kept}
+    for path in checkpoint.folder.iterdir():
+        if path.is_file() and not path.name.startswith(".") and (path.suffix != ".onnx" or path.name in files):
+            shutil.copyfile(path, build / path.name)
+    return kept
+
+
+def _judged(figures: dict[str, Any], base: float, config: ExportConfig) -> bool:
+    """Whether an engine is admitted; its figures then say so, and why not."""
+    figures["speed"] = figures["pictures_per_s"] / base
+    agrees = figures["max_difference"] <= config.most_difference
+    figures["admitted"] = agrees and figures["speed"] >= config.least_speed
+    figures["why"] = "" if figures["admitted"] else "differs too much" if not agrees else "not faster than PyTorch"
+    return bool(figures["admitted"])
+
+
+def _entry(name: str, file: str, device: str, pictures: int, figures: Mapping[str, Any]) -> EngineEntry:
+    """What the card says of an admitted engine."""
+    engine, precision, *compiled = name.split("-")
+    return EngineEntry(
+        engine=engine,  # type: ignore[arg-type]
+        precision=precision,  # type: ignore[arg-type]
+        file=file,
+        compiled=bool(compiled),
+        device=device,  # type: ignore[arg-type]
+        needs=_needs(precision) if device == "cpu" else [],
+        pictures=pictures,
+        max_difference=figures["max_difference"],
+        speed=round(figures["speed"], 3),
+    )
+
+
+def _needs(precision: str) -> list[str]:
+    """Instructions that a processor must have for what was measured to be true there. Dynamic int8 was timed on this
+    one; one with other instructions may be slower than float32."""
     if precision != "int8":
-        return []
+        return _BFLOAT16 if precision == "bfloat16" else []
     flags = processor_flags()
     best_first = ("amx_int8", "avx512_vnni", "avx_vnni", "asimddp", "avx512bw", "avx2")
     return [flag for flag in best_first if flag in flags][:1]
@@ -307,12 +360,12 @@ def _int8_needs(precision: str) -> list[str]:
 
 def table(measured: dict[str, dict[str, Any]]) -> str:
     """For people."""
-    lines = [f"{'engine':22}{'pictures/s':>12}{'x float32':>11}{'max |dp|':>11}"]
+    lines = [f"{'engine':27}{'pictures/s':>12}{'x float32':>11}{'max |dp|':>11}"]
     base = measured["pytorch-float32"]["pictures_per_s"]
     for name, row in measured.items():
         verdict = "" if "admitted" not in row else "admitted" if row["admitted"] else f"refused: {row['why']}"
         rate, difference = row["pictures_per_s"], row["max_difference"]
-        lines.append(f"{name:22}{rate:12.2f}{rate / base:11.2f}{difference:11.5f}   {verdict}")
+        lines.append(f"{name:27}{rate:12.2f}{rate / base:11.2f}{difference:11.5f}   {verdict}")
     return "\n".join(lines)
 
 

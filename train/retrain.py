@@ -31,7 +31,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ConfigDict, Field, ValidationError
 
 from data import pages
@@ -42,6 +41,7 @@ from data.prepare import AivshumanConfig, prepare
 from data.versions import DataVersion, open_version
 from deployments.checkpoints import CheckpointError, mlflow_uri, open_checkpoint, pinned, resolve
 from deployments.detector import DetectorModel
+from deployments.engines import EngineEntry
 from train import detector, drift_reference, registry, tracking
 from train.detector_report import score
 from train.drift_reference import DriftReferenceConfig
@@ -81,7 +81,7 @@ class RetrainConfig(TriggerSettings):
     train: dict[str, Any] = Field(default_factory=dict, description="further settings of train.detector, as JSON")
     drift: dict[str, Any] = Field(default_factory=dict, description="settings of train.drift_reference, as JSON")
     evaluation: dict[str, Any] = Field(default_factory=dict, description="further settings of train.evaluate, as JSON")
-    export: bool = Field(True, description="export engine files, where detectors run on a CPU")
+    export: bool = Field(True, description="export the detector, for the kind of device that this runs on")
     rules: Path = Field(RULES, description="the gate for every model")
     gate: RetrainRules = Field(RetrainRules(), description="what a retrained model must show besides")
     deploy: bool = Field(True, description="off: end with a candidate that has passed")
@@ -203,7 +203,7 @@ class Retraining:
 
     def _export(self) -> dict[str, Any]:
         trained, output = Path(self.done["train"]["folder"]), self.folder / "exported"
-        if not self.config.export or torch.cuda.is_available():
+        if not self.config.export:
             return {"folder": str(trained), "told": "none: served by PyTorch"}
         photos = self.folder / "photos"
         shutil.rmtree(output, ignore_errors=True)
@@ -215,9 +215,7 @@ class Retraining:
             export(ExportConfig(checkpoint=str(trained), photos=photos, output=output, count=64, rounds=3))
         except (CheckpointError, ImportError) as error:  # an architecture that no engine takes; no exporter here
             return {"folder": str(trained), "told": f"none: {error}"[:500]}
-        engines = [
-            f"{each['engine']} {each['precision']}" for each in open_checkpoint(output, str(output)).card.engines
-        ]
+        engines = [EngineEntry.model_validate(each).name for each in open_checkpoint(output, str(output)).card.engines]
         return {"folder": str(output), "told": ", ".join(engines) or "none was as exact and faster than PyTorch"}
 
     def _register(self) -> dict[str, Any]:

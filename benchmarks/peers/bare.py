@@ -61,7 +61,7 @@ def main(folder: str, batch: str, seconds: str) -> None:
     print(
         json.dumps(
             {
-                "engine": detector.engine[0].file if detector.engine else f"pytorch {detector.dtype}",
+                "engine": detector.engine[0].name if detector.engine else f"pytorch {detector.dtype}",
                 "engine_per_s": engine_per_s,
                 "engine_cpu_s_each": engine_cpu_s,
                 "with_decoding_per_s": decoded_per_s,

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageClassification
 
 import deployments.detector_model  # noqa: F401  registers our own class with transformers
 from deployments.checkpoints import resolve
-from deployments.engines import open_engine
+from deployments.engines import Engine, EngineEntry, last_layer, open_engine, pytorch_engine
 from deployments.images import ImageLimits, decode
 from deployments.pixels import Normalisation
 from deployments.views import ViewSpec, render
@@ -50,7 +50,16 @@ class Detector:
             Path(checkpoint.folder), use_safetensors=True, trust_remote_code=False, dtype=torch.float32
         )
         self.network.to(self.device, self.dtype).eval()
-        self.engine = open_engine(checkpoint, self.device) if engine else None
+        self.engine = open_engine(checkpoint, self.device, self._by_pytorch) if engine else None
+
+    def _by_pytorch(self, entry: EngineEntry) -> Engine:
+        example = self._pixels(np.zeros((2, *self.views.shape), dtype=np.uint8)).numpy()
+        last = last_layer(self.network, self.network.config.num_labels)
+        return pytorch_engine(self.network, last, entry.precision, self.device, entry.compiled, example)
+
+    def _pixels(self, views: np.ndarray) -> torch.Tensor:
+        pixels = self._normalise(views)
+        return pixels if len(self.views.views) > 1 else pixels[:, 0].contiguous()
 
     def view(self, data: bytes) -> np.ndarray:
         """A file's bytes -> uint8 views ``(V, S, S, 3)``."""
@@ -59,13 +68,11 @@ class Detector:
     @torch.inference_mode()
     def probabilities(self, views: np.ndarray) -> list[float]:
         """Of `ai`, calibrated, of views ``(n, V, S, S, 3)``."""
-        pixels = self._normalise(views).to(self.device, self.dtype)
-        if len(self.views.views) == 1:
-            pixels = pixels[:, 0]
+        pixels = self._pixels(views)
         if self.engine is not None:
             logits = self.engine[1](np.ascontiguousarray(pixels.numpy()))
         else:
-            logits = self.network(pixel_values=pixels).logits.float().cpu().numpy()
+            logits = self.network(pixel_values=pixels.to(self.device, self.dtype)).logits.float().cpu().numpy()
         scaled = logits / self._temperature
         exponent = np.exp(scaled - scaled.max(axis=1, keepdims=True))
         return [float(value) for value in exponent[:, self._ai] / exponent.sum(axis=1)]

@@ -11,7 +11,7 @@ import pytest
 from deployments import engines
 from deployments.checkpoints import CheckpointError, resolve
 from deployments.detector import DetectorModel
-from deployments.engines import usable
+from deployments.engines import EngineEntry, usable
 from deployments.views import render
 from tests.train.small_models import noise, small_detector
 from train.export import Candidate, ExportConfig, export, export_here, main, table
@@ -42,6 +42,17 @@ def settings(folder: Path, output: str, **changes: object) -> ExportConfig:
         **changes,
     }
     return ExportConfig.model_validate(values)
+
+
+def entries(folder: Path) -> list[EngineEntry]:
+    """What a checkpoint's card admits."""
+    return [EngineEntry.model_validate(each) for each in json.loads((folder / "card.json").read_text())["engines"]]
+
+
+def only(folder: Path, one: EngineEntry) -> None:
+    """Have a checkpoint's card admit nothing else."""
+    card = json.loads((folder / "card.json").read_text()) | {"engines": [one.model_dump()]}
+    (folder / "card.json").write_text(json.dumps(card))
 
 
 def views(model: DetectorModel) -> np.ndarray:
@@ -126,6 +137,10 @@ def test_an_engine_that_cannot_be_loaded_leaves_pytorch(tmp_path: Path) -> None:
         ([entry()], "a.onnx, which is not there"),
         ([entry(file="../../a.onnx")], "engines that are none"),
         ([{}], "none"),
+        ([entry(engine="pytorch")], "have a file, and pytorch has none"),
+        ([entry(device="cuda")], "a file is for CPUs"),
+        ([entry(compiled=True)], "a file is for CPUs"),
+        ([entry(engine="pytorch", file="", precision="int8")], "float32 or bfloat16"),
     ],
 )
 def test_a_card_that_lies_is_refused(tmp_path: Path, listed: list[dict[str, object]], complaint: str) -> None:
@@ -142,3 +157,56 @@ def test_errors_say_what_to_do(folder: Path, tmp_path: Path) -> None:
         with pytest.raises(SystemExit, match=complaint):
             main(["--checkpoint", str(folder / "detector"), *arguments])
     assert json.loads((folder / "detector" / "card.json").read_text())["task"] == "detection"
+
+
+def test_pytorch_in_another_format_and_compiled_serves_batches_of_any_size(folder: Path) -> None:
+    tried: list[Candidate] = ["pytorch-bfloat16", "pytorch-float32-compiled"]
+    measured = export_here(settings(folder, "compiled", engines=tried, most_difference=1.0))
+    assert measured["pytorch-float32-compiled"]["max_difference"] <= 1e-4
+    assert 0 < measured["pytorch-bfloat16"]["max_difference"] < 0.05
+    listed = {each.name: each for each in entries(folder / "compiled")}
+    assert set(listed) == set(tried) and not list((folder / "compiled").glob("*.onnx"))
+    assert not listed["pytorch-float32-compiled"].needs and "avx512_bf16" in listed["pytorch-bfloat16"].needs
+
+    only(folder / "compiled", listed["pytorch-float32-compiled"])
+    exported = resolve(str(folder / "compiled"))
+    model, plain = DetectorModel(exported), DetectorModel(exported, engine=False)
+    assert model.engine is not None and model.engine[0].compiled and not model.in_parts
+    for size in (1, 2, 5, 6):
+        given = views(plain)[:size]
+        logits, read = model.outputs(given)
+        expected, by_pytorch = plain.outputs(given)
+        assert np.abs(logits - expected).max() <= 1e-4
+        assert read is not None and by_pytorch is not None and np.abs(read - by_pytorch).max() <= 1e-3
+    assert model.explain(given[0]).max() == pytest.approx(1.0)
+
+
+def test_an_engine_in_two_bytes_leaves_the_weights_of_heat_maps_and_other_engines_alone(folder: Path) -> None:
+    model = DetectorModel(resolve(str(folder / "detector")))
+    before = {name: value.clone() for name, value in model.network.state_dict().items()}
+    model.by_pytorch("bfloat16", compiled=False)(model.normalised(views(model)))
+    assert all(value.equal(before[name]) for name, value in model.network.state_dict().items())
+
+
+def test_an_export_keeps_what_is_admitted_for_the_other_device(folder: Path, tmp_path: Path) -> None:
+    cuda = {"engine": "pytorch", "file": "", "precision": "bfloat16", "device": "cuda", "compiled": True}
+    listed = [entry(**cuda), entry(**cuda | {"precision": "float32", "speed": 9.0}), entry(file="old.onnx")]
+    both = small_detector(tmp_path / "both", engines=listed)
+    (both / "old.onnx").write_bytes(b"of an export before")
+    found = resolve(str(both))
+    assert [each.name for each in usable(found, "cuda")] == ["pytorch-float32-compiled", "pytorch-bfloat16-compiled"]
+    again = settings(folder, "again", engines=["onnxruntime-float32"]).model_copy(
+        update={"checkpoint": str(both), "output": tmp_path / "again"}
+    )
+    export_here(again)
+    assert [each.device for each in entries(tmp_path / "again")] == ["cuda", "cuda", "cpu"]
+    assert [file.name for file in (tmp_path / "again").glob("*.onnx")] == ["detector.onnx"]
+
+
+def test_an_engine_that_is_not_compiled_here_leaves_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler(_: object) -> None:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(engines.torch, "compile", no_compiler)
+    listed = [entry(engine="pytorch", file="", compiled=True)]
+    assert DetectorModel(resolve(str(small_detector(tmp_path / "compiled", engines=listed)))).engine is None
