@@ -74,7 +74,7 @@ class Card(BaseModel):
     generation: dict[str, Any] = Field(default_factory=dict, description="decoding settings, for a captioner")
     dataset: dict[str, Any] = Field(default_factory=dict, description="name, version and counts of the training data")
     metrics: dict[str, Any] = Field(default_factory=dict)
-    engines: list[dict[str, Any]] = Field(default_factory=list, description="how to compute it, see deployments.engines")
+    engines: list[dict[str, Any]] = Field(default_factory=list, description="see deployments.engines")
     code_commit: str | None = None
     created_at: str | None = None
     licence: str | None = None
