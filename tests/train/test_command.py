@@ -8,6 +8,7 @@ import os
 import re
 import runpy
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -456,8 +457,9 @@ def test_a_time_limit_ends_the_computing_of_features(tmp_path: Path, version: Pa
 @pytest.mark.parametrize("name", ["detector", "captioner"])
 def test_what_a_trainer_sends_to_its_workers_is_of_its_module(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """By ``python -m`` too. Classes of ``__main__`` are pickled whole; a captioner's, with a lock in it, cannot be."""
-    started: list[type] = []
+    started: list[tuple[type, Callable[..., Any]]] = []
     for module in ("command", name):
-        monkeypatch.setattr(f"train.{module}.run_command", lambda settings, *_: started.append(settings))
+        monkeypatch.setattr(f"train.{module}.run_command", lambda settings, run, *_: started.append((settings, run)))
     runpy.run_module(f"train.{name}", run_name="__main__", alter_sys=True)
-    assert [settings.__module__ for settings in started] == [f"train.{name}"]
+    ((settings, run),) = started
+    assert run.__module__ == f"train.{name}" and settings.__module__ != "__main__"
