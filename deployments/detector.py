@@ -114,13 +114,16 @@ class DetectorModel:
 
     def pixels(self, views: np.ndarray) -> torch.Tensor:
         """What the network reads of uint8 views: normalised, without the axis of views where there is one only."""
-        return torch.from_numpy(self.normalised(views)).to(self.device, self._model.dtype)
+        return self._float_pixels(views).to(self.device, self._model.dtype)
 
     def normalised(self, views: np.ndarray) -> np.ndarray:
         """The same as an engine reads it: float32, contiguous, in the machine's memory."""
+        return np.ascontiguousarray(self._float_pixels(views).numpy())
+
+    def _float_pixels(self, views: np.ndarray) -> torch.Tensor:
         check_views(views, (len(views), *self.views.shape))
-        pixels = self._normalise(views).numpy()
-        return np.ascontiguousarray(pixels if len(self.views.views) > 1 else pixels[:, 0])
+        pixels = self._normalise(views)
+        return pixels if len(self.views.views) > 1 else pixels[:, 0]
 
     @torch.inference_mode()
     def logits(self, views: np.ndarray) -> np.ndarray:

@@ -288,10 +288,12 @@ def export_here(config: ExportConfig) -> dict[str, dict[str, Any]]:
         measured: dict[str, dict[str, Any]] = {
             name: {**row, **rates[name]} for name, row in parity(model, runners, batches).items()
         }
+        for name in found:
+            _judge(measured[name], measured["pytorch-float32"]["pictures_per_s"], config)
         admitted = [
             _entry(name, file, model.device, len(views), measured[name])
             for name, (file, _) in found.items()
-            if _judged(measured[name], measured["pytorch-float32"]["pictures_per_s"], config)
+            if measured[name]["admitted"]
         ]
         if model.device == "cuda":
             # plain PyTorch would be served in bfloat16 there, whatever the gate says of it
@@ -323,13 +325,12 @@ def _copied(checkpoint: Checkpoint, build: Path, device: str) -> list[EngineEntr
     return kept
 
 
-def _judged(figures: dict[str, Any], base: float, config: ExportConfig) -> bool:
-    """Whether an engine is admitted; its figures then say so, and why not."""
+def _judge(figures: dict[str, Any], base: float, config: ExportConfig) -> None:
+    """Add to an engine's figures whether it is admitted, and why not."""
     figures["speed"] = figures["pictures_per_s"] / base
     agrees = figures["max_difference"] <= config.most_difference
     figures["admitted"] = agrees and figures["speed"] >= config.least_speed
     figures["why"] = "" if figures["admitted"] else "differs too much" if not agrees else "not faster than PyTorch"
-    return bool(figures["admitted"])
 
 
 def _entry(name: str, file: str, device: str, pictures: int, figures: Mapping[str, Any]) -> EngineEntry:

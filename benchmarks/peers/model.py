@@ -53,13 +53,17 @@ class Detector:
         self.engine = open_engine(checkpoint, self.device, self._by_pytorch) if engine else None
 
     def _by_pytorch(self, entry: EngineEntry) -> Engine:
-        example = self._pixels(np.zeros((2, *self.views.shape), dtype=np.uint8)).numpy()
+        example = self._normalised(np.zeros((2, *self.views.shape), dtype=np.uint8))
         last = last_layer(self.network, self.network.config.num_labels)
         return pytorch_engine(self.network, last, entry.precision, self.device, entry.compiled, example)
 
     def _pixels(self, views: np.ndarray) -> torch.Tensor:
         pixels = self._normalise(views)
-        return pixels if len(self.views.views) > 1 else pixels[:, 0].contiguous()
+        return pixels if len(self.views.views) > 1 else pixels[:, 0]
+
+    def _normalised(self, views: np.ndarray) -> np.ndarray:
+        """As an engine reads it."""
+        return np.ascontiguousarray(self._pixels(views).numpy())
 
     def view(self, data: bytes) -> np.ndarray:
         """A file's bytes -> uint8 views ``(V, S, S, 3)``."""
@@ -68,11 +72,11 @@ class Detector:
     @torch.inference_mode()
     def probabilities(self, views: np.ndarray) -> list[float]:
         """Of `ai`, calibrated, of views ``(n, V, S, S, 3)``."""
-        pixels = self._pixels(views)
         if self.engine is not None:
-            logits = self.engine[1](np.ascontiguousarray(pixels.numpy()))
+            logits = self.engine[1](self._normalised(views))
         else:
-            logits = self.network(pixel_values=pixels.to(self.device, self.dtype)).logits.float().cpu().numpy()
+            pixels = self._pixels(views).to(self.device, self.dtype)
+            logits = self.network(pixel_values=pixels).logits.float().cpu().numpy()
         scaled = logits / self._temperature
         exponent = np.exp(scaled - scaled.max(axis=1, keepdims=True))
         return [float(value) for value in exponent[:, self._ai] / exponent.sum(axis=1)]
