@@ -2,8 +2,8 @@
 
 The service is loaded as fast as it answers for a while, and then, for the time given, with pictures that come at 70 %
 of that rate whether earlier ones have been answered or not. Every few seconds the memory of each of its processes is
-read (PSS: what it alone has, and its part of what it shares). After a warm-up a straight line is laid through the
-readings of each process.
+read (PSS: what it alone has, and its part of what it shares; what it has asked for itself is told beside it). After a
+warm-up a straight line is laid through the readings of each process.
 
 Out: ``results/soak.json`` and ``soak.svg``: growth an hour of each process, in per cent of its mean, and what was
 answered. No answer may fail, and no process may grow by more than 2 % an hour.
@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import httpx
 import numpy as np
@@ -43,6 +43,8 @@ from benchmarks.load import closed_loop, open_loop, quantile, session
 from benchmarks.report import QUICK, RESULTS, write_result
 
 _CLIENTS = 16
+#: What is not printed of a result in one line.
+_LONG = ("processes", "mib_over_time", "asked_for_mib_over_time", "settings")
 #: A process that was not there for this share of the readings has no growth an hour.
 _PRESENT = 0.8
 #: What must not come and go: one that was started again has lost what it had grown by.
@@ -66,6 +68,9 @@ class SoakConfig(BaseModel):
 
 # ---- memory -------------------------------------------------------------------------------------------------------
 
+#: Bytes of each process, by what it is and its process id.
+Sizes: TypeAlias = dict[tuple[str, int], int]
+
 
 def name_of(line: Sequence[str], name: str) -> str:
     """What a process is, whatever it does at the moment and whichever replica it is."""
@@ -82,13 +87,20 @@ def name_of(line: Sequence[str], name: str) -> str:
     return name
 
 
-def read_memory(port: int) -> dict[tuple[str, int], int]:
-    """Proportional set size of each process of an instance, in bytes, by what it is and its process id."""
-    found = {}
+def read_memory(port: int) -> tuple[Sizes, Sizes]:
+    """Proportional set size of each process of an instance, and what of it is of no file: memory it has asked for.
+
+    The rest are pages of programs and libraries, and a process's part of those changes with who else reads them.
+    """
+    found: Sizes = {}
+    asked_for: Sizes = {}
     for process in cluster.processes(port):
-        with suppress(psutil.Error):
-            found[name_of(process.cmdline(), process.name()), process.pid] = process.memory_full_info().pss
-    return found
+        with suppress(psutil.Error, OSError):
+            key = name_of(process.cmdline(), process.name()), process.pid
+            lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()[1:]
+            told = {name: int(kib) * 1024 for name, kib, _ in map(str.split, lines)}
+            found[key], asked_for[key] = told["Pss:"], told["Pss_Anon:"] + told["Pss_Shmem:"]
+    return found, asked_for
 
 
 @dataclass(frozen=True)
@@ -110,7 +122,7 @@ def growth(times_s: Sequence[float], sizes: Sequence[float]) -> Growth:
 
 
 def growths(
-    readings: Sequence[tuple[float, dict[tuple[str, int], int]]],
+    readings: Sequence[tuple[float, Sizes]],
 ) -> tuple[dict[tuple[str, int], Growth], set[str]]:
     """Growth of each process that was there nearly all the time, and the names of those that were not."""
     series: dict[tuple[str, int], list[tuple[float, int]]] = defaultdict(list)
@@ -188,7 +200,8 @@ def soaked_graph(config: dict[str, Any]) -> None:
 def run(config: SoakConfig, folder: Path, in_service: Callable[..., Any]) -> dict[str, Any]:
     """Load the service and read its memory."""
     os.environ["DEEPTRUST_STORE_URL"] = f"sqlite:///{folder}/store.db"
-    readings: list[tuple[float, dict[tuple[str, int], int]]] = []
+    readings: list[tuple[float, Sizes]] = []
+    readings_asked_for: list[tuple[float, Sizes]] = []
     answers, over = Answers(), threading.Event()
     with in_service(folder, change=soaked_graph, request_timeout_s=60.0, max_wait_s=20.0) as service:
         asyncio.run(closed(service.url, config.measure_s / 2, _CLIENTS))  # warm
@@ -198,7 +211,9 @@ def run(config: SoakConfig, folder: Path, in_service: Callable[..., Any]) -> dic
 
         def watch() -> None:
             while not over.wait(config.sample_s):
-                readings.append((round(time.monotonic() - began, 1), read_memory(service.port)))
+                at, (sizes, asked_for) = round(time.monotonic() - began, 1), read_memory(service.port)
+                readings.append((at, sizes))
+                readings_asked_for.append((at, asked_for))
                 if len(readings) % 20 == 0:
                     total = sum(readings[-1][1].values()) / 2**20
                     print(f"{readings[-1][0] / 60:.0f} min, {total:.0f} MiB, {dict(answers.told)}", flush=True)
@@ -210,16 +225,18 @@ def run(config: SoakConfig, folder: Path, in_service: Callable[..., Any]) -> dic
         finally:
             over.set()
             watcher.join()
-    counted = [reading for reading in readings if reading[0] >= config.warm_up * config.minutes * 60]
-    found, others = growths(counted)
+    warm_s = config.warm_up * config.minutes * 60
+    found, others = growths([reading for reading in readings if reading[0] >= warm_s])
+    asked_for, _ = growths([reading for reading in readings_asked_for if reading[0] >= warm_s])
     rows = [
         {
-            "process": name,
+            "process": key[0],
             "mib": round(one.mean_bytes / 2**20, 1),
             "mib_an_hour": round(one.bytes_an_hour / 2**20, 2),
             "percent_an_hour": round(100 * one.share_an_hour, 2),
+            "asked_for_mib_an_hour": round(asked_for[key].bytes_an_hour / 2**20, 2),
         }
-        for (name, _), one in found.items()
+        for key, one in found.items()
     ]
     rows.sort(key=lambda row: -float(str(row["percent_an_hour"])))
     return {
@@ -232,6 +249,7 @@ def run(config: SoakConfig, folder: Path, in_service: Callable[..., Any]) -> dic
         "grow_too_much": sorted({name for (name, _), one in found.items() if one.share_an_hour > config.most_growth}),
         "came_or_went": sorted(others),
         "started_again": started_again(others),
+        "asked_for_mib_over_time": series(readings_asked_for[:: max(1, round(60 / config.sample_s))]),
         "mib_over_time": series(readings[:: max(1, round(60 / config.sample_s))]),  # one a minute shows as much
         "settings": config.model_dump(mode="json"),
     }
@@ -242,7 +260,7 @@ def started_again(names: Iterable[str]) -> list[str]:
     return sorted(filter(_LASTING.match, names))
 
 
-def series(readings: Iterable[tuple[float, dict[tuple[str, int], int]]]) -> dict[str, list[tuple[float, float]]]:
+def series(readings: Iterable[tuple[float, Sizes]]) -> dict[str, list[tuple[float, float]]]:
     """MiB over time of all processes of a name together."""
     found: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for at, sizes in readings:
@@ -280,7 +298,7 @@ def main(arguments: list[str] | None = None) -> None:
         result = run(config, Path(name), small_service)
     folder = QUICK if config.quick else RESULTS
     print(plots.table(result["processes"]))
-    print({key: value for key, value in result.items() if key not in ("processes", "mib_over_time", "settings")})
+    print({key: value for key, value in result.items() if key not in _LONG})
     print(draw(result, folder), write_result("soak", result, folder), flush=True)
     if result["failed"] or result["grow_too_much"] or result["started_again"]:
         raise SystemExit("error: an answer failed, or a process grows or was started again; see above")
