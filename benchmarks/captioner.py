@@ -122,7 +122,9 @@ class Loaded:
     def _generated(self, views: np.ndarray) -> tuple[float, list[str], int]:
         begun = time.perf_counter()
         pixels, prompt = self._model.pixels(views), self._model.prompt(len(views))
-        ids = self.network.generate(pixel_values=pixels, **prompt, **self._model.generation)
+        ids = self.network.generate(
+            pixel_values=pixels, **prompt, logits_processor=self._model.unsaid, **self._model.generation
+        )
         captions = self._model.text(ids)
         taken, text = time.perf_counter() - begun, self.network.config.text_config
         nothing_said = torch.tensor([text.bos_token_id, text.pad_token_id], device=ids.device)

@@ -13,11 +13,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForImageTextToText, AutoTokenizer, BlipForConditionalGeneration
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    BlipForConditionalGeneration,
+    LogitsProcessor,
+    LogitsProcessorList,
+)
 
 from deployments import blip
 from deployments.checkpoints import Checkpoint
 from deployments.health import known_picture
+from deployments.people import ORIGINS, ORIGINS_OF_PEOPLE, of_people
 from deployments.pixels import Normalisation, check_views
 from deployments.replica import Replica
 from deployments.views import ViewSpec
@@ -37,6 +44,35 @@ def prompted(network: Any, tokenizer: Any, prompt: str, count: int) -> dict[str,
     given = tokenizer([prompt] * count, return_tensors="pt").to(network.device)
     kept = slice(None) if hasattr(network, "text_decoder") else slice(None, -1)
     return {name: given[name][:, kept] for name in ("input_ids", "attention_mask")}
+
+
+class Unsaid(LogitsProcessor):
+    """Keeps a decoder from saying of people what is not to be said of them (``deployments.people``).
+
+    Goes by whole words of the vocabulary: what a tokenizer takes to pieces is left out where its first piece is such a
+    word (``skin`` ``##ned``).
+    """
+
+    _masks: tuple[torch.Tensor, ...]
+
+    def __init__(self, network: Any, tokenizer: Any) -> None:
+        size = network.config.get_text_config().vocab_size
+        never, before, people = (torch.zeros(size, dtype=torch.bool) for _ in range(3))
+        for token, index in tokenizer.get_vocab().items():
+            word = token.lstrip("\u2581\u0120").lower()  # what sentencepiece and byte-level BPE put for a space
+            if index < size and word.isalpha():
+                never[index] = word in ORIGINS
+                before[index] = word in ORIGINS_OF_PEOPLE
+                people[index] = of_people(word)
+        self._masks = never, before, people
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Scores ``(rows, vocabulary)`` of the next token after ``input_ids`` ``(rows, n)``."""
+        if self._masks[0].device != scores.device:  # the network may have been moved since
+            self._masks = tuple(mask.to(scores.device) for mask in self._masks)
+        never, before, people = self._masks
+        unsaid = never | (before[input_ids[:, -1], None] & people)
+        return scores.masked_fill(unsaid, -torch.inf)  # type: ignore[return-value]
 
 
 class CaptionerModel:
@@ -64,6 +100,7 @@ class CaptionerModel:
             self._generate = partial(blip.generate, self.network)
         self.generation = GENERATION | checkpoint.card.generation
         self._prompt = str(self.generation.pop("prompt", ""))
+        self.unsaid = LogitsProcessorList([Unsaid(self.network, self._tokenizer)])
 
     def pixels(self, views: np.ndarray) -> torch.Tensor:
         """What the network reads of uint8 views ``(n, 1, size, size, 3)``.
@@ -85,9 +122,8 @@ class CaptionerModel:
         Raises:
             ViewMismatch: another size than the checkpoint's.
         """
-        return self._generate(
-            pixel_values=self.pixels(views), **self.prompt(len(views)), **(self.generation | settings)
-        )
+        settings = {"logits_processor": self.unsaid} | self.generation | settings
+        return self._generate(pixel_values=self.pixels(views), **self.prompt(len(views)), **settings)
 
     def caption(self, views: np.ndarray, **settings: Any) -> list[str]:
         """Captions of uint8 views ``(n, 1, size, size, 3)``, written as the card says, or as told.

@@ -14,10 +14,11 @@ import torch
 from pydantic import ConfigDict, Field
 from torch import nn
 from torch.nn import functional
+from transformers import LogitsProcessorList
 
 from data.captions import score_captions
 from deployments.blip import look
-from deployments.captioner import prompted
+from deployments.captioner import Unsaid, prompted
 from deployments.checkpoints import Checkpoint, resolve
 from deployments.pixels import Normalisation
 from train.cider import CiderReward
@@ -120,6 +121,7 @@ class CaptionerModule(WordsModule):
             model, normalisation, settings, total_steps, vocabulary, train, all_captions=settings.freeze == "tower"
         )
         self.generation, self.settings = generation, settings
+        self.unsaid = LogitsProcessorList([Unsaid(model, vocabulary.tokenizer)])
         self.train_captions, self.val_captions = train, val
         self.reward = (
             CiderReward(train, with_ends=True, distinct=settings.distinct) if settings.objective == "cider" else None
@@ -233,6 +235,7 @@ class CaptionerModule(WordsModule):
                 past_key_values=look(decoder, image),
                 eos_token_id=self.vocabulary.end,
                 pad_token_id=self.vocabulary.pad,
+                logits_processor=self.unsaid,
                 **settings,
             )
 
@@ -243,7 +246,12 @@ class CaptionerModule(WordsModule):
             ids = self.generate(captioner.text_decoder, batch["features"].float())
         else:
             given = prompted(captioner, self.vocabulary.tokenizer, prompt, len(batch["row"]))
-            ids = captioner.generate(pixel_values=self.pixels(batch["pixels"], model), **given, **self.generation)
+            ids = captioner.generate(
+                pixel_values=self.pixels(batch["pixels"], model),
+                **given,
+                logits_processor=self.unsaid,
+                **self.generation,
+            )
         texts = self.vocabulary.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [text.strip().removeprefix(prompt).strip() for text in texts]
 

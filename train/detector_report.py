@@ -40,8 +40,8 @@ from deployments.checkpoints import Checkpoint
 from deployments.detector import DetectorModel, verdict
 from deployments.heat_map import combine, render_png
 from deployments.images import ADMITTED, decode
-from deployments.tag_rules import words_of
 from deployments.views import regions, render
+from deployments.words import words_of
 from train.aivshuman import family
 from train.damage import TIERS, Tier, deliver, reduce_to, reencode
 from train.examples import Example, batches

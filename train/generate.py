@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from deployments import blip, bmff, captioner, containers, images, pixels, tiff, views
+from deployments import blip, bmff, captioner, containers, images, people, pixels, tiff, views, words
 from deployments.captioner import CaptionerModel
 from deployments.checkpoints import Checkpoint, cache_root
 from deployments.images import ADMITTED, decode
@@ -42,7 +42,9 @@ def caption_all(checkpoint: Checkpoint, examples: Sequence[Example], batch_size:
     again. The key is everything that a caption depends on: the checkpoint's files, the picture's bytes, the code, the
     versions of its packages, and the device, on which its precision depends.
     """
-    code = _code_digest((blip, bmff, captioner, containers, images, pixels, tiff, views), _CAPTION_PACKAGES)
+    code = _code_digest(
+        (blip, bmff, captioner, containers, images, people, pixels, tiff, views, words), _CAPTION_PACKAGES
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kept = _Kept(cache_root() / "captions" / f"{checkpoint.revision}-{code}-{device}.jsonl")
     keys = [hashlib.sha256(example.read()).hexdigest()[:24] for example in examples]
@@ -99,7 +101,7 @@ def tag_all(checkpoint: Checkpoint, captions: Sequence[str]) -> list[list[str]]:
     """
     from deployments import offline_tagger, tag_lexicon, tag_rules, tagger
 
-    code = _code_digest((offline_tagger, tag_lexicon, tag_rules, tagger), _TAG_PACKAGES)
+    code = _code_digest((offline_tagger, people, tag_lexicon, tag_rules, tagger, words), _TAG_PACKAGES)
     data = hashlib.sha256(b"".join((_DEPLOYMENTS / name).read_bytes() for name in _TAG_DATA)).hexdigest()[:12]
     kept = _Kept(cache_root() / "tags" / f"{checkpoint.revision}-{code}-{data}.jsonl")
     missing = sorted(set(captions) - set(kept.values))

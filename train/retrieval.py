@@ -30,7 +30,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from data.errors import DataError
-from deployments.tag_rules import _STOP, stem, words_of
+from deployments.words import STOP_WORDS, stem, words_of
 from train.statistics import Interval, described
 
 #: The cut-offs of recall.
@@ -69,7 +69,7 @@ class Bm25:
 
 def terms(text: str) -> list[str]:
     """What is indexed and asked for: stems without stop words."""
-    return [stem(word) for word in words_of(text) if word not in _STOP]
+    return [stem(word) for word in words_of(text) if word not in STOP_WORDS]
 
 
 def found(scores: np.ndarray, own: int, cut: int) -> float:

@@ -30,8 +30,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from deployments.annotation import Tag
 from deployments.tag_lexicon import WordNet
-from deployments.tag_rules import _STOP, words_of
 from deployments.tagger import load_prompt
+from deployments.words import STOP_WORDS, words_of
 
 WORDNET = Path("/usr/share/wordnet")
 _TAG = TypeAdapter(Tag)
@@ -70,7 +70,7 @@ class Judge:
         found = set()
         for word in words_of(caption):
             lemma = self.wordnet.lemma(word)
-            if lemma and len(lemma) > 2 and not {word, lemma} & _STOP and self.wordnet.noun_share(lemma) > 0.5:
+            if lemma and len(lemma) > 2 and not {word, lemma} & STOP_WORDS and self.wordnet.noun_share(lemma) > 0.5:
                 found.add(lemma)
         return found
 

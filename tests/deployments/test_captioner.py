@@ -55,3 +55,37 @@ def test_a_blip_that_transformers_saved_is_served_as_it_is(tmp_path: Path) -> No
     ours, theirs = (CaptionerModel(resolve(str(place))) for place in (made, folder))
     views = np.random.default_rng(0).integers(0, 255, (2, *ours.views.shape), dtype=np.uint8)
     assert theirs.views == ours.views and theirs.caption(views) == ours.caption(views)
+
+
+def captioner_with(folder: Path, words: list[str], likes: dict[str, float]) -> CaptionerModel:
+    """A captioner of these words that likes to say some of them whatever it has said before."""
+    small_captioner(folder, words=words, generation={"num_beams": 3, "min_new_tokens": 4, "max_new_tokens": 4})
+    model = CaptionerModel(resolve(str(folder)))
+    vocabulary = (folder / "vocab.txt").read_text().splitlines()
+    with torch.no_grad():
+        head = model.network.text_decoder.cls.predictions.decoder
+        for word, liking in likes.items():
+            head.bias[vocabulary.index(word)] += liking
+    return model
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_captioner_is_kept_from_saying_where_people_come_from(tmp_path: Path, beams: int) -> None:
+    words = ["african", "skin", "##ned", "dark", "man", "dog", "haired"]
+    model = captioner_with(tmp_path / "model", words, {"african": 900, "skin": 800, "dark": 500, "man": 300})
+    views = np.random.default_rng(0).integers(0, 255, (2, *model.views.shape), dtype=np.uint8)
+    free = model.caption(views, num_beams=beams, logits_processor=None)
+    assert all("african" in text for text in free), "it would not have said it anyway"
+    for text in model.caption(views, num_beams=beams):
+        assert set(text.split()) <= {"dark", "man", "dog", "haired"} and "dark" in text and "dark man" not in text
+
+
+def test_a_colour_is_left_out_before_people_only(tmp_path: Path) -> None:
+    words = ["dark", "red", "man", "dog"]
+    model = captioner_with(tmp_path / "model", words, {})
+    at = (tmp_path / "model" / "vocab.txt").read_text().splitlines().index
+    scores = torch.zeros(2, len(words) + 7)
+    (unsaid,) = model.unsaid
+    after = unsaid(torch.tensor([[at("man"), at("dark")], [at("dark"), at("red")]]), scores)
+    assert after[0, at("man")] == -torch.inf and after[0, at("dog")] == 0
+    assert after[1].tolist() == scores[1].tolist()

@@ -9,7 +9,8 @@ from pydantic import TypeAdapter
 
 from deployments.annotation import Tag
 from deployments.tag_lexicon import LEXICON_FILE
-from deployments.tag_rules import clean_tags, lemma, proposed, stem
+from deployments.tag_rules import clean_tags, proposed
+from deployments.words import lemma, stem
 
 
 @given(st.text(max_size=200), st.text(max_size=200))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,11 +97,11 @@ def small_classifier(folder: Path, config: PreTrainedConfig) -> Path:
     return folder
 
 
-def small_captioner(folder: Path, seed: int = 0, **card: Any) -> Path:
+def small_captioner(folder: Path, seed: int = 0, words: Sequence[str] = WORDS, **card: Any) -> Path:
     """A BLIP of one layer with weights drawn at random."""
     torch.manual_seed(seed)
     folder.mkdir(parents=True)
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, "[DEC]", "[ENC]"]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words, "[DEC]", "[ENC]"]
     (folder / "vocab.txt").write_text("\n".join(vocabulary))
     tokenizer = BertTokenizer(
         vocab=str(folder / "vocab.txt"),
