@@ -36,10 +36,11 @@ from urllib.parse import urlsplit
 
 import httpx
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+from sqlalchemy import Connection
 
 from app.problems import Problem
 from app.store import callbacks, deferred
-from app.store.callbacks import Due, Hold
+from app.store.callbacks import Due, Hold, Turn
 from app.store.database import StoreUnavailable
 from app.store.deferred import Outcome
 from app.store.store import Store, StoreBusy, StoreOff
@@ -329,14 +330,24 @@ class Callbacks:
             return _LOOK_S
         lease_s = self.settings.timeout_s + _LEASE_MARGIN_S
         lease = partial(callbacks.lease, now_s=now, lease_s=lease_s, most=room, held=self._held(now))
-        turn = await self._store.commit(lease)
+        turn = await self._store.commit(lease, self._leased_late)
         for due in turn.taken:
             task = asyncio.get_running_loop().create_task(self._tell(due))
             self._telling[task] = due.host
             task.add_done_callback(self._telling.pop)
-        for due in turn.given_up:
-            copy_context().run(self._left, due)  # each has the name of its own request
+        self._leave(turn.given_up)
         return 0.0 if len(turn.taken) == room or turn.put_off or turn.given_up else _LOOK_S
+
+    def _leased_late(self, turn: Turn) -> None:
+        """Let whoever is next tell what was leased after this replica had stopped waiting for it: it was no attempt."""
+
+        def give_back(connection: Connection) -> None:
+            for due in turn.taken:
+                callbacks.put_off(connection, due, time.time(), counts=False)
+
+        with contextlib.suppress(StoreUnavailable, StoreOff):
+            self._store.submit(give_back)
+        self._leave(turn.given_up)
 
     # ---- hosts that are not reached -----------------------------------------------------------------------------
 
@@ -365,8 +376,12 @@ class Callbacks:
             pause_s = _FIRST_PAUSE_S if gone is None else min(_LONGEST_PAUSE_S, 2 * gone.pause_s)
             self._unreached[host] = _Unreached(pause_s, now + pause_s * random.uniform(0.75, 1.25))
 
+    def _leave(self, given_up: Sequence[Due]) -> None:
+        """Note who is told no more since his host is not reached, each under the name of his own request."""
+        for due in given_up:
+            copy_context().run(self._left, due)
+
     def _left(self, due: Due) -> None:
-        """Note that somebody is told no more whose host is not reached."""
         with telemetry.resumed(due.request_id, due.traceparent):
             self._said("given_up", due, "unreached", 0, 0)
 

@@ -189,12 +189,16 @@ def end(connection: Connection, place: str, ending: Ending) -> bool:
     return ended.rowcount == 1
 
 
-def put_off(connection: Connection, due: Due, until_s: float) -> None:
-    """Tell again at ``until_s``, unless somebody else has taken it over since."""
+def put_off(connection: Connection, due: Due, until_s: float, counts: bool = True) -> None:
+    """Tell again at ``until_s``, unless somebody else has taken it over since.
+
+    Args:
+        counts: the attempt was one.
+    """
     connection.execute(
         update(Callback)
         .where(Callback.place == due.place, Callback.state == DUE, Callback.attempts == due.attempts)
-        .values(due_at=int(until_s * 1000))
+        .values(due_at=int(until_s * 1000), attempts=due.attempts - (0 if counts else 1))
     )
 
 

@@ -29,10 +29,12 @@ from app.callbacks import Callbacks, CallbackSettings, is_public
 from app.problems import Problem
 from app.store import callbacks as rows
 from app.store import deferred
+from app.store.database import StoreUnavailable
 from app.store.deferred import Accepted, Outcome
 from app.store.events import KeyConflict
 from app.store.settings import StoreSettings
 from app.store.store import Store
+from deployments import telemetry
 from deployments.annotation import Annotation, Caption
 from tests.app.hook import Hook, listening
 from tests.waiting import wait_for
@@ -405,6 +407,27 @@ def test_it_is_told_again_until_it_is_taken_and_no_redirect_is_followed(one_stor
     assert outcomes == ["failed", "failed", "delivered"]
     assert [path for path, _, _ in hook.came] == ["/"] * 3
     assert len({headers["idempotency-key"] for _, headers, _ in hook.came}) == 1
+
+
+def test_what_was_leased_after_the_replica_had_stopped_waiting_is_told_at_once_and_was_no_attempt(
+    one_store: Store, hook: Hook, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(one_store, "place", hook.url, accepted(0))
+    answer(one_store)
+    wait, gave_up = one_store._within, threading.Event()
+
+    async def give_up_once(outcome: Any) -> Any:
+        if not gave_up.is_set():
+            gave_up.set()
+            raise StoreUnavailable("the database takes too long")
+        return await wait(outcome)
+
+    monkeypatch.setattr(one_store, "_within", give_up_once)
+    began, attempts = time.monotonic(), list[int]()
+    monkeypatch.setattr(telemetry, "note", lambda _, **told: attempts.append(told["attempt"]))
+    assert tell(one_store, CallbackSettings(allow=(hook.url,)), lambda outcomes: bool(outcomes)) == ["delivered"]
+    assert gave_up.is_set() and time.monotonic() - began < 20, "as long as a lease lasts, and that is 40 s"
+    assert attempts == [1]
 
 
 def test_it_is_given_up_when_it_is_not_wanted_any_more_or_too_late(one_store: Store, hook: Hook) -> None:
