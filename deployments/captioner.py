@@ -24,7 +24,7 @@ from transformers import (
 from deployments import blip
 from deployments.checkpoints import Checkpoint
 from deployments.health import known_picture
-from deployments.people import ORIGINS, ORIGINS_OF_PEOPLE, of_people
+from deployments.people import is_between, is_origin, is_origin_of_people, of_people
 from deployments.pixels import Normalisation, check_views
 from deployments.replica import Replica
 from deployments.views import ViewSpec
@@ -57,21 +57,24 @@ class Unsaid(LogitsProcessor):
 
     def __init__(self, network: Any, tokenizer: Any) -> None:
         size = network.config.get_text_config().vocab_size
-        never, before, people = (torch.zeros(size, dtype=torch.bool) for _ in range(3))
+        never, before, between, people = (torch.zeros(size, dtype=torch.bool) for _ in range(4))
         for token, index in tokenizer.get_vocab().items():
             word = token.lstrip("\u2581\u0120").lower()  # what sentencepiece and byte-level BPE put for a space
             if index < size and word.isalpha():
-                never[index] = word in ORIGINS
-                before[index] = word in ORIGINS_OF_PEOPLE
+                never[index] = is_origin(word)
+                before[index] = is_origin_of_people(word)
+                between[index] = is_between(word)
                 people[index] = of_people(word)
-        self._masks = never, before, people
+        self._masks = never, before, between, people
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Scores ``(rows, vocabulary)`` of the next token after ``input_ids`` ``(rows, n)``."""
         if self._masks[0].device != scores.device:  # the network may have been moved since
             self._masks = tuple(mask.to(scores.device) for mask in self._masks)
-        never, before, people = self._masks
-        unsaid = never | (before[input_ids[:, -1], None] & people)
+        never, before, between, people = self._masks
+        last, next_to_last = input_ids[:, -1], input_ids[:, -2:][:, 0]
+        told = before[last] | (between[last] & before[next_to_last])
+        unsaid = never | (told[:, None] & people)
         return scores.masked_fill(unsaid, -torch.inf)  # type: ignore[return-value]
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import re
 
-from deployments.people import of_origin
+from deployments.people import origins_in
 from deployments.words import STOP_WORDS, lemma, lexicon, stem, words_of
 
 MIN_TAGS, MAX_TAGS, MAX_TAG_LETTERS, MAX_TAG_WORDS = 3, 10, 32, 3
@@ -46,11 +46,12 @@ def clean_tags(raw: str, caption: str) -> list[str]:
         caption: what it was asked about.
     """
     tags: dict[tuple[str, ...], str] = {}
+    unsaid = origins_in(words_of(caption))
     for tag in (*proposed(raw, caption), *_nouns(caption), *_implied(caption)):
         _add(tags, tag)
     if len(tags) < MIN_TAGS:
         for word in (*_content(caption), *_LAST_RESORT):
-            if len(tags) < MIN_TAGS:
+            if len(tags) < MIN_TAGS and word not in unsaid:
                 _add(tags, word)
     return list(tags.values())
 
@@ -59,16 +60,17 @@ def proposed(raw: str, caption: str) -> list[str]:
     """What holds of the model's own answer, in its order, before anything is completed."""
     tags: dict[tuple[str, ...], str] = {}
     said = [stem(word) for word in words_of(caption)]
+    unsaid = origins_in(words_of(caption))
     allowed = {stem(word) for word in _implied(caption)}
     for text in _strings(raw):
         words = words_of(text)
         stems = [stem(word) for word in words]
-        if 1 <= len(words) <= MAX_TAG_WORDS and words[-1] not in STOP_WORDS and _adjacent(stems, said):
+        if 1 <= len(words) <= MAX_TAG_WORDS and words[-1] not in STOP_WORDS | unsaid and _adjacent(stems, said):
             _add(tags, " ".join((*words[:-1], lemma(words[-1]))))
             continue
         # "dog running" is no phrase of the caption, but each of its words may stand
         for word, one in zip(words, stems, strict=True):
-            if word not in STOP_WORDS and (one in said or one in allowed):
+            if word not in STOP_WORDS | unsaid and (one in said or one in allowed):
                 _add(tags, lemma(word))
     return list(tags.values())
 
@@ -89,7 +91,7 @@ def _adjacent(part: list[str], whole: list[str]) -> bool:
 def _add(tags: dict[tuple[str, ...], str], tag: str) -> None:
     words = tag.split()
     fits = len(tags) < MAX_TAGS and 2 <= len(tag) <= MAX_TAG_LETTERS
-    if fits and words[0] not in STOP_WORDS - set(_LAST_RESORT) and not of_origin(words):
+    if fits and words[0] not in STOP_WORDS - set(_LAST_RESORT) and not origins_in(words):
         tags.setdefault(tuple(_root(word) for word in words), tag)
 
 

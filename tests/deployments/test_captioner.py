@@ -81,11 +81,13 @@ def test_a_captioner_is_kept_from_saying_where_people_come_from(tmp_path: Path, 
 
 
 def test_a_colour_is_left_out_before_people_only(tmp_path: Path) -> None:
-    words = ["dark", "red", "man", "dog"]
+    words = ["dark", "red", "young", "man", "dog"]
     model = captioner_with(tmp_path / "model", words, {})
     at = (tmp_path / "model" / "vocab.txt").read_text().splitlines().index
-    scores = torch.zeros(2, len(words) + 7)
+    scores = torch.zeros(3, len(words) + 7)
     (unsaid,) = model.unsaid
-    after = unsaid(torch.tensor([[at("man"), at("dark")], [at("dark"), at("red")]]), scores)
-    assert after[0, at("man")] == -torch.inf and after[0, at("dog")] == 0
+    said = torch.tensor([[at("man"), at("dark")], [at("dark"), at("red")], [at("dark"), at("young")]])
+    after = unsaid(said, scores)
+    assert (after[[0, 2], at("man")] == -torch.inf).all() and (after[[0, 2], at("dog")] == 0).all()
     assert after[1].tolist() == scores[1].tolist()
+    assert unsaid(said[:, 1:], scores)[2].tolist() == scores[2].tolist(), "one word alone has none before it"

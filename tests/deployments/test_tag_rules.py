@@ -79,6 +79,8 @@ def test_a_colour_does_not_imply_a_fruit() -> None:
         ),
         ('["asian girl", "store"]', "two asian girls stand in front of a store", ["store", "girl", "person"]),
         ('["black people", "white coat"]', "black people in white coats", ["white coat", "people", "coat", "clothing"]),
+        ('["black", "man"]', "a black man", ["man", "person", "photo"]),
+        ('["family", "indian"]', "an indian family with a dog", ["family", "dog", "animal"]),
         ('["dark haired girl"]', "a dark haired girl is smiling", ["dark haired girl", "girl", "person"]),
         ('["black dog"]', "a black dog and a white swan", ["black dog", "dog", "swan", "animal", "bird"]),
     ],
