@@ -57,7 +57,7 @@ SIGNATURE, IDEMPOTENCY_KEY = "DeepTrust-Signature", "Idempotency-Key"
 _MOST_LETTERS = 2048
 _NAME = re.compile(r"(?!-)[a-z0-9-]{1,63}(?<!-)(\.(?!-)[a-z0-9-]{1,63}(?<!-))*")
 #: Percent signs that would make another path of it on the other side.
-_HIDDEN = re.compile(r"%(2e|2f|5c|00)", re.IGNORECASE)
+_HIDDEN = re.compile(r"%(2e|2f|3b|5c|00)", re.IGNORECASE)
 _LOOK_S = 1.0
 _LEASE_MARGIN_S = 30.0
 _RETRY_AFTER_S = 2
@@ -112,7 +112,7 @@ class Address:
         made = cls(scheme, host, port or (443 if scheme == "https" else 80), parts.path or "/")
         if made.ip is None and (not _NAME.fullmatch(host) or host.replace(".", "").isdigit()):
             raise AddressRefused("its host is no name")
-        if _HIDDEN.search(made.path) or {".", ".."} & set(made.path.split("/")):
+        if _HIDDEN.search(made.path) or {".", ".."} & set(re.split("[/;]", made.path)):
             raise AddressRefused("its path goes up, or hides where it goes")
         if scheme == "http" and not (made.ip and made.ip.is_loopback):
             raise AddressRefused("it has to be https")

@@ -182,7 +182,7 @@ class Deferral:
         done = sum(outcome.status > 0 for outcome in found)
         if done < len(found):
             return _waiting(Waiting(id=place, pictures=len(found), done=done))
-        return _answer(found)
+        return await asyncio.to_thread(_answer, found)  # heat maps of 32 pictures are megabytes
 
     async def backlog(self) -> Backlog | None:
         """What waits; None if that cannot be known: a database that does not answer has no empty queue."""
@@ -213,17 +213,20 @@ class Deferral:
 
     async def _begin_some(self) -> float:
         """Begin to work on as much as there is room for; returns seconds until it is worth looking again."""
+        # read first: a replica with nothing to do must neither write every second nor take places for it
+        try:
+            if not await self._store.read(partial(deferred.is_any_free, now_s=time.time())):
+                return _LOOK_S
+        except StoreBusy:
+            return _FULL_S
         places = self._admission.slip_in(self._store.settings.deferred_in_work - len(self._working))
         if not places:
             return _FULL_S
         leased: list[Leased] = []
         try:
             lease_s = self._timeout_s + _LEASE_MARGIN_S
-            now = time.time()
-            # read first: a replica with nothing to do must not write every second
-            if await self._store.read(partial(deferred.is_any_free, now_s=now)):
-                lease = partial(deferred.lease, now_s=now, lease_s=lease_s, most=places)
-                leased = await self._store.commit(lease, self._leased_late)
+            lease = partial(deferred.lease, now_s=time.time(), lease_s=lease_s, most=places)
+            leased = await self._store.commit(lease, self._leased_late)
         except StoreBusy:
             return _FULL_S
         finally:
@@ -249,7 +252,9 @@ class Deferral:
             self._admission.slip_out(1)
         try:
             if answer is None:
-                await self._store.commit(self._back([picture.id], min(60.0, 2.0**picture.attempts)))
+                await self._store.commit(
+                    self._back([picture.id], min(60.0, 2.0**picture.attempts), counts=not self._is_stopping())
+                )
                 return
             expires_s = self._store.expiry(record.sha256, time.time()) if record is not None else None
             finish = partial(
@@ -276,6 +281,8 @@ class Deferral:
         except ImageError as error:
             return _refused(Problem.of_image(error))
         except Problem as problem:
+            if problem.code == "timeout":
+                self._admission.observe(time.perf_counter() - started)
             return _refused(problem) if self._is_last(picture) else (0, None, None)
         except Exception:
             _log.exception("a picture that waited could not be analysed")
@@ -292,15 +299,14 @@ class Deferral:
         """
         return picture.attempts >= _MAX_ATTEMPTS and not self._is_stopping()
 
-    def _back(self, ids: list[int], pause_s: float) -> partial[None]:
-        """Lets others work on pictures after a pause; an attempt that this replica's end cut short counts for none."""
-        until_s, counts = time.time() + pause_s, not self._is_stopping()
-        return partial(deferred.give_back, ids=ids, until_s=until_s, counts=counts)
+    def _back(self, ids: list[int], pause_s: float, counts: bool) -> partial[None]:
+        """Lets others work on pictures after a pause."""
+        return partial(deferred.give_back, ids=ids, until_s=time.time() + pause_s, counts=counts)
 
     def close(self) -> None:
-        """What this replica works on may be another's at once."""
+        """What this replica works on may be another's at once: an attempt that its end cuts short counts for none."""
         if self._working and self.is_possible:
-            self._store.submit(self._back(list(self._working), 0.0))
+            self._store.submit(self._back(list(self._working), 0.0, counts=False))
 
 
 def _refused(problem: Problem) -> tuple[int, str, None]:

@@ -423,7 +423,9 @@ def store_problem(error: Exception) -> Problem:
             {"Retry-After": str(_RETRY_AFTER_S)},
         )
     if isinstance(error, StoreBusy):
-        return Problem("overloaded", "Too many searches at the moment.", {"Retry-After": str(_RETRY_AFTER_S)})
+        return Problem(
+            "overloaded", "Too much is asked of what is kept at the moment.", {"Retry-After": str(_RETRY_AFTER_S)}
+        )
     if isinstance(error, StoreOff):
         return Problem("not_found", "Nothing of the kind is kept here, by the settings of this service.")
     raise error

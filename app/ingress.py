@@ -42,7 +42,7 @@ from app.receiving import Receiving
 from app.store import key_uses
 from app.store.settings import StoreSettings
 from app.store.store import Store
-from app.uploads import Upload, UploadLimits, declared_bytes, in_time, read_uploads
+from app.uploads import Upload, UploadLimits, check_declared, in_time, read_uploads
 from deployments import telemetry
 from deployments.annotation import Annotation, Task
 from deployments.images import ImageError
@@ -432,16 +432,16 @@ class Ingress:
         explain: Explain | None,
     ) -> Response:
         """Take the pictures in, for a sender who can wait."""
-        declared = declared_bytes(request)
-        size = self.uploads.max_body_bytes if declared is None else declared
+        most = self.uploads.max_body_bytes
+        declared = check_declared(request, most)  # what is refused anyway takes no room
         async with AsyncExitStack() as stack:
             with telemetry.span("wait for a place"):
-                await stack.enter_async_context(self.receiving.room(size))
+                await stack.enter_async_context(self.receiving.room(most if declared is None else declared))
             async with in_time(self.limits.request_timeout_s):
                 with telemetry.span("read body"):
                     uploads = await read_uploads(request, self.uploads)
-                request.state.pictures = len(uploads)
-                return await self.deferral.accept(uploads, tasks, explain, key, callback)
+            request.state.pictures = len(uploads)
+            return await self.deferral.accept(uploads, tasks, explain, key, callback)  # the store has its own time
 
     async def _admitted(
         self, key: str | None, request: Request, tasks: frozenset[Task], explain: Explain | None
@@ -488,6 +488,10 @@ class Ingress:
                 record = await self.graph.analyze(data, identity, wanted, explain, deadline)
             except ImageError as error:
                 raise Problem.of_image(error) from None
+            except Problem as problem:
+                if problem.code == "timeout":  # who says nothing of the latest never hears that there are too many
+                    self.admission.observe(time.perf_counter() - started)
+                raise
             self.admission.observe(time.perf_counter() - started)
             return record
 

@@ -111,6 +111,17 @@ def declared_bytes(request: Request) -> int | None:
     return int(declared) if len(declared) <= 18 else 10**18
 
 
+def check_declared(request: Request, limit: int) -> int | None:
+    """Size of the body, as far as the request tells it.
+
+    Raises:
+        Problem: `too_large`, more than ``limit``.
+    """
+    if (declared := declared_bytes(request)) is not None and declared > limit:
+        raise _too_large(limit)
+    return declared
+
+
 def _content_type(request: Request) -> tuple[str, bytes]:
     """Media type in lower case, empty if none was sent, and the multipart boundary."""
     kind, parameters = parse_options_header(request.headers.get("content-type", "").encode("latin-1"))
@@ -119,8 +130,7 @@ def _content_type(request: Request) -> tuple[str, bytes]:
 
 async def _bounded_stream(request: Request, limit: int) -> AsyncIterator[bytes]:
     """The body, piece by piece, as long as it stays within `limit` bytes."""
-    if (declared := declared_bytes(request)) is not None and declared > limit:
-        raise _too_large(limit)
+    check_declared(request, limit)
     total = 0
     async for piece in request.stream():
         total += len(piece)

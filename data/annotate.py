@@ -294,6 +294,8 @@ def pipeline(
                 compute=ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),
                 num_cpus=round(threads * _SHARE_A_THREAD, 2),
                 num_gpus=config.num_gpus or None,
+                # Ray hides GPUs only from who has reserved others: this stage would compute on a node's first
+                **({"runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}} if gpus and not config.num_gpus else {}),
                 **whole,
             )
         if "tag" in settings.tasks:

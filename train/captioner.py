@@ -220,6 +220,8 @@ def prepare_job(
             config = config.model_copy(update={"dropout": config.new.dropout})
         if config.prompt is None:
             config = config.model_copy(update={"prompt": ""})
+    if config.objective == "cider" and config.precision == "bf16-true":
+        raise TrainingError("--objective cider computes chances that bf16 cannot hold: use --precision bf16-mixed")
     checkpoint = checkpoint or resolve(base_of(config, version))
     model, views = trainable(checkpoint)
     apart = hasattr(model, "text_decoder") and hasattr(model, "vision_model")

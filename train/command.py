@@ -352,6 +352,10 @@ def check_workers(config: TrainCommand) -> None:
         share_of_batch(config, world)
     if config.ema and config.strategy == "fsdp":
         raise TrainingError("--ema works with --strategy ddp only: averages of parts are not gathered")
+    if config.strategy == "fsdp" and config.precision == "16-mixed":
+        raise TrainingError("--strategy fsdp scales no losses, as 16-mixed has to: use --precision bf16-mixed")
+    if config.ema and config.precision == "bf16-true":
+        raise TrainingError("--ema moves weights by less than bf16 can tell apart: use --precision bf16-mixed")
 
 
 def check_space(config: TrainCommand, place: Location, parameters: int, runs: int = 1, at_once: int = 1) -> None:

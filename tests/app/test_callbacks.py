@@ -85,6 +85,7 @@ def test_addresses_under_an_entry_are_allowed(url: str) -> None:
         *("https://hooks.example.com./deeptrust", "https://hooks.example.com:0/deeptrust", "https:///deeptrust", ""),
         # up and out of the path
         *(f"{HOOK}/../admin", f"{HOOK}/%2e%2e/admin", f"{HOOK}/%2E./admin", f"{HOOK}%2f..%2fadmin", f"{HOOK}/."),
+        *(f"{HOOK}/..;/admin", f"{HOOK}/..;x=1/admin", f"{HOOK}/..%3b/admin"),
         # what parsers read differently
         *("https://hooks.example.com@evil.org/deeptrust", "https://evil.org@hooks.example.com/deeptrust"),
         *("https://hooks.example.com\\@evil.org/deeptrust", "https://evil.org#@hooks.example.com/deeptrust"),

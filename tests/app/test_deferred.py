@@ -415,6 +415,36 @@ def test_what_is_leased_after_nobody_waits_for_it_any_more_is_anothers_at_once_a
     opened.close()
 
 
+def test_what_a_replica_that_ends_was_at_is_anothers_and_was_no_attempt(store: Store) -> None:
+    put(store, "here", picture(0))
+    deferral = Deferral(store, FailingGraph(Problem("timeout", "Late.")), Admission(2, 4, 60.0), 60.0, lambda: False)
+
+    async def lease() -> deferred.Leased:
+        (leased,) = await store.commit(partial(deferred.lease, now_s=time.time(), lease_s=60, most=1))
+        return leased
+
+    async def end() -> None:
+        leased = await lease()
+        deferral._working[leased.id] = asyncio.create_task(asyncio.sleep(0))
+        deferral.close()  # a new version is deployed, or there are too many replicas: nobody said `make stop`
+
+    asyncio.run(end())
+    assert asyncio.run(lease()).attempts == 1
+
+
+def test_a_queue_with_nothing_in_it_takes_no_places(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    admission = Admission(2, 4, 60.0)
+    deferral = Deferral(store, FailingGraph(Problem("timeout", "Late.")), admission, 60.0, lambda: False)
+    taken: list[int] = []
+    monkeypatch.setattr(admission, "slip_in", lambda most: taken.append(most) or 0)
+    asyncio.run(store.commit(lambda _: None))  # it is open
+    asyncio.run(deferral._begin_some())
+    assert not taken
+    put(store, "here", picture(0))
+    asyncio.run(deferral._begin_some())
+    assert taken
+
+
 def test_what_fails_while_a_replica_stops_is_anothers_to_try_and_counts_for_nothing(store: Store) -> None:
     put(store, "here", picture(0))
     stopping = True

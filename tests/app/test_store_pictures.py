@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
+import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -296,3 +298,14 @@ def test_a_bucket_that_does_not_exist_is_no_picture_that_is_not_there(s3: S3Serv
             work()
     with pytest.raises(StoreUnavailable, match="bucket does not exist"):
         run(store.delete_picture(SHA))
+
+
+def test_of_a_full_disk_no_part_of_a_picture_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    place = PictureFiles(str(tmp_path))
+    with pytest.raises(PicturesUnavailable, match="no space"):
+        place.write("ab" * 32, PICTURE)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -59,6 +59,8 @@ def arguments(version: Path, vit: Path, folder: Path, **changes: object) -> list
         ({"batch_size": 9, "num_workers": 2}, "does not divide"),
         ({"num_workers": 3, "batch_size": 12, "min_workers": 2}, "multiple of 2"),
         ({"ema": 0.9, "strategy": "fsdp"}, "--ema"),
+        ({"ema": 0.9, "precision": "bf16-true"}, "--ema"),
+        ({"strategy": "fsdp", "precision": "16-mixed"}, "bf16-mixed"),
         ({"blend": 0.5, "head": "new"}, "--head keep"),
         ({"freeze": "tower", "precision": "bf16-true"}, "--precision"),
         ({"time_limit": "soon"}, "no duration"),
