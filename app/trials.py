@@ -39,7 +39,9 @@ class Tried:
     code: str
     """`ok`, or why there is none."""
     seconds: float
-    """Without what only whoever sent the picture wants."""
+    """Of this model, without what only whoever sent the picture wants."""
+    picture_s: float
+    """When the picture came: one that has been deleted since is not written down."""
     at_s: float
     said: str | None = None
     agreement: float | None = None
@@ -49,7 +51,7 @@ class Tried:
         """As a row of the store."""
         return {
             "id": new_id(self.at_s),
-            events.BEGAN: first_id(self.at_s - self.seconds),
+            events.BEGAN: first_id(self.picture_s),
             "model": self.model,
             "role": self.role,
             "returned": self.returned,
