@@ -122,11 +122,6 @@ class _Progress:
     deadline: float
     started: float = field(default_factory=time.perf_counter)
 
-    @property
-    def came_s(self) -> float:
-        """When its way began, in seconds since 1970."""
-        return time.time() - (time.perf_counter() - self.started)
-
 
 class Graph:
     """The models' handles, what they run, and how a picture goes through them."""
@@ -350,8 +345,8 @@ class Graph:
     async def _answered(
         self, progress: _Progress, stage: Stage, request: Request, plain: Request
     ) -> tuple[Any, tuple[str, str] | None]:
-        started = time.perf_counter()
-        arm = arm_of(progress.annotation.sha256, getattr(self.shares, stage), getattr(self.shadow, stage))
+        started, sha256 = time.perf_counter(), progress.annotation.sha256
+        arm = arm_of(sha256, getattr(self.shares, stage), getattr(self.shadow, stage))
         answer: Any = None
         failure: tuple[str, str] | None = None
         role: Role = "production"
@@ -360,15 +355,15 @@ class Graph:
             # a candidate that hangs leaves production time to answer in its place
             until = time.time() + (progress.deadline - time.time()) * _CANDIDATES_SHARE
             answer, failure = await self._ask(stage, role, request, until)
-            self._tried(stage, role, True, progress, answer, failure, started)
+            self._tried(stage, role, True, sha256, answer, failure, started)
         if answer is None and (role == "production" or time.time() < progress.deadline):
             role, began = "production", time.perf_counter()
             answer, failure = await self._ask(stage, role, request, progress.deadline)
             if arm is not None:
-                self._tried(stage, role, True, progress, answer, failure, began)
+                self._tried(stage, role, True, sha256, answer, failure, began)
         progress.annotation.timings_ms[stage] = _milliseconds(started)
         if failure is None and arm in ("canary", "shadow"):
-            self._compare(stage, "production" if role == "candidate" else "candidate", progress, answer, plain)
+            self._compare(stage, "production" if role == "candidate" else "candidate", sha256, answer, plain)
         return answer, failure
 
     async def _ask(
@@ -433,7 +428,7 @@ class Graph:
 
     # ---- trials -------------------------------------------------------------------------------------------------
 
-    def _compare(self, stage: Stage, role: Role, progress: _Progress, answer: Any, plain: Request) -> None:
+    def _compare(self, stage: Stage, role: Role, sha256: str, answer: Any, plain: Request) -> None:
         """Ask the other model of a trial too, beside the answer and without anybody waiting for it."""
         info = self.routes[stage].runs(role)
         if info is None:
@@ -449,7 +444,7 @@ class Graph:
             if agreed is not None:
                 candidate = other if role == "candidate" else answer
                 self.metrics.agreed(stage, revision_of(candidate.get("model", "")), agreed)
-            self._tried(stage, role, False, progress, other, failure, started, agreed)
+            self._tried(stage, role, False, sha256, other, failure, started, agreed)
 
         task = asyncio.get_running_loop().create_task(compare())
         self._comparing.add(task)
@@ -460,7 +455,7 @@ class Graph:
         stage: Stage,
         role: Role,
         returned: bool,
-        progress: _Progress,
+        sha256: str,
         answer: Any,
         failure: tuple[str, str] | None,
         started: float,
@@ -475,10 +470,9 @@ class Graph:
             role=role,
             returned=returned,
             revision=revision or (info.revision if info is not None else ""),
-            sha256=progress.annotation.sha256,
+            sha256=sha256,
             code="ok" if failure is None else failure[0],
             seconds=round(time.perf_counter() - started - explained_s, 4),
-            picture_s=progress.came_s,
             at_s=time.time(),
             said=said(answer) if failure is None else None,
             agreement=agreed,

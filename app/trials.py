@@ -39,9 +39,7 @@ class Tried:
     code: str
     """`ok`, or why there is none."""
     seconds: float
-    """Of this model, without what only whoever sent the picture wants."""
-    picture_s: float
-    """When the picture came: one that has been deleted since is not written down."""
+    """Without what only whoever sent the picture wants."""
     at_s: float
     said: str | None = None
     agreement: float | None = None
@@ -51,7 +49,7 @@ class Tried:
         """As a row of the store."""
         return {
             "id": new_id(self.at_s),
-            events.BEGAN: first_id(self.picture_s),
+            events.BEGAN: first_id(self.at_s - self.seconds),
             "model": self.model,
             "role": self.role,
             "returned": self.returned,

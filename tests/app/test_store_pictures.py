@@ -257,8 +257,7 @@ def test_a_trials_answer_on_a_picture_that_was_deleted_meanwhile_is_not_kept(sto
     store, now = stores(), time.time()
     run(store.delete_picture(SHA))
     began_before, began_after = (
-        Tried("detector", "candidate", True, "r", SHA, "ok", 0.1, came_s, now + 10).row()  # a stage may begin late
-        for came_s in (now - 20, now + 8)
+        Tried("detector", "candidate", True, "r", SHA, "ok", seconds, now + 10).row() for seconds in (30.0, 2.0)
     )
     store.offer_trials([began_before])
     store.offer_trials([began_after])

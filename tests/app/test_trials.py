@@ -59,7 +59,6 @@ def tried(number: int, role: str, at_s: float, code: str = "ok", **others: objec
         "sha256": sha(number),
         "code": code,
         "seconds": 0.5,
-        "picture_s": at_s - 0.5,
         "at_s": at_s,
         "said": "ai" if code == "ok" else None,
     }
