@@ -90,7 +90,7 @@ review: setup $(VENV)-review/.done  ## Label Studio for reviewers, until Ctrl-C 
 stop:  ## end it: accepted requests first, at once when asked again; no process and no port is left
 	@! test -x $(PY) || $(PY) -m app.stop
 
-test: dev  ## all tests, the end-to-end ones against the real application
+test: dev  ## the tests, end-to-end ones against the real application among them (without the proofs)
 	$(PY) -m pytest
 
 # what they measure does not replace what is committed; what is not there to run one with is a failure

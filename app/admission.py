@@ -19,6 +19,8 @@ import asyncio
 import math
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from app.problems import Problem
 
@@ -177,6 +179,20 @@ class Admission:
         self.all.observe(seconds, max(self.in_work, self._lacking), now)
         self.slipping.observe(seconds, self.slipped, now)
         self._let_in()
+
+    @contextmanager
+    def observing(self) -> Iterator[None]:
+        """Learn from the picture that is worked on meanwhile: how long it took to be answered, or that it ran out of
+        time. What fails otherwise says nothing of how many there may be.
+        """
+        started = time.monotonic()
+        try:
+            yield
+        except Problem as problem:
+            if problem.code == "timeout":
+                self.observe(time.monotonic() - started)
+            raise
+        self.observe(time.monotonic() - started)
 
     def _overloaded(self) -> Problem:
         ahead = self.in_work + len(self._waiting)

@@ -213,13 +213,16 @@ class Deferral:
 
     async def _begin_some(self) -> float:
         """Begin to work on as much as there is room for; returns seconds until it is worth looking again."""
+        room = self._store.settings.deferred_in_work - len(self._working)
+        if room <= 0:
+            return _FULL_S
         # read first: a replica with nothing to do must neither write every second nor take places for it
         try:
             if not await self._store.read(partial(deferred.is_any_free, now_s=time.time())):
                 return _LOOK_S
         except StoreBusy:
             return _FULL_S
-        places = self._admission.slip_in(self._store.settings.deferred_in_work - len(self._working))
+        places = self._admission.slip_in(room)
         if not places:
             return _FULL_S
         leased: list[Leased] = []
@@ -274,21 +277,17 @@ class Deferral:
         try:
             if picture.attempts > _MAX_ATTEMPTS:  # it was begun so often, and never ended
                 return _refused(failed)
-            started = time.perf_counter()
-            record = await self._graph.analyze(
-                picture.data, picture.answer_id, tasks, explain, time.time() + self._timeout_s
-            )
+            with self._admission.observing():  # it tells as much as any other how many may be in work
+                record = await self._graph.analyze(
+                    picture.data, picture.answer_id, tasks, explain, time.time() + self._timeout_s
+                )
         except ImageError as error:
             return _refused(Problem.of_image(error))
         except Problem as problem:
-            if problem.code == "timeout":
-                self._admission.observe(time.perf_counter() - started)
             return _refused(problem) if self._is_last(picture) else (0, None, None)
         except Exception:
             _log.exception("a picture that waited could not be analysed")
             return _refused(failed) if self._is_last(picture) else (0, None, None)
-        # it tells as much as any other how many may be in work
-        self._admission.observe(time.perf_counter() - started)
         if not record.is_whole and not self._is_last(picture):
             return 0, None, None
         return 200, record.model_dump_json(), record

@@ -483,17 +483,11 @@ class Ingress:
         data = upload.data
 
         async def analyze(identity: str | None, wanted: frozenset[Task]) -> Annotation:
-            started = time.perf_counter()
             try:
-                record = await self.graph.analyze(data, identity, wanted, explain, deadline)
+                with self.admission.observing():
+                    return await self.graph.analyze(data, identity, wanted, explain, deadline)
             except ImageError as error:
                 raise Problem.of_image(error) from None
-            except Problem as problem:
-                if problem.code == "timeout":  # who says nothing of the latest never hears that there are too many
-                    self.admission.observe(time.perf_counter() - started)
-                raise
-            self.admission.observe(time.perf_counter() - started)
-            return record
 
         if name is not None:
             record = await idempotency.answer(

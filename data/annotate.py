@@ -43,7 +43,7 @@ from data.annotate_stages import CaptionerStage, DetectorStage, ModelName, Publi
 from data.annotations import FOLDER, read_shard
 from data.errors import DataError, end
 from data.locations import Location
-from data.session import RaySettings, ray_session
+from data.session import RaySettings, gpus_hidden, ray_session
 from deployments.annotation import Task
 from deployments.checkpoints import Checkpoint, CheckpointError, resolve
 from deployments.images import ImageLimits
@@ -294,8 +294,7 @@ def pipeline(
                 compute=ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2),
                 num_cpus=round(threads * _SHARE_A_THREAD, 2),
                 num_gpus=config.num_gpus or None,
-                # Ray hides GPUs only from who has reserved others: this stage would compute on a node's first
-                **({"runtime_env": {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}} if gpus and not config.num_gpus else {}),
+                **({"runtime_env": {"env_vars": gpus_hidden(config.num_gpus)}} if gpus else {}),
                 **whole,
             )
         if "tag" in settings.tasks:

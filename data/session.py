@@ -25,6 +25,13 @@ _STARTS = 5
 _API = "RAY_API_SERVER_ADDRESS"
 
 
+def gpus_hidden(reserved: float) -> dict[str, str]:
+    """Environment of a process that reserves so much of a GPU: without any it is to see none. Ray hides them only from
+    those that have reserved others, and it would compute on a node's first, beside whoever has that.
+    """
+    return {} if reserved else {"CUDA_VISIBLE_DEVICES": ""}
+
+
 class RaySettings(BaseModel):
     """How an own Ray is started; a cluster that is there already is taken as it is."""
 

@@ -59,18 +59,18 @@ def clean_tags(raw: str, caption: str) -> list[str]:
 def proposed(raw: str, caption: str) -> list[str]:
     """What holds of the model's own answer, in its order, before anything is completed."""
     tags: dict[tuple[str, ...], str] = {}
-    said = [stem(word) for word in words_of(caption)]
-    unsaid = origins_in(words_of(caption))
+    told = words_of(caption)
+    said, left_out = [stem(word) for word in told], STOP_WORDS | origins_in(told)
     allowed = {stem(word) for word in _implied(caption)}
     for text in _strings(raw):
         words = words_of(text)
         stems = [stem(word) for word in words]
-        if 1 <= len(words) <= MAX_TAG_WORDS and words[-1] not in STOP_WORDS | unsaid and _adjacent(stems, said):
+        if 1 <= len(words) <= MAX_TAG_WORDS and words[-1] not in left_out and _adjacent(stems, said):
             _add(tags, " ".join((*words[:-1], lemma(words[-1]))))
             continue
         # "dog running" is no phrase of the caption, but each of its words may stand
         for word, one in zip(words, stems, strict=True):
-            if word not in STOP_WORDS | unsaid and (one in said or one in allowed):
+            if word not in left_out and (one in said or one in allowed):
                 _add(tags, lemma(word))
     return list(tags.values())
 

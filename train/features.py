@@ -25,6 +25,7 @@ import pyarrow as pa
 
 from data.errors import DataError
 from data.locations import Location
+from data.session import gpus_hidden
 from train.giving_way import Ask, GiveWay, Resource, wait_for_room, waiting_replicas
 from train.job import LoopConfig, threads_of
 from train.order import by_group
@@ -206,13 +207,9 @@ def features_of_run(
 
 
 def _reserved(share: float) -> dict[str, Any]:
-    """What Ray Data is told of a stage's GPUs and environment. Processes that reserve no GPU are to see none: Ray hides
-    GPUs only from those that have reserved others, and they would compute on a node's first, beside whoever has that.
-    ``models:/`` means there what it means here.
-    """
-    hidden = {} if share else {"CUDA_VISIBLE_DEVICES": ""}
+    """What Ray Data is told of a stage's GPUs and environment. ``models:/`` means there what it means here."""
     here = {name: os.environ[name] for name in ("MLFLOW_TRACKING_URI",) if name in os.environ}
-    return ({"num_gpus": share} if share else {}) | {"runtime_env": {"env_vars": hidden | here}}
+    return ({"num_gpus": share} if share else {}) | {"runtime_env": {"env_vars": gpus_hidden(share) | here}}
 
 
 def _missing(features: Features) -> list[tuple[int, int]]:

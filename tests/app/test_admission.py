@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 import pytest
 
@@ -242,3 +243,13 @@ def test_a_request_of_several_pictures_is_not_refused_for_those_that_slipped_in(
         assert admission.in_work == admission.slipped == 0
 
     asyncio.run(run())
+
+
+def test_what_ran_out_of_time_is_learnt_from_and_what_failed_otherwise_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    admission, learnt = Admission(2, 4, 60.0), list[float]()
+    monkeypatch.setattr(admission, "observe", learnt.append)
+    for failure, count in ((None, 1), (Problem("timeout", "Late."), 2), (Problem("unavailable", "Gone."), 2)):
+        with contextlib.suppress(Problem), admission.observing():
+            if failure is not None:
+                raise failure
+        assert len(learnt) == count
